@@ -1,0 +1,2417 @@
+#!/usr/bin/env python3
+"""Back up an S3 bucket to one or more S3 buckets with BorgBackup, the buckets mounted with TigrisFS.
+
+What a run does: it reads the configuration from environment variables and reports every mistake in it at
+once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
+target mounts the bucket, makes the borg repository where it is new, creates an archive, prunes and compacts
+where asked, and unmounts, which returns only when everything is uploaded. One failing target does not stop
+the others. Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went:
+0 all well, 1 finished with warnings, 2 something failed, 78 wrong configuration or usage, 128+N stopped by
+signal N.
+
+The sections of this file, each using only those above it:
+
+    Constants       paths, and times with their reasons
+    Errors          what a user is told: what happened, and what to do about it
+    Configuration   environment variables -> Settings, or all the mistakes in them
+    S3              request signing (pure), and a thin client for control requests, never for bulk data
+    Processes       console, stop signals, the one place that starts child processes, deadlines
+    Mounts          TigrisFS: command line, log, mounting, unmounting
+    Borg            command lines (pure), what borg's log lines and exit codes mean, one runner
+    Backup          preflight, one target, a whole run, the summary
+    Manual mode     mounts that outlive the command that made them
+    Command line    the commands, `main`
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import difflib
+import enum
+import fcntl
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, NoReturn, TypeVar
+
+# ------------------------------------------------------------------------------------------------ Constants
+
+VERSION = "1.0.0"
+DEFAULT_DATA_DIR = "/data"
+MAX_NAME_BYTES = 200  # a mount point `target-NAME` must stay below the 255 bytes of a file name
+
+# Everything that is waited for has a deadline. These are in seconds.
+POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited for
+MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
+WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
+BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
+FLUSH_SECONDS = 900  # for tigrisfs to upload what it holds after the unmount; its caches are small
+HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
+TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
+FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
+PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
+LOCK_WAIT_SECONDS = 10  # how long borg waits for a lock that somebody else holds
+
+S3_TIMEOUT_SECONDS = 20  # for one connection attempt, or one read from a connection
+CONNECT_PATIENCE_SECONDS = (
+    8  # how long connection errors are retried: a wrong endpoint is to be told in seconds
+)
+SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such storms pass
+MAX_BACKOFF_SECONDS = 8.0
+
+# TigrisFS: a memory limit needs read-ahead sizes that fit it. With its defaults (5 MB and 100 MB ahead) a
+# limit below 300 MB makes reads fail with ENOMEM, which borg takes for an unreadable file, or blocks `borg
+# compact` for good.
+DATA_CACHE_MB = 128
+READ_AHEAD_FLAGS = ("--read-ahead", "1024", "--read-ahead-large", "16384", "--read-ahead-parallel", "4096")
+METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
+READ_ATTEMPTS = "10"  # 1+2+4+...+60 s: reads survive some four minutes of errors, then borg names the object
+# Also ends an fsync that missed its wake-up (SyncFile in core/file.go), which by default takes 30 s.
+WRITE_RETRY = "2s"
+COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
+COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE, EXIT_CONFIGURATION = 0, 1, 2, 78  # 78 is EX_CONFIG of <sysexits.h>
+
+# --------------------------------------------------------------------------------------------------- Errors
+
+
+class BackupError(Exception):
+    """Something that a user must hear of: what happened to which store, and what to do about it."""
+
+    exit_code = EXIT_FAILURE
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        """Takes one line that says what happened, and one that says what to do next."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """The error as one line."""
+        line = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
+        return " ".join(line.split())
+
+
+class ConfigurationError(BackupError):
+    """Mistakes in the configuration or in the command line, all of them at once."""
+
+    exit_code = EXIT_CONFIGURATION
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        """Takes one line for each mistake."""
+        super().__init__("; ".join(mistakes))
+        self.mistakes = tuple(mistakes)
+
+
+class S3Error(BackupError):
+    """An answer of the S3 server that is not success, or no answer; `code` is S3's own."""
+
+    def __init__(self, message: str, hint: str, status: int, code: str) -> None:
+        """Takes the HTTP status (0 where there was no answer) and S3's error code beside the message."""
+        super().__init__(message, hint)
+        self.status = status
+        self.code = code
+
+
+class Stopped(BackupError):
+    """A stop signal came."""
+
+    def __init__(self, signum: int) -> None:
+        """Takes the signal's number; the exit code is 128 more, as shells have it."""
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+# -------------------------------------------------------------------------------------------- Configuration
+
+ENCRYPTION_MODES = (
+    "repokey-blake2",
+    "repokey",
+    "keyfile-blake2",
+    "keyfile",
+    "authenticated-blake2",
+    "authenticated",
+    "none",
+)
+DEFAULT_ENCRYPTION = "repokey-blake2"
+DEFAULT_COMPRESSION = "auto,zstd,22"
+DEFAULT_LABEL = "backup"
+DEFAULT_COMPACT_PERCENT = 10  # borg's own
+
+VARIABLES = (
+    "BACKUP_LABEL",
+    "SOURCE_ENDPOINT",
+    "SOURCE_PATH",
+    "SOURCE_ACCESS_KEY_ID",
+    "SOURCE_SECRET_ACCESS_KEY",
+    "SOURCE_REGION",
+    "TARGETS",
+    "TARGET_SECRETS",
+    "DATA_DIR",
+    "LOG_LEVEL",
+)
+TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact")
+SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A bucket, or what lies below a prefix in it, and how to reach it. `target` is None for the source."""
+
+    target: str | None
+    endpoint: str
+    bucket: str
+    prefix: str  # without slashes at its ends; empty for the whole bucket
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    region: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the store is called in output and on the command line: `source` or `target-NAME`."""
+        return "source" if self.target is None else f"target-{self.target}"
+
+    @property
+    def location(self) -> str:
+        """`bucket` or `bucket:prefix`, as the configuration has it."""
+        return f"{self.bucket}:{self.prefix}" if self.prefix else self.bucket
+
+    @property
+    def key_prefix(self) -> str:
+        """What every key of this store begins with."""
+        return f"{self.prefix}/" if self.prefix else ""
+
+    def setting(self, key: str) -> str:
+        """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
+        if self.target is None:
+            return f"SOURCE_{key.upper()}"
+        variable = "TARGET_SECRETS" if key in SECRET_KEYS else "TARGETS"
+        return f'{variable} "{self.target}"."{key}"'
+
+
+@dataclass(frozen=True)
+class Target:
+    """A store that holds a borg repository, and how to treat that."""
+
+    name: str
+    store: Store
+    passphrase: str = field(repr=False)
+    encryption: str  # what a new repository gets
+    must_match: bool  # the mode was asked for by name, so that an existing repository has to have it
+    compression: str
+    prune: tuple[str, ...]  # borg's options; empty: never prune
+    compact_percent: int | None  # borg's threshold; None: do not compact
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration without mistakes."""
+
+    label: str
+    source: Store
+    targets: tuple[Target, ...]
+    data_dir: Path
+    debug: bool
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The source and all targets' stores."""
+        return (self.source, *(target.store for target in self.targets))
+
+    def mount_point(self, store: Store) -> Path:
+        """Where `store` is mounted: `/data/source` or `/data/target-NAME`."""
+        return self.data_dir / store.name
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings that `environ` and the files it points to describe.
+
+    Raises ConfigurationError with every mistake found. Touches nothing but the files named by `*_FILE`
+    variables.
+    """
+    mistakes: list[str] = []
+    settings = parse_settings(read_variables(environ, mistakes), mistakes)
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return settings
+
+
+def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
+    """The values of our variables, each from NAME or from the file that NAME_FILE names.
+
+    Empty ones count as unset.
+    """
+    values = {}
+    for name in VARIABLES:
+        value, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
+        if value and path:
+            mistakes.append(f"{name}: given together with {name}_FILE; keep one of the two")
+        elif path:
+            try:
+                value = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+                mistakes.append(f"{name}_FILE: cannot read {path!r}: {reason}")
+                value = UNREADABLE
+        if value:
+            values[name] = value
+    return values
+
+
+UNREADABLE = (
+    "\0"  # stands for a value whose file could not be read: that is reported once, not again as missing
+)
+
+
+def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
+    """Settings from plain values.
+
+    What is wrong is appended to `mistakes`, and then the result means nothing.
+    """
+    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
+    mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
+    level = values.get("LOG_LEVEL", "info").lower()
+    if level not in ("info", "debug"):
+        mistakes.append("LOG_LEVEL: write info or debug")
+    data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
+    if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
+        mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
+    source = parse_store(
+        None, {key.lower(): values.get(f"SOURCE_{key}", "") for key in STORE_SUFFIXES}, mistakes
+    )
+    targets = parse_targets(values, mistakes)
+    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
+    return Settings(label, source, targets, Path(data_dir), level == "debug")
+
+
+STORE_SUFFIXES = ("ENDPOINT", "PATH", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION")
+
+
+def label_mistakes(label: str) -> list[str]:
+    """What is wrong with an archive name prefix."""
+    mistakes = []
+    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
+        mistakes.append(
+            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
+        )
+    elif re.search(r"-[0-9]{4}(-|$)", label):
+        mistakes.append(
+            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
+            " leave out the dash before the four digits"
+        )
+    return mistakes
+
+
+def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
+    """A store from its settings by their lower-case names."""
+    bare = Store(target, "", "", "", "", "")
+    missing = [
+        key for key in ("endpoint", "path", "access_key_id", "secret_access_key") if not given.get(key)
+    ]
+    mistakes += [f"{bare.setting(key)}: is missing; {STORE_HELP[key]}" for key in missing]
+    endpoint = given.get("endpoint", "")
+    if endpoint and endpoint != UNREADABLE:
+        mistakes += [f"{bare.setting('endpoint')}: {mistake}" for mistake in endpoint_mistakes(endpoint)]
+    bucket, _, prefix = given.get("path", "").partition(":")
+    if bucket != UNREADABLE and given.get("path"):
+        mistakes += [f"{bare.setting('path')}: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    return Store(
+        target,
+        endpoint.rstrip("/"),
+        bucket,
+        prefix.strip("/"),
+        given.get("access_key_id", ""),
+        given.get("secret_access_key", ""),
+        given.get("region") or None,
+    )
+
+
+STORE_HELP = {
+    "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
+    "path": "write <bucket> or <bucket>:<prefix>",
+    "access_key_id": "write the key's id",
+    "secret_access_key": "write the key's secret",
+}
+
+
+def endpoint_mistakes(endpoint: str) -> list[str]:
+    """What is wrong with an endpoint URL."""
+    try:
+        url = urllib.parse.urlsplit(endpoint)
+        port_is_wrong = url.port == 0
+    except ValueError as error:
+        return [f"is not a URL ({error}); {STORE_HELP['endpoint']}"]
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or port_is_wrong
+        or re.search(r"[\s\x00-\x1f]", endpoint)
+    ):
+        return [f"is not an http(s) URL; {STORE_HELP['endpoint']}"]
+    if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
+        return [
+            "must be scheme, host and port only; the bucket goes into the path, keys into their own settings"
+        ]
+    return []
+
+
+def path_mistakes(bucket: str, prefix: str) -> list[str]:
+    """What is wrong with the two parts of `<bucket>:<prefix>`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+        hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
+        return [f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"]
+    parts = prefix.strip("/").split("/")
+    if prefix.strip("/") and any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        return [
+            "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
+        ]
+    if re.search(r"[\x00-\x1f\x7f]", prefix):
+        return ["the prefix holds a control character"]
+    return []
+
+
+def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Target, ...]:
+    """The targets from `TARGETS` and `TARGET_SECRETS`, in the order of `TARGETS`."""
+    settings = parse_json("TARGETS", values.get("TARGETS", ""), TARGET_KEYS, mistakes)
+    secret_values = parse_json("TARGET_SECRETS", values.get("TARGET_SECRETS", ""), SECRET_KEYS, mistakes)
+    if settings is None or secret_values is None:
+        return ()
+    for name in secret_values.keys() - settings.keys():
+        mistakes.append(
+            f"TARGET_SECRETS {json.dumps(name)}: there is no such target in TARGETS; add it or remove this"
+        )
+    targets = []
+    for name, given in settings.items():
+        mistakes += [f"TARGETS {json.dumps(name)}: {mistake}" for mistake in name_mistakes(name)]
+        if name in secret_values:
+            targets.append(parse_target(name, given, secret_values[name], mistakes))
+        else:
+            mistakes.append(
+                f"TARGET_SECRETS {json.dumps(name)}: is missing;"
+                f" write an object with {', '.join(SECRET_KEYS)}"
+            )
+    return tuple(targets)
+
+
+def name_mistakes(name: str) -> list[str]:
+    """What is wrong with a target's name, which becomes part of its mount point."""
+    if not name or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name) or len(name.encode()) > MAX_NAME_BYTES:
+        return ["this name cannot be a mount point; use letters, digits, '.', '_' and '-'"]
+    return []
+
+
+def parse_json(
+    variable: str, text: str, keys: Sequence[str], mistakes: list[str]
+) -> dict[str, dict[str, Any]] | None:
+    """A JSON object of objects with known keys only; None when there is nothing to go on with."""
+    if text == UNREADABLE:
+        return None
+    if not text:
+        mistakes.append(
+            f'{variable}: is missing; write one line of JSON: {{"first": {{"{keys[0]}": "...", ...}}}}'
+        )
+        return None
+    try:
+        document = json.loads(text, object_pairs_hook=unique_pairs)
+    except ValueError as error:
+        mistakes.append(f"{variable}: {json_mistake(text, error)}")
+        return None
+    if not isinstance(document, dict) or not document:
+        mistakes.append(f"{variable}: write a JSON object with one member for each target")
+        return None
+    wrong = [name for name, value in document.items() if not isinstance(value, dict)]
+    mistakes += [f"{variable} {json.dumps(name)}: write an object with {', '.join(keys)}" for name in wrong]
+    for name in document.keys() - set(wrong):
+        for key in document[name].keys() - set(keys):
+            mistakes.append(
+                f"{variable} {json.dumps(name)}: unknown key {json.dumps(key)}; {near(key, keys)}"
+            )
+    return {name: value for name, value in document.items() if name not in wrong}
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members.
+
+    Raises ValueError where one is there twice, as the first would silently be lost.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{json.dumps(name)} is there twice; keep one")
+    return dict(pairs)
+
+
+def json_mistake(text: str, error: ValueError) -> str:
+    """What is wrong with a JSON text, without quoting it: it may hold secrets."""
+    if text[0] in "'\"" and text[-1:] == text[0]:
+        return "is quoted as a whole, and Docker's env files keep those quotes: remove the outer quotes"
+    if isinstance(error, json.JSONDecodeError):
+        place = f"character {error.pos + 1} (line {error.lineno})"
+        return f"is not valid JSON: {error.msg} at {place}; write it on one line"
+    return str(error)
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """A hint at what might have been meant by `word`."""
+    words = list(words)
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"known are {', '.join(words)}"
+
+
+def parse_target(
+    name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
+) -> Target:
+    """One target from its two JSON objects."""
+    store = Store(name, "", "", "", "", "")
+    texts = {}
+    for key, value in {**given, **secret}.items():
+        if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
+            continue
+        if isinstance(value, str):
+            texts[key] = value
+        elif value is not None:
+            mistakes.append(f"{store.setting(key)}: write a JSON string")
+            texts[key] = UNREADABLE
+    encryption = texts.get("encryption", DEFAULT_ENCRYPTION)
+    if encryption not in ENCRYPTION_MODES:
+        mistakes.append(f"{store.setting('encryption')}: unknown mode; {near(encryption, ENCRYPTION_MODES)}")
+    compression = texts.get("compression", DEFAULT_COMPRESSION)
+    if mistake := compression_mistake(compression):
+        mistakes.append(f"{store.setting('compression')}: {mistake}")
+    passphrase = texts.get("borg_passphrase", "")
+    if mistake := passphrase_mistake(passphrase, encryption):
+        mistakes.append(f"{store.setting('borg_passphrase')}: {mistake}")
+    prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
+    compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
+    store = parse_store(name, texts, mistakes)
+    return Target(name, store, passphrase, encryption, "encryption" in texts, compression, prune, compact)
+
+
+def passphrase_mistake(passphrase: str, encryption: str) -> str | None:
+    """What is wrong with a passphrase; mode `none` has no use for one."""
+    if encryption == "none":
+        return None
+    if not passphrase:
+        return "is missing; `openssl rand -base64 48` makes a good one (one line)"
+    if passphrase.endswith("\n") or "\r" in passphrase:
+        return "holds a line end, which borg would not take as part of it; remove it"
+    return None
+
+
+COMPRESSION_LEVELS = {"none": None, "lz4": None, "zstd": (1, 22), "zlib": (0, 9), "lzma": (0, 9)}
+OBFUSCATION_LEVELS = {*range(1, 7), *range(110, 124), 250}
+COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
+
+
+def compression_mistake(specification: str) -> str | None:
+    """What borg would refuse in a compression specification (`borg help compression`), else None."""
+    name, *rest = specification.split(",")
+    if name == "auto" and rest:
+        return compression_mistake(",".join(rest)) if rest[0] != "obfuscate" else "obfuscate goes before auto"
+    if name == "obfuscate" and len(rest) >= 2:
+        if not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) in OBFUSCATION_LEVELS):
+            return "the level of obfuscate is 1-6, 110-123 or 250"
+        return compression_mistake(",".join(rest[1:]))
+    if name not in COMPRESSION_LEVELS or len(rest) > 1:
+        return COMPRESSION_HELP
+    levels = COMPRESSION_LEVELS[name]
+    if rest and (levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0])):
+        return COMPRESSION_HELP
+    if rest and levels and not levels[0] <= int(rest[0]) <= levels[1]:
+        return f"the level of {name} is {levels[0]} to {levels[1]}"
+    return None
+
+
+class PruneParser(argparse.ArgumentParser):
+    """The options of `borg prune` that a target's `prune` may hold."""
+
+    def __init__(self) -> None:
+        """Declares the options as borg 1.4 has them."""
+        super().__init__(add_help=False, allow_abbrev=False)
+        for names in KEEP_OPTIONS:
+            self.add_argument(*names, type=int, dest=names[-1], metavar="N")
+        self.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
+        self.add_argument("-c", "--checkpoint-interval", type=int)
+        for flag in ("--list", "--stats", "--quick-stats", "--save-space", "--force", "--verbose", "--info"):
+            self.add_argument(
+                *({"--stats": ["-s"], "--verbose": ["-v"]}.get(flag, [])), flag, action="store_true"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError where argparse would end the program."""
+        raise ValueError(message)
+
+
+KEEP_OPTIONS = (
+    ("--keep-last", "--keep-secondly"),
+    ("--keep-minutely",),
+    ("-H", "--keep-hourly"),
+    ("-d", "--keep-daily"),
+    ("-w", "--keep-weekly"),
+    ("-m", "--keep-monthly"),
+    ("--keep-13weekly",),
+    ("--keep-3monthly",),
+    ("-y", "--keep-yearly"),
+)
+
+
+def keep_interval(text: str) -> str:
+    """Checks borg's interval: a positive number of H(ours), d(ays), w(eeks), m(onths) or y(ears)."""
+    if not re.fullmatch(r"0*[1-9][0-9]*[Hdwmy]", text):
+        raise argparse.ArgumentTypeError("write a number and one of H, d, w, m, y, such as 2d")
+    return text
+
+
+def parse_prune(setting: str, text: str, mistakes: list[str]) -> tuple[str, ...]:
+    """The words of a target's `prune`; a mistake where borg would refuse them or where they keep nothing."""
+    try:
+        words = shlex.split(text)
+        options, unknown = PruneParser().parse_known_args(words)
+    except ValueError as error:
+        mistakes.append(f"{setting}: {error}; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6")
+        return ()
+    given = {
+        name: value
+        for name, value in vars(options).items()
+        if name.startswith("--keep") and value is not None
+    }
+    if unknown:
+        mistakes.append(
+            f"{setting}: {unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
+        )
+    elif words and not options.keep_within and not any(given.values()):
+        mistakes.append(
+            f"{setting}: keeps nothing; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
+        )
+    elif len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
+        mistakes.append(f"{setting}: --keep-13weekly and --keep-3monthly exclude each other; keep one")
+    return tuple(words)
+
+
+PRUNE_HELP = {
+    "-n": "it would prune nothing: leave `prune` out instead",
+    "--dry-": "it would prune nothing: leave `prune` out instead",
+    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
+}
+
+
+def parse_compact(setting: str, value: object, mistakes: list[str]) -> int | None:
+    """borg's compaction threshold in percent from `true`, `false` or a number."""
+    if isinstance(value, bool):
+        return DEFAULT_COMPACT_PERCENT if value else None
+    if isinstance(value, int) and 0 <= value <= 100:
+        return value
+    mistakes.append(f"{setting}: write true, false, or a threshold in percent from 0 to 100")
+    return None
+
+
+def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
+    """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
+    mistakes = []
+    for index, first in enumerate(stores):
+        for second in stores[index + 1 :]:
+            same_bucket = (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
+            if not (first.bucket and same_bucket):
+                continue
+            if first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(
+                first.key_prefix
+            ):
+                mistakes.append(
+                    f"{second.setting('path')}: overlaps {first.setting('path')}"
+                    f" ({second.location} and {first.location} on one server); give each a place of its own"
+                )
+    return mistakes
+
+
+def endpoint_key(store: Store) -> tuple[str, int | None]:
+    """Scheme-independent host and port, for telling whether two endpoints are one server."""
+    try:
+        url = urllib.parse.urlsplit(store.endpoint)
+        return (url.hostname or ""), url.port or {"http": 80, "https": 443}.get(url.scheme)
+    except ValueError:
+        return "", None
+
+
+# ------------------------------------------------------------------------------------------------------- S3
+
+# Signing follows "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk
+# (AWS Signature Version 4)" of the Amazon S3 API reference; the functions are named after its steps.
+
+
+def uri_encode(text: str, safe: str = "") -> str:
+    """UriEncode() of the specification: everything but unreserved characters as %XX of its UTF-8 bytes."""
+    return urllib.parse.quote(text, safe=safe + "-._~")
+
+
+def canonical_query(query: Sequence[tuple[str, str]]) -> str:
+    """The canonical query string; it is also exactly what is sent."""
+    pairs = sorted((uri_encode(name), uri_encode(value)) for name, value in query)
+    return "&".join(f"{name}={value}" for name, value in pairs)
+
+
+def canonical_request(
+    method: str, path: str, query: Sequence[tuple[str, str]], headers: Mapping[str, str], payload_hash: str
+) -> str:
+    """Task 1: the canonical request. `path` is the decoded path; all `headers` are signed."""
+    lower = {name.lower(): " ".join(value.split()) for name, value in headers.items()}
+    return "\n".join(
+        [
+            method,
+            uri_encode(path, safe="/"),
+            canonical_query(query),
+            "".join(f"{name}:{lower[name]}\n" for name in sorted(lower)),
+            ";".join(sorted(lower)),
+            payload_hash,
+        ]
+    )
+
+
+def string_to_sign(canonical: str, when: datetime, region: str, service: str = "s3") -> str:
+    """Task 2: the string to sign."""
+    scope = f"{when:%Y%m%d}/{region}/{service}/aws4_request"
+    return (
+        f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+    )
+
+
+def signing_key(secret_access_key: str, when: datetime, region: str, service: str = "s3") -> bytes:
+    """Task 3, first half: the key derived for one day, region and service."""
+    key = f"AWS4{secret_access_key}".encode()
+    for part in (f"{when:%Y%m%d}", region, service, "aws4_request"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    return key
+
+
+def authorization(
+    method: str,
+    path: str,
+    query: Sequence[tuple[str, str]],
+    headers: Mapping[str, str],
+    payload_hash: str,
+    access_key_id: str,
+    secret_access_key: str,
+    when: datetime,
+    region: str,
+) -> str:
+    """Task 3: the value of the Authorization header."""
+    text = string_to_sign(canonical_request(method, path, query, headers, payload_hash), when, region)
+    signature = hmac.new(
+        signing_key(secret_access_key, when, region), text.encode(), hashlib.sha256
+    ).hexdigest()
+    signed_headers = ";".join(sorted(name.lower() for name in headers))
+    credential = f"{access_key_id}/{when:%Y%m%d}/{region}/s3/aws4_request"
+    return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={signed_headers},Signature={signature}"
+
+
+@dataclass(frozen=True)
+class S3Object:
+    """One line of a listing."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer, read to its end; header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+# What to do about S3's error codes; {setting} places are filled with the store's own settings.
+S3_HINTS = {
+    "NoSuchBucket": "Create the bucket or correct {path}.",
+    "AccessDenied": "Give the key the permission, or correct {path} and {access_key_id}.",
+    "InvalidAccessKeyId": "Correct {access_key_id}.",
+    "SignatureDoesNotMatch": "Correct {secret_access_key}.",
+    "InvalidBucketName": "Correct {path}.",
+    "RequestTimeTooSkewed": "The clock of this machine is wrong: set it.",
+    "AuthorizationHeaderMalformed": "Set {region} to the bucket's region.",
+    "PermanentRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
+    "TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
+    "NoAnswer": "Check {endpoint} and the network.",
+    "NotS3": "Check {endpoint}: this does not look like an S3 server.",
+}
+RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
+DEFAULT_REGION = "us-east-1"
+
+
+class S3Client:
+    """Control requests to one store: signed, path-style, retried. Safe to use from several threads.
+
+    Every method raises S3Error when S3 refuses or when there is no answer for longer than the patience
+    constants say.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Opens nothing yet."""
+        self.store = store
+        self.region = store.region or DEFAULT_REGION
+        self._url = urllib.parse.urlsplit(store.endpoint)
+        self._local = threading.local()
+
+    def list_page(self, prefix: str, start_after: str = "", limit: int = 1000) -> tuple[list[S3Object], bool]:
+        """Up to `limit` objects below `prefix` in key order, and whether there are more."""
+        query = [("list-type", "2"), ("encoding-type", "url"), ("max-keys", str(limit)), ("prefix", prefix)]
+        if start_after:
+            query.append(("start-after", start_after))
+        answer = self.request("GET", query=query)
+        try:
+            return parse_listing(answer.body)
+        except (ElementTree.ParseError, ValueError) as error:
+            raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
+
+    def list_objects(self, prefix: str) -> Iterator[S3Object]:
+        """All objects below `prefix` in key order; one request for each 1,000."""
+        more, last = True, ""
+        while more:
+            objects, more = self.list_page(prefix, last)
+            yield from objects
+            if not objects:
+                return
+            last = objects[-1].key
+
+    def get(self, key: str, first_byte_only: bool = False) -> bytes:
+        """The content of an object, or its first byte."""
+        return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
+
+    def put(self, key: str, body: bytes) -> None:
+        """Writes an object."""
+        self.request("PUT", key, body=body)
+
+    def delete(self, key: str) -> None:
+        """Deletes an object; one that is not there is fine."""
+        self.request("DELETE", key)
+
+    def request(
+        self,
+        method: str,
+        key: str = "",
+        query: Sequence[tuple[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> Answer:
+        """One request, retried while the fault may pass; finds out the bucket's region on the way."""
+        start, pause = time.monotonic(), 0.1
+        while True:
+            try:
+                answer = self._exchange(method, key, query, headers or {}, body)
+                if answer.status < 300:
+                    return answer
+                error = self._refusal(answer)
+                patience = SERVER_PATIENCE_SECONDS if answer.status in RETRIED_STATUSES else 0
+                if self._learn_region(answer):
+                    continue
+            except (OSError, http.client.HTTPException) as fault:
+                error = self._error(0, "NoAnswer", describe_fault(fault))
+                patience = 0 if isinstance(fault, ssl.SSLCertVerificationError) else CONNECT_PATIENCE_SECONDS
+            if time.monotonic() - start + pause > patience:
+                raise error
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+
+    def _exchange(
+        self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
+    ) -> Answer:
+        """Signs and sends one request and reads the answer to its end, on this thread's own connection."""
+        path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
+        when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
+        host = self._url.netloc
+        headers = {
+            **extra,
+            "Host": host,
+            "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
+            "x-amz-content-sha256": payload_hash,
+        }
+        keys = (self.store.access_key_id, self.store.secret_access_key)
+        headers["Authorization"] = authorization(
+            method, path, query, headers, payload_hash, *keys, when, self.region
+        )
+        target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
+        connection = self._connection()
+        try:
+            connection.request(method, target, body=body or None, headers=headers)
+            response = connection.getresponse()
+            content = response.read()
+        except BaseException:
+            connection.close()
+            raise
+        return Answer(
+            response.status, {name.lower(): value for name, value in response.getheaders()}, content
+        )
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """This thread's connection; http.client opens it again by itself after a close."""
+        if not hasattr(self._local, "connection"):
+            kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+            self._local.connection = kind(
+                self._url.hostname or "", self._url.port, timeout=S3_TIMEOUT_SECONDS
+            )
+        return self._local.connection
+
+    def _learn_region(self, answer: Answer) -> bool:
+        """Takes over the region that the server names in a refusal; False when that is nothing new."""
+        region = answer.headers.get("x-amz-bucket-region") or xml_text(answer.body, "Region")
+        if self.store.region or answer.status not in (301, 400, 403) or not region or region == self.region:
+            return False
+        self.region = region
+        return True
+
+    def _refusal(self, answer: Answer) -> S3Error:
+        """The error for an answer that is not success, in S3's own words."""
+        code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
+        message = xml_text(answer.body, "Message") or http_reason(answer.status)
+        return self._error(answer.status, code, message)
+
+    def _error(self, status: int, code: str, message: str) -> S3Error:
+        """An error that names the store, the code and the remedy."""
+        settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
+        hint = S3_HINTS.get(code, "").format(**settings)
+        number = f" ({status})" if status else ""
+        where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
+        return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
+
+
+def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
+    """The objects of a ListObjectsV2 answer, and whether it was truncated.
+
+    Raises ValueError where it is none.
+    """
+    root = ElementTree.fromstring(body)
+    if not root.tag.endswith("ListBucketResult"):
+        raise ValueError(f"{root.tag} instead of ListBucketResult")
+    space = root.tag[: root.tag.find("}") + 1]
+    decode = urllib.parse.unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
+    objects = [
+        S3Object(
+            decode(entry.findtext(f"{space}Key", "")),
+            int(entry.findtext(f"{space}Size", "0")),
+            entry.findtext(f"{space}ETag", "").strip('"'),
+        )
+        for entry in root.iter(f"{space}Contents")
+    ]
+    return objects, root.findtext(f"{space}IsTruncated") == "true"
+
+
+def xml_text(body: bytes, name: str) -> str:
+    """The text of the first element `name` in an XML error document, empty where there is none."""
+    try:
+        for element in ElementTree.fromstring(body).iter():
+            if element.tag.rpartition("}")[2] == name:
+                return (element.text or "").strip()
+    except ElementTree.ParseError:
+        pass
+    return ""
+
+
+def http_reason(status: int) -> str:
+    """The standard phrase for an HTTP status."""
+    return http.client.responses.get(status, f"HTTP status {status}")
+
+
+def describe_fault(fault: Exception) -> str:
+    """A connection fault in a few words."""
+    return str(fault) or type(fault).__name__
+
+
+# ------------------------------------------------------------------------------------------------ Processes
+
+Result = TypeVar("Result")
+
+
+class Console:
+    """Prints one line an event, with the name of the store that it is about.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, debug: bool) -> None:
+        """`debug` shows the lines that are otherwise left out."""
+        self.debug_is_shown = debug
+        self._lock = threading.Lock()
+        self._terminal = sys.stdout.isatty()
+        self._progress_is_shown = False
+        self._progress_due: dict[str, float] = {}
+
+    def info(self, name: str, text: str) -> None:
+        """Something that went as planned."""
+        self._print(sys.stdout, name, text)
+
+    def debug(self, name: str, text: str) -> None:
+        """Something that only a search for a fault is interested in."""
+        if self.debug_is_shown:
+            self._print(sys.stdout, name, text)
+
+    def warning(self, name: str, text: str) -> None:
+        """Something that did not go as planned and did not stop the work."""
+        self._print(sys.stderr, name, f"warning: {text}")
+
+    def error(self, name: str, text: str) -> None:
+        """A failure."""
+        self._print(sys.stderr, name, f"error: {text}")
+
+    def plain(self, text: str) -> None:
+        """Text of several lines, such as a table."""
+        for line in text.splitlines():
+            self._print(sys.stdout, "", line)
+
+    def progress(self, name: str, text: str) -> None:
+        """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            with self._lock, contextlib.suppress(OSError):
+                print(f"\r\033[K{printable(f'[{name}] {text}')[:width]}", end="", flush=True)
+                self._progress_is_shown = True
+            return
+        now = time.monotonic()
+        if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
+            self._progress_due[name] = now + PROGRESS_SECONDS
+            self.info(name, text)
+
+    def _print(self, stream: IO[str], name: str, text: str) -> None:
+        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
+        line = f"{clock}[{name}] {printable(text)}" if name else printable(text)
+        with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
+            if self._progress_is_shown:
+                print("\r\033[K", end="", flush=True)
+                self._progress_is_shown = False
+            print(line, file=stream, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` on one line: object keys may hold line ends and control characters."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+class Stop:
+    """The stop signals that came. Handlers only note them; whoever waits asks."""
+
+    def __init__(self) -> None:
+        """Nothing came yet."""
+        self.signals: list[int] = []
+
+    def install(self) -> None:
+        """Takes over SIGTERM, SIGINT and SIGHUP. Only the main thread may call this."""
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        self.signals.append(signum)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the work is to end."""
+        return bool(self.signals)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether it is to end now: a second signal came."""
+        return len(self.signals) > 1
+
+    def check(self) -> None:
+        """Raises Stopped when a signal came."""
+        if self.signals:
+            raise Stopped(self.signals[0])
+
+
+@dataclass
+class Runtime:
+    """What every part of a run needs."""
+
+    settings: Settings
+    environ: Mapping[str, str]
+    console: Console
+    stop: Stop
+    run_id: str = field(default_factory=lambda: secrets.token_hex(6))
+
+
+class Child:
+    """A running child process in a session of its own, so that only we send it signals.
+
+    Its output is read to the end by threads that hand every line to `on_output` or `on_error`.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        on_output: Callable[[str], None],
+        on_error: Callable[[str], None],
+        pass_fds: Sequence[int] = (),
+        dies_with_us: bool = True,
+    ) -> None:
+        """Starts the process. Raises BackupError when it cannot be started."""
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=pass_fds,
+                start_new_session=True,
+                # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
+                preexec_fn=die_with_parent if dies_with_us else None,
+            )
+        except OSError as error:
+            raise BackupError(
+                f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
+            ) from None
+        self._ended = threading.Event()
+        streams = ((self._process.stdout, on_output), (self._process.stderr, on_error))
+        self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
+        for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
+            thread.start()
+
+    def _reap(self) -> None:
+        self._process.wait()
+        for reader in self._readers:
+            reader.join(timeout=POLL_SECONDS * 5)  # a grandchild may hold the pipe open
+        self._ended.set()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code (128+N for signal N), or None when the process still runs after `seconds`."""
+        if not self._ended.wait(seconds):
+            return None
+        code = self._process.returncode
+        return code if code >= 0 else 128 - code
+
+    def send(self, signum: int) -> None:
+        """Sends a signal; nothing happens when the process has ended."""
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """Ends the process for certain."""
+        self.send(signal.SIGKILL)
+        self.wait(POLL_SECONDS * 25)  # a process in an uninterruptible wait ends when its mount is gone
+
+
+def load_prctl() -> Callable[..., int]:
+    """prctl(2), looked up before any fork: the child must do as little as possible."""
+    return ctypes.CDLL(None).prctl
+
+
+prctl = load_prctl()
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when the thread that started it is gone."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
+    """Hands each line of `stream` to `on_line` until its end."""
+    with stream:
+        for line in stream:
+            on_line(line.decode("utf-8", "replace").rstrip("\n"))
+
+
+def run_to_end(child: Child, stop: Stop) -> int:
+    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain."""
+    while (code := child.wait(POLL_SECONDS)) is None:
+        if stop.requested:
+            child.send(signal.SIGTERM)
+            give_up = time.monotonic() + TERMINATE_SECONDS
+            while child.wait(POLL_SECONDS) is None:
+                if stop.hurried or time.monotonic() > give_up:
+                    child.kill()
+                    break
+            stop.check()
+    return code
+
+
+def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int, str]:
+    """Runs a small program and returns exit code and output; 124 when it took longer than `seconds`."""
+    lines: list[str] = []
+    child = Child(argv, env, lines.append, lines.append)
+    code = child.wait(seconds)
+    if code is None:
+        child.kill()
+        return 124, "no answer"
+    return code, " ".join(lines)
+
+
+def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
+    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
+
+    Raises BackupError after `seconds`, Stopped on a stop signal; the thread is then left to itself.
+    """
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return future.result(timeout=POLL_SECONDS)
+        if stop:
+            stop.check()
+    raise BackupError(f"{what}: no answer within {seconds:.0f} s")
+
+
+def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result | BackupError]:
+    """The results of all functions, run at the same time; a BackupError of one is its result."""
+
+    def attempt(function: Callable[[], Result]) -> Result | BackupError:
+        try:
+            return function()
+        except BackupError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(functions))) as pool:
+        return list(pool.map(attempt, functions))
+
+
+def minimal_environment(environ: Mapping[str, str], names: Iterable[str], **own: str) -> dict[str, str]:
+    """A child's environment: what any program needs, the variables in `names`, and `own`; no secrets."""
+    kept = ("PATH", "HOME", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", *names)
+    return {**{name: environ[name] for name in kept if name in environ}, "LC_ALL": "C.UTF-8", **own}
+
+
+# --------------------------------------------------------------------------------------------------- Mounts
+
+FUSE_HELP = (
+    "Start the container with"
+    " --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN --security-opt apparmor:unconfined."
+)
+
+
+def tigrisfs_command(store: Store, region: str, mount_point: Path, read_only: bool) -> list[str]:
+    """The command line that mounts `store`; its keys go through the environment."""
+    return [
+        "tigrisfs",
+        "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
+        *("--log-format", "json", "--no-log-color", "--print-stats", "0s"),
+        *("--endpoint", store.endpoint, "--region", region),
+        "--no-expire-multipart",  # else it deletes other programs' multipart uploads
+        "--disable-xattr",  # each listxattr is a HEAD request
+        *("--memory-limit", str(DATA_CACHE_MB), *READ_AHEAD_FLAGS),
+        *("--stat-cache-ttl", METADATA_TTL),
+        *("--read-retry-attempts", READ_ATTEMPTS, "--retry-interval", WRITE_RETRY),
+        *(("-o", "ro") if read_only else ()),
+        store.location,
+        str(mount_point),
+    ]
+
+
+def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
+    """What tigrisfs gets to see: its own key pair, and no configuration file of somebody else."""
+    return minimal_environment(
+        {**environ, "HOME": "/nonexistent"},
+        (),
+        AWS_ACCESS_KEY_ID=store.access_key_id,
+        AWS_SECRET_ACCESS_KEY=store.secret_access_key,
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+
+
+# borg tries a hard link when it saves a repository's config, and to remove folders that are not empty.
+HARMLESS_LINES = (
+    "*fuseops.CreateLinkOp error: function not implemented",
+    "*fuseops.RmDirOp error: directory not empty",
+)
+
+
+class TigrisLog:
+    """Reads TigrisFS's log.
+
+    Warnings and errors are shown under the mount's name, the rest only when debugging.
+    """
+
+    def __init__(self, name: str, console: Console) -> None:
+        """Nothing was read yet."""
+        self.complaints: deque[str] = deque(maxlen=5)
+        self._complained_at = 0.0
+        self._name, self._console = name, console
+        self._window_start, self._shown, self._hidden = 0.0, 0, 0
+
+    def feed(self, line: str) -> None:
+        """Takes one line."""
+        try:
+            entry = json.loads(line)
+            level, message = str(entry.get("level", "warn")), str(entry.get("message", "")).strip()
+            if entry.get("error"):
+                message = f"{message}: {entry['error']}"
+        except (ValueError, AttributeError):
+            level, message = "warn", line.strip()
+        if "AWS_ACCESS_KEY_ID" in message or not message:
+            return
+        if level in ("trace", "debug", "info") or message in HARMLESS_LINES:
+            self._console.debug(self._name, f"tigrisfs: {message}")
+            return
+        self.complaints.append(message)
+        self._complained_at = time.monotonic()
+        self._show(f"tigrisfs: {message}")
+
+    def _show(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._window_start > 60:
+            if self._hidden:
+                self._console.warning(
+                    self._name, f"tigrisfs: {self._hidden} more such lines in the last minute"
+                )
+            self._window_start, self._shown, self._hidden = now, 0, 0
+        if self._shown < COMPLAINTS_A_MINUTE:
+            self._shown += 1
+            self._console.warning(self._name, text)
+        else:
+            self._hidden += 1
+
+    @property
+    def is_complaining(self) -> bool:
+        """Whether it complained a short while ago."""
+        return self._complained_at > 0 and time.monotonic() - self._complained_at < COMPLAINT_SECONDS
+
+    @property
+    def reason(self) -> str:
+        """What it complained about last."""
+        return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
+
+
+def mount_table() -> dict[str, str]:
+    """Mount point -> file system type in this process's mount namespace."""
+    return parse_mount_table(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
+
+
+def parse_mount_table(text: str) -> dict[str, str]:
+    """Mount point -> file system type from the text of /proc/PID/mountinfo, proc(5)."""
+    table = {}
+    for line in text.splitlines():
+        fields, _, rest = line.partition(" - ")
+        raw = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
+        table[raw] = rest.split(" ")[0]
+    return table
+
+
+@dataclass
+class Mount:
+    """A mounted store and the tigrisfs process behind it."""
+
+    store: Store
+    path: Path
+    child: Child
+    log: TigrisLog
+
+    def check_alive(self) -> None:
+        """Raises BackupError when the mount is gone: what is read below its path would be an empty folder."""
+        code = self.child.wait(0)
+        if code is not None:
+            raise BackupError(
+                f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again."
+            )
+        if str(self.path) not in mount_table():
+            raise BackupError(
+                f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
+            )
+
+
+@contextlib.contextmanager
+def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Iterator[Mount]:
+    """`store` mounted at its mount point, usable; on leaving it is unmounted and everything is uploaded.
+
+    Raises BackupError when it cannot be mounted within MOUNT_SECONDS or not be unmounted cleanly.
+    """
+    path = prepare_mount_point(runtime, store)
+    log = TigrisLog(store.name, runtime.console)
+    argv = tigrisfs_command(store, region, path, read_only)
+    child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
+    mount = Mount(store, path, child, log)
+    try:
+        wait_until_usable(runtime, mount)
+        runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
+        yield mount
+    except BaseException:
+        with contextlib.suppress(BackupError):  # the first error is the one to tell
+            unmount(runtime, mount)
+        raise
+    unmount(runtime, mount)
+
+
+def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
+    """An empty folder to mount on; a dead mount that a crash left there is removed."""
+    if not os.path.exists("/dev/fuse"):
+        raise BackupError(f"{store.name}: cannot be mounted: /dev/fuse is missing", FUSE_HELP)
+    path = runtime.settings.mount_point(store)
+    try:
+        path = path.parent.resolve() / path.name
+        if str(path) in mount_table():
+            remove_dead_mount(runtime, store, path)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackupError(f"{store.name}: cannot use {path} as mount point: {error.strerror}") from None
+    return path
+
+
+def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
+    """Unmounts what is mounted on `path` when nobody serves it any more.
+
+    Raises BackupError when somebody does.
+    """
+    try:
+        within(MOUNT_SECONDS, f"{store.name}: {path}", lambda: os.stat(path), runtime.stop)
+    except OSError:
+        runtime.console.warning(store.name, f"a dead mount at {path} is removed")
+        fusermount(runtime, path, lazy=True)
+        return
+    name = shlex.quote(store.name)
+    raise BackupError(
+        f"{store.name}: is mounted at {path} already", f"Unmount it first: backup.py umount {name}"
+    )
+
+
+def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
+    """Returns when the mount is really there and can be listed."""
+    name, deadline = mount.store.name, time.monotonic() + MOUNT_SECONDS
+    while not mount_table().get(str(mount.path), "").startswith("fuse"):
+        runtime.stop.check()
+        if (code := mount.child.wait(0.02)) is not None:
+            reason = mount.log.reason
+            permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
+            raise BackupError(
+                f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
+                FUSE_HELP if permission else "",
+            )
+        if time.monotonic() > deadline:
+            raise BackupError(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}")
+    try:
+        within(
+            MOUNT_SECONDS,
+            f"{name}: cannot be listed",
+            lambda: next(os.scandir(mount.path), None),
+            runtime.stop,
+        )
+    except OSError as error:
+        raise BackupError(f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}") from None
+
+
+def warm_up(runtime: Runtime, mount: Mount) -> None:
+    """Lists all folders of a repository once.
+
+    TigrisFS deadlocks when a folder is renamed onto one that it has not listed yet, and borg takes its
+    lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay
+    cached for METADATA_TTL.
+    """
+
+    def walk() -> None:
+        for _ in os.walk(mount.path):
+            pass
+
+    within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
+
+
+def fusermount(runtime: Runtime, path: Path, lazy: bool) -> tuple[int, str]:
+    """Detaches a mount; returns fusermount3's exit code and words."""
+    argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
+    return run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+
+
+def unmount(runtime: Runtime, mount: Mount) -> None:
+    """Unmounts and waits until tigrisfs has uploaded everything and ended.
+
+    Raises BackupError when it does not end in time; then it is killed, and the mount point is free all
+    the same.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while str(mount.path) in mount_table() and mount.child.wait(0) is None:
+        lazy = runtime.stop.hurried or time.monotonic() > deadline
+        code, words = fusermount(runtime, mount.path, lazy)
+        if code == 0:
+            break
+        if lazy:
+            runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {words}")
+            break
+        time.sleep(POLL_SECONDS)
+    try:
+        code = wait_for_upload(runtime, mount)
+    finally:
+        if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
+            fusermount(runtime, mount.path, lazy=True)
+    if code != 0:
+        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}")
+    runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
+
+
+def flush_patience(runtime: Runtime, mount: Mount) -> float:
+    """How many seconds the upload after an unmount may take."""
+    if runtime.stop.hurried:
+        return HURRIED_FLUSH_SECONDS
+    failing = runtime.stop.requested and mount.log.is_complaining
+    return FAILING_FLUSH_SECONDS if failing else FLUSH_SECONDS
+
+
+def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
+    """The exit code of tigrisfs, which ends when everything is uploaded.
+
+    Kills it when that takes too long.
+    """
+    start = time.monotonic()
+    while (code := mount.child.wait(POLL_SECONDS)) is None:
+        waited = time.monotonic() - start
+        if waited > 2:
+            runtime.console.progress(
+                mount.store.name, f"uploading what tigrisfs still holds ({waited:.0f} s)"
+            )
+        if waited > flush_patience(runtime, mount):
+            mount.child.kill()
+            raise BackupError(
+                f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
+                "What borg wrote last is not in the bucket; the archives of earlier runs are.",
+            )
+    return code
+
+
+# ----------------------------------------------------------------------------------------------------- Borg
+
+
+class Verdict(enum.Enum):
+    """What an exit code of borg means."""
+
+    OK = "ok"
+    WARNING = "warnings"
+    FAILURE = "failed"
+
+
+# Unreadable content of the source; a file that vanished (107) or changed (100) meanwhile is a warning.
+IO_ERRORS = frozenset({"BackupIOError"})
+IO_ERROR_CODE = 106
+
+
+def verdict(code: int) -> Verdict:
+    """The exit code of tigrisfs, which ends when everything is uploaded.
+
+    Kills it when that takes too long.
+    """
+    if code == 0:
+        return Verdict.OK
+    if (code == 1 or 100 <= code <= 127) and code != IO_ERROR_CODE:
+        return Verdict.WARNING
+    return Verdict.FAILURE
+
+
+def archive_pattern(label: str) -> str:
+    """borg's pattern for the archives of `label` and of no other label."""
+    return f"{label}-[0-9][0-9][0-9][0-9]-*"
+
+
+def borg_init(target: Target, repository: Path) -> list[str]:
+    """Makes a repository."""
+    return ["init", "--encryption", target.encryption, str(repository)]
+
+
+def borg_newest(repository: Path) -> list[str]:
+    """Shows the newest archive and the encryption mode; proves passphrase and key."""
+    return ["list", "--json", "--last", "1", str(repository)]
+
+
+def borg_create(target: Target, label: str, repository: Path, source: Path) -> list[str]:
+    """Archives `source`.
+
+    The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
+    numbers change with every mount. Extended attributes, ACLs and flags do not exist on S3, and asking
+    costs a request for each object.
+    """
+    options = ["--files-cache", "ctime,size", "--noxattrs", "--noacls", "--noflags"]
+    archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
+    return [
+        "create",
+        "--json",
+        "--progress",
+        *options,
+        "--compression",
+        target.compression,
+        archive,
+        str(source),
+    ]
+
+
+def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
+    """Deletes old archives of this label."""
+    return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
+
+
+def borg_compact(target: Target, repository: Path) -> list[str]:
+    """Frees the space of deleted archives."""
+    return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
+
+
+def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
+    """What borg gets to see, but for the passphrase's file descriptor."""
+    folders = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "BORG_BASE_DIR", "BORG_CONFIG_DIR", "BORG_CACHE_DIR")
+    own = {
+        "BORG_EXIT_CODES": "modern",
+        "BORG_HOST_ID": f"s3borgbackup-{runtime.run_id}",  # host names and PIDs repeat
+        "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
+        "BORG_DISPLAY_PASSPHRASE": "no",
+    }
+    if target.encryption == "none":
+        own["BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK"] = "yes"
+    names = (*folders, "BORG_KEYS_DIR", "BORG_SECURITY_DIR")
+    return minimal_environment(runtime.environ, names, **own)
+
+
+# What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
+BORG_HINTS = {
+    "PassphraseWrong": 'Correct TARGET_SECRETS "{name}"."borg_passphrase".',
+    "LockTimeout": "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path}",
+    "LockErrorT": "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path}",
+    "Repository.InvalidRepository": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
+    "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
+    " /cache and /config/borg/security.",
+    "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
+    " remove /cache and /config/borg/security.",
+    "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
+    "RepoKeyNotFoundError": "Import your exported key: backup.py mount target-{name}"
+    " && borg key import {path} FILE",
+}
+
+
+class BorgLog:
+    """Reads borg's JSON log lines.
+
+    Shows progress, warnings and errors, and keeps what decides on the result.
+    """
+
+    def __init__(self, name: str, console: Console) -> None:
+        """Nothing was read yet."""
+        self.errors: list[tuple[str, str]] = []  # message id, message
+        self.warnings = 0
+        self.io_errors = 0
+        self.infos: list[str] = []
+        self._name, self._console = name, console
+
+    def feed(self, line: str) -> None:
+        """Takes one line."""
+        try:
+            entry = json.loads(line)
+            kind = entry["type"]
+        except (ValueError, KeyError, TypeError):
+            self._take("ERROR", "", line)
+            return
+        if kind == "archive_progress" and not entry.get("finished"):
+            self._console.progress(
+                self._name,
+                f"{count(entry['nfiles'], 'object')}, {size(entry['original_size'])}: {entry['path']}",
+            )
+        elif kind in ("progress_message", "progress_percent") and entry.get("message"):
+            self._console.progress(self._name, entry["message"])
+        elif kind == "log_message":
+            self._take(entry.get("levelname", "ERROR"), entry.get("msgid", ""), entry.get("message", ""))
+
+    def _take(self, level: str, msgid: str, message: str) -> None:
+        text = message.strip()
+        if not text:
+            return
+        if "hardlinks not supported" in text:
+            self._console.info(
+                self._name,
+                "borg notes that S3 has no hard links when it saves its config: expected, harmless",
+            )
+        elif "you will need both KEY AND PASSPHRASE" in text:
+            self._console.info(
+                self._name,
+                "keep the passphrase and a copy of the key (`borg key export`) in a safe place",
+            )
+        elif level in ("ERROR", "CRITICAL"):
+            self.errors.append((msgid, text))
+            self._console.error(self._name, f"borg: {text}")
+        elif level == "WARNING":
+            self.warnings += 1
+            self.io_errors += msgid in IO_ERRORS
+            self._console.warning(self._name, f"borg: {text}")
+        else:
+            self.infos.append(text)
+            self._console.debug(self._name, f"borg: {text}")
+
+
+@dataclass(frozen=True)
+class BorgResult:
+    """How a borg command went."""
+
+    verdict: Verdict
+    output: str
+    log: BorgLog
+
+
+class Borg:
+    """Runs borg on one target's repository, which has to be mounted at `repository`."""
+
+    def __init__(self, runtime: Runtime, target: Target, repository: Path) -> None:
+        """Runs nothing yet."""
+        self._runtime, self._target, self._repository = runtime, target, repository
+
+    def run(self, arguments: Sequence[str]) -> BorgResult:
+        """Runs one command to its end. Raises BackupError when it fails, Stopped on a stop signal."""
+        runtime, name = self._runtime, self._target.store.name
+        command, *rest = arguments
+        argv = ["borg", command, "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
+        log, output = BorgLog(name, runtime.console), []
+        runtime.console.debug(name, shlex.join(argv))
+        runtime.stop.check()
+        with passphrase_pipe(self._target.passphrase) as fd:
+            env = {**borg_environment(runtime, self._target), "BORG_PASSPHRASE_FD": str(fd)}
+            child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
+        code = run_to_end(child, runtime.stop)
+        result = BorgResult(verdict(code), "\n".join(output), log)
+        if result.verdict is Verdict.FAILURE or log.io_errors:
+            raise self._failure(command, code, log)
+        return result
+
+    def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
+        """The error for a failed command, in borg's own words."""
+        name, path = self._target.name, self._repository
+        if log.io_errors or code == IO_ERROR_CODE:
+            return BackupError(
+                f"{self._target.store.name}: {count(log.io_errors or 1, 'object')} of the source could not be"
+                " read (named above)",
+                "The archive holds the others. Run it again; if it stays so, look at those objects.",
+            )
+        msgid, words = log.errors[0] if log.errors else ("", f"it ended with {code}")
+        hint = BORG_HINTS.get(msgid, "").format(name=name, path=shlex.quote(str(path)))
+        owner = f" (held by {self._lock_owner()})" if msgid.startswith("Lock") else ""
+        return BackupError(
+            f"{self._target.store.name}: borg {command}: {words.splitlines()[-1]}{owner}", hint
+        )
+
+    def _lock_owner(self) -> str:
+        """Who holds the repository's lock, as borg writes it: host.pid-thread."""
+        try:
+            names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(self._repository / "lock.exclusive"))
+        except (OSError, BackupError):
+            names = []
+        return ", ".join(names) or "a shared lock: see lock.roster"
+
+
+@contextlib.contextmanager
+def passphrase_pipe(passphrase: str) -> Iterator[int]:
+    """A file descriptor from which the passphrase can be read once."""
+    reading, writing = os.pipe()
+    try:
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(passphrase.encode())  # a pipe takes 64 KiB without a reader
+        yield reading
+    finally:
+        os.close(reading)
+
+
+def encryption_mistake(target: Target, actual: str) -> BackupError | None:
+    """The error when an existing repository's mode is not what the configuration promises, else None."""
+    plain = ("none", "authenticated", "authenticated-blake2")
+    if actual == target.encryption or not (target.must_match or actual in plain):
+        return None
+    return BackupError(
+        f"{target.store.name}: the repository's encryption mode is {actual},"
+        f" the configuration asks for {target.encryption}",
+        f'Set TARGETS "{target.name}"."encryption" to {actual}, or use a new path.',
+    )
+
+
+def size(number: float) -> str:
+    """Bytes in a form for people, with decimal units as borg and S3 bills have them."""
+    unit, *larger = ("B", "kB", "MB", "GB", "TB", "PB")
+    while abs(number) >= 999.5 and larger:
+        number, unit = number / 1000, larger.pop(0)
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 object`, `2,002 objects`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# --------------------------------------------------------------------------------------------------- Backup
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What S3 says about a store before anything is mounted."""
+
+    region: str
+    keys: tuple[S3Object, ...]  # the first page of its listing
+    complete: bool  # that page is all there is
+
+    def repository_state(self, store: Store) -> RepositoryState:
+        """Whether a borg repository lies in the store."""
+        return repository_state(
+            {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
+        )
+
+
+class RepositoryState(enum.Enum):
+    """What lies where a repository is expected."""
+
+    EMPTY = "nothing"
+    READY = "a repository"
+    UNFINISHED = "what an interrupted `borg init` left"
+    FOREIGN = "other objects"
+
+
+UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
+
+
+def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryState:
+    """The state from the names and sizes at the beginning of a listing.
+
+    `borg init` writes README, config, the first segments, and last an index. Until there is an index,
+    nothing can have been archived, so what is small and has only borg's own names may be made anew.
+    """
+    names = {name for name in sizes if name}
+    if not names:
+        return RepositoryState.EMPTY
+    if "config" in names and (not complete or any(name.startswith("index.") for name in names)):
+        return RepositoryState.READY
+    own = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*|data/0/?")
+    if complete and all(own.fullmatch(name) for name in names) and sum(sizes.values()) < UNFINISHED_MAX_BYTES:
+        return RepositoryState.UNFINISHED
+    return RepositoryState.READY if "config" in names else RepositoryState.FOREIGN
+
+
+def examine(client: S3Client, write: bool) -> Preflight:
+    """Lists a store, reads from it and, with `write`, writes, reads back and deletes an object.
+
+    Raises S3Error naming what is refused.
+    """
+    store = client.store
+    entries, more = client.list_page(store.key_prefix)
+    readable = next((entry for entry in entries if not entry.key.endswith("/")), None)
+    if readable:
+        with contextlib.suppress(ArchivedObject):
+            probe_read(client, readable)
+    if write:
+        probe_write(client)
+    return Preflight(client.region, tuple(entries), not more)
+
+
+class ArchivedObject(Exception):
+    """An object in cold storage: it cannot be read now, and says nothing about the others."""
+
+
+def probe_read(client: S3Client, entry: S3Object) -> None:
+    """Reads the first byte of an object.
+
+    Raises S3Error; ArchivedObject where only this object is out of reach.
+    """
+    try:
+        client.get(entry.key, first_byte_only=entry.size_bytes > 0)
+    except S3Error as error:
+        if error.code == "InvalidObjectState":
+            raise ArchivedObject from error
+        if error.status != 404:  # deleted since the listing
+            raise
+
+
+def probe_write(client: S3Client) -> None:
+    """Writes a small object below the store's prefix, reads it back and deletes it."""
+    key, body = (
+        f"{client.store.key_prefix}.s3borgbackup-probe-{secrets.token_hex(6)}",
+        secrets.token_bytes(16),
+    )
+    client.put(key, body)
+    try:
+        if client.get(key) != body:
+            raise S3Error(
+                f"{client.store.name}: an object that was just written reads back differently",
+                "",
+                200,
+                "Stale",
+            )
+    finally:
+        client.delete(key)
+
+
+@dataclass
+class Outcome:
+    """How it went with one target."""
+
+    target: Target
+    verdict: Verdict = Verdict.OK
+    reason: str = ""
+    archive: str = ""
+    objects: int = 0
+    archived_bytes: int = 0
+    stored_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: BorgResult) -> None:
+        """Takes a command's warnings into account."""
+        if result.verdict is Verdict.WARNING:
+            self.verdict = Verdict.WARNING
+
+
+def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
+    """One backup of the source to `targets`; prints what happens and returns the exit code.
+
+    Raises BackupError when no target could even be tried, Stopped on a stop signal, after everything is
+    undone.
+    """
+    runtime.console.info(
+        "run", f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
+    )
+    outcomes = [Outcome(target) for target in targets]
+    try:
+        checks = preflight(runtime, targets)
+        source = checks.pop(0)
+        if isinstance(source, BackupError):
+            raise source
+        with mounted(runtime, runtime.settings.source, source.region, read_only=True) as source_mount:
+            for outcome, check in zip(outcomes, checks, strict=True):
+                attempt(runtime, outcome, check, source_mount, source)
+    except BackupError as error:
+        for outcome in outcomes:
+            if not outcome.seconds:
+                outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
+        runtime.console.plain(summary(outcomes))
+        raise error
+    runtime.console.plain(summary(outcomes))
+    return overall(outcomes)
+
+
+def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
+    """Examines the source and all targets at the same time; the source's result is the first."""
+    clients = [S3Client(runtime.settings.source), *(S3Client(target.store) for target in targets)]
+    checks = [
+        lambda client=client: examine(client, write=client.store.target is not None) for client in clients
+    ]
+    results = side_by_side(checks)
+    runtime.stop.check()
+    return results
+
+
+def attempt(
+    runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source_mount: Mount, source: Preflight
+) -> None:
+    """Backs up to one target; a failure becomes its outcome, so that the others go on."""
+    start, name = time.monotonic(), outcome.target.store.name
+    try:
+        if isinstance(check, BackupError):
+            raise check
+        backup_target(runtime, outcome, check, source_mount, source)
+    except Stopped:
+        outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
+        raise
+    except BackupError as error:
+        outcome.verdict, outcome.reason = Verdict.FAILURE, str(error)
+        runtime.console.error(name, str(error))
+    finally:
+        outcome.seconds = time.monotonic() - start
+
+
+def backup_target(
+    runtime: Runtime, outcome: Outcome, check: Preflight, source_mount: Mount, source: Preflight
+) -> None:
+    """Mounts a target, backs up, prunes, compacts and unmounts. Fills in `outcome`; raises BackupError."""
+    target, label = outcome.target, runtime.settings.label
+    state = prepare_repository(runtime, target, check)
+    with mounted(runtime, target.store, check.region, read_only=False) as mount:
+        warm_up(runtime, mount)
+        borg = Borg(runtime, target, mount.path)
+        if state is RepositoryState.EMPTY:
+            runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+            borg.run(borg_init(target, mount.path))
+        else:
+            check_encryption(target, borg.run(borg_newest(mount.path)))
+        runtime.console.info(target.store.name, "borg create begins")
+        created = borg.run(borg_create(target, label, mount.path, source_mount.path))
+        source_mount.check_alive()
+        outcome.add(created)
+        record_archive(runtime, outcome, created, source)
+        if target.prune and outcome.objects:
+            prune_and_compact(runtime, outcome, borg, mount)
+        mount.check_alive()
+    runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
+
+
+def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> RepositoryState:
+    """Decides whether a repository must be made; removes what an interrupted init left.
+
+    Raises BackupError.
+    """
+    state = check.repository_state(target.store)
+    if state is RepositoryState.FOREIGN:
+        first = check.keys[0].key
+        raise BackupError(
+            f"{target.store.name}: {target.store.location} holds other objects"
+            f" (such as {first!r}) and no borg repository",
+            f"Point {target.store.setting('path')} at an empty place, such as {target.store.bucket}:borg.",
+        )
+    if state is RepositoryState.UNFINISHED:
+        runtime.console.warning(
+            target.store.name, f"{state.value} is removed: {len(check.keys)} small objects"
+        )
+        client = S3Client(target.store)
+        for entry in check.keys:
+            client.delete(entry.key)
+        return RepositoryState.EMPTY
+    return state
+
+
+def check_encryption(target: Target, listed: BorgResult) -> None:
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
+    if mistake := encryption_mistake(target, json.loads(listed.output)["encryption"]["mode"]):
+        raise mistake
+
+
+def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, source: Preflight) -> None:
+    """Takes borg's statistics into `outcome` and prints them.
+
+    Raises BackupError for a suspiciously empty archive.
+    """
+    archive = json.loads(created.output)["archive"]
+    stats, name = archive["stats"], outcome.target.store.name
+    outcome.archive, outcome.objects = archive["name"], stats["nfiles"]
+    outcome.archived_bytes, outcome.stored_bytes = stats["original_size"], stats["deduplicated_size"]
+    runtime.console.info(
+        name,
+        f"archive {outcome.archive}: {count(outcome.objects, 'object')}, {size(outcome.archived_bytes)},"
+        f" {size(stats['compressed_size'])} compressed, {size(outcome.stored_bytes)} new in the repository",
+    )
+    if outcome.objects:
+        return
+    if any(not entry.key.endswith("/") for entry in source.keys):
+        raise BackupError(
+            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
+            "Run it again; nothing was pruned.",
+        )
+    outcome.verdict = Verdict.WARNING
+    outcome.reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
+    runtime.console.warning(name, outcome.reason)
+
+
+def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount) -> None:
+    """Prunes this label's archives and frees their space where asked."""
+    target = outcome.target
+    pruned = borg.run(borg_prune(target, runtime.settings.label, mount.path))
+    outcome.add(pruned)
+    gone = sum(line.startswith("Pruning archive") for line in pruned.log.infos)
+    kept = sum(line.startswith("Keeping archive") for line in pruned.log.infos)
+    runtime.console.info(target.store.name, f"pruned {count(gone, 'archive')}, kept {kept:,}")
+    if target.compact_percent is None:
+        return
+    compacted = borg.run(borg_compact(target, mount.path))
+    outcome.add(compacted)
+    for line in compacted.log.infos:
+        if line.startswith("compaction freed"):
+            runtime.console.info(target.store.name, line)
+
+
+def overall(outcomes: Sequence[Outcome]) -> int:
+    """The run's exit code."""
+    verdicts = {outcome.verdict for outcome in outcomes}
+    if Verdict.FAILURE in verdicts:
+        return EXIT_FAILURE
+    return EXIT_WARNINGS if Verdict.WARNING in verdicts else EXIT_OK
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The table at a run's end."""
+    rows = [("target", "result", "objects", "archived", "new stored", "duration", "archive")]
+    rows += [
+        (
+            outcome.target.name,
+            outcome.verdict.value,
+            f"{outcome.objects:,}",
+            size(outcome.archived_bytes),
+            size(outcome.stored_bytes),
+            duration(outcome.seconds),
+            outcome.archive or "-",
+        )
+        for outcome in outcomes
+    ]
+    reasons = [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+    return "\n".join([*table(rows), *reasons])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def check_config(runtime: Runtime) -> int:
+    """Asks every store whether it is usable and prints a table.
+
+    Changes nothing but a probe that it deletes again.
+    """
+    settings = runtime.settings
+    results = preflight(runtime, settings.targets)
+    rows = [("store", "location", "endpoint", "region", "access", "result")]
+    for store, result in zip(settings.stores, results, strict=True):
+        access = "list, read" if store.target is None else "list, read, write, delete"
+        if isinstance(result, BackupError):
+            rows.append((store.name, store.location, store.endpoint, store.region or "-", "-", "failed"))
+        else:
+            rows.append(
+                (store.name, store.location, store.endpoint, result.region, access, describe(store, result))
+            )
+    runtime.console.plain("\n".join(table(rows)))
+    failures = [result for result in results if isinstance(result, BackupError)]
+    for failure in failures:
+        runtime.console.error("check-config", str(failure))
+    return EXIT_FAILURE if failures else EXIT_OK
+
+
+def describe(store: Store, result: Preflight) -> str:
+    """What a usable store holds, in a few words."""
+    if store.target is not None:
+        return f"ok, holds {result.repository_state(store).value}"
+    return f"ok, {count(len(result.keys), 'object')}{'' if result.complete else ' or more'}"
+
+
+# ---------------------------------------------------------------------------------------------- Manual mode
+
+# `backup.py mount` returns while its mount lives on. A keeper process, in a session of its own, is tigrisfs's
+# parent: it reads the log and sees the end. It holds a lock on its state file for as long as it lives, which,
+# unlike a process id, cannot be mistaken, and writes its exit code there at the end.
+
+READY_LINE = "the mount is ready"
+
+
+def state_file(runtime: Runtime, store: Store) -> Path:
+    """Where the keeper of a store's mount says that it is there."""
+    folder = Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise BackupError(f"{folder} belongs to somebody else", "Remove it, or set TMPDIR.")
+    digest = hashlib.sha256(str(runtime.settings.mount_point(store)).encode()).hexdigest()[:16]
+    return folder / f"{digest}.mount"
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """The file, locked; None when somebody else holds the lock. The lock ends with the file's closing."""
+    stream = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
+    return stream
+
+
+def keeper_is_alive(runtime: Runtime, store: Store) -> bool:
+    """Whether a keeper holds the mount of `store`."""
+    stream = lock_file(state_file(runtime, store))
+    if stream:
+        stream.close()
+    return stream is None
+
+
+def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
+    """Mounts `store` so that it lives on after this command; returns when it is usable."""
+    path = runtime.settings.mount_point(store)
+    if keeper_is_alive(runtime, store):
+        runtime.console.info(store.name, f"is mounted at {path} already")
+        return EXIT_OK
+    ready, lines = threading.Event(), []
+
+    def show(line: str) -> None:
+        if READY_LINE in line:
+            ready.set()
+        elif not ready.is_set():
+            lines.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+    argv = [
+        sys.executable,
+        os.path.abspath(__file__),
+        KEEP_COMMAND,
+        store.name,
+        *(["--read-write"] if read_write else []),
+    ]
+    keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
+    deadline = time.monotonic() + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
+    while not ready.wait(POLL_SECONDS / 4):
+        if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
+            return code or EXIT_FAILURE
+        if runtime.stop.requested or time.monotonic() > deadline:
+            keeper.send(signal.SIGTERM)
+            keeper.wait(TERMINATE_SECONDS)
+            runtime.stop.check()
+            raise BackupError(f"{store.name}: cannot be mounted in time")
+    runtime.console.plain(advice(store, path, read_write))
+    return EXIT_OK
+
+
+def advice(store: Store, path: Path, read_write: bool) -> str:
+    """What to type next."""
+    quoted = shlex.quote(str(path))
+    if store.target is None:
+        how = "for reading and writing" if read_write else "read-only"
+        first = f"ls {quoted}"
+    else:
+        how, first = "for reading and writing", f"borg list {quoted}"
+    return (
+        f"{store.name} ({store.location}) is mounted {how} at {path}\n"
+        f"next:      {first}\n"
+        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
+    )
+
+
+def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
+    """The keeper's life: mounts, says so, and waits until somebody unmounts or a stop signal comes."""
+    path = state_file(runtime, store)
+    stream = lock_file(path)
+    if stream is None:
+        raise BackupError(f"{store.name}: another `backup.py mount` is at it")
+    with stream:
+        stream.truncate(0)
+        preflight_result = examine(S3Client(store), write=read_write)
+        try:
+            with mounted(runtime, store, preflight_result.region, read_only=not read_write) as mount:
+                if store.target is not None:
+                    warm_up(runtime, mount)
+                print(READY_LINE, flush=True)
+                detach_output(path.with_suffix(".log"))
+                while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+                    pass
+            code = EXIT_OK
+        except BackupError as error:
+            runtime.console.error(store.name, str(error))
+            code = error.exit_code
+        stream.write(str(code))
+        stream.flush()
+    return code
+
+
+def detach_output(log: Path) -> None:
+    """Sends all further output to a file, so that whoever reads ours sees its end."""
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    for fd in (1, 2):
+        os.dup2(log_fd, fd)
+    os.close(log_fd)
+
+
+def umount_manually(runtime: Runtime, store: Store) -> int:
+    """Unmounts what `mount_manually` mounted; returns when everything is uploaded."""
+    path, state = runtime.settings.mount_point(store), state_file(runtime, store)
+    alive, is_mounted = keeper_is_alive(runtime, store), str(path.resolve()) in mount_table()
+    if not alive and not is_mounted:
+        runtime.console.info(store.name, f"is not mounted at {path}")
+        return EXIT_OK
+    if is_mounted:
+        code, words = fusermount(runtime, path, lazy=not alive)
+        if code != 0:
+            raise BackupError(
+                f"{store.name}: {words}", f"Leave {path} (cd /), close what is open there and repeat."
+            )
+    deadline = time.monotonic() + FLUSH_SECONDS + BUSY_SECONDS
+    while (stream := lock_file(state)) is None:
+        runtime.stop.check()
+        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
+        if time.monotonic() > deadline:
+            raise BackupError(f"{store.name}: the upload did not end in time")
+        time.sleep(POLL_SECONDS / 4)
+    with stream:
+        stream.seek(0)
+        result = int(stream.read() or EXIT_FAILURE) if alive else EXIT_OK
+    log = state.with_suffix(".log")
+    if alive and log.exists():
+        print(log.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
+    runtime.console.info(store.name, f"is unmounted{', everything is uploaded' if result == EXIT_OK else ''}")
+    return result
+
+
+# --------------------------------------------------------------------------------------------- Command line
+
+KEEP_COMMAND = "_keep"
+COMMANDS = ("run", "mount", "umount", "check-config")
+
+HELP = """\
+Backs up an S3 bucket to one or more S3 buckets with BorgBackup.
+
+commands:
+  run [NAME...]         back up to all targets, or to the named ones (this is what no command at all does)
+  check-config          check the configuration and ask every store whether it is usable; changes nothing
+  mount NAME            mount `source` (read-only) or `target-<name>` below /data; returns when it is usable
+  umount NAME           unmount it; returns when everything is uploaded
+
+options:
+  mount source --read-write   mount the source so that objects can be restored into it
+  -h, --help                  this text
+  --version                   the version
+
+Configuration comes from environment variables; example.env and README.md explain each.
+Any other word that is a program is run in our place: `docker run -it ... s3borgbackup ash` gives a shell.
+
+examples:
+  docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
+      --security-opt apparmor:unconfined s3borgbackup check-config
+  backup.py mount target-first && borg list /data/target-first && backup.py umount target-first
+
+exit codes:
+  0 all well   1 finished with warnings   2 something failed   78 wrong configuration or usage
+  128+N stopped by signal N
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line."""
+
+    command: str
+    names: tuple[str, ...] = ()
+    read_write: bool = False
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The command line's meaning. Raises ConfigurationError with what is wrong."""
+    command, *words = argv or ["run"]
+    if command not in (*COMMANDS, KEEP_COMMAND):
+        raise ConfigurationError([f"unknown command {command!r}; {near(command, COMMANDS)} (see --help)"])
+    read_write = "--read-write" in words
+    names = tuple(word for word in words if word != "--read-write")
+    if unknown := [word for word in names if word.startswith("-")]:
+        raise ConfigurationError([f"unknown option {unknown[0]!r} (see --help)"])
+    if command in ("mount", "umount", KEEP_COMMAND) and len(names) != 1:
+        raise ConfigurationError([f"`{command}` takes one name: source or target-<name>"])
+    if command == "check-config" and names:
+        raise ConfigurationError(["`check-config` takes no names"])
+    if read_write and (command not in ("mount", KEEP_COMMAND)):
+        raise ConfigurationError(["`--read-write` goes with `mount source`"])
+    return Arguments(command, names, read_write)
+
+
+def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
+    """The targets with these names (all without names). Raises ConfigurationError for unknown ones."""
+    known = {target.name: target for target in settings.targets}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigurationError([f"there is no target {name!r}; {near(name, known)}" for name in unknown])
+    return [known[name] for name in dict.fromkeys(names)] if names else list(settings.targets)
+
+
+def chosen_store(settings: Settings, name: str) -> Store:
+    """The store called `source` or `target-NAME`. Raises ConfigurationError for any other name."""
+    known = {store.name: store for store in settings.stores}
+    if name not in known:
+        raise ConfigurationError([f"there is no store {name!r}; {near(name, known)}"])
+    return known[name]
+
+
+def dispatch(runtime: Runtime, arguments: Arguments) -> int:
+    """Runs a command and returns the exit code."""
+    settings = runtime.settings
+    if arguments.command == "run":
+        return run_backup(runtime, chosen_targets(settings, arguments.names))
+    if arguments.command == "check-config":
+        return check_config(runtime)
+    store = chosen_store(settings, arguments.names[0])
+    read_write = arguments.read_write or store.target is not None
+    if arguments.command == "mount":
+        return mount_manually(runtime, store, read_write)
+    if arguments.command == KEEP_COMMAND:
+        return keep_mounted(runtime, store, read_write)
+    return umount_manually(runtime, store)
+
+
+def replace_ourselves(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Becomes the program `argv` names, where there is one and it is no command of ours."""
+    if argv and not argv[0].startswith("-") and argv[0] not in (*COMMANDS, KEEP_COMMAND):
+        program = shutil.which(argv[0], path=environ.get("PATH"))
+        if program:
+            os.execve(program, list(argv), dict(environ))
+
+
+def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """As PID 1: runs ourselves as a child, passes signals on, reaps orphans, returns the child's exit code.
+
+    The kernel gives PID 1 no default signal actions, and every process whose parent has ended.
+    """
+    program = [sys.executable, os.path.abspath(__file__), *argv]
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # A process group of its own: Ctrl-C must reach it once, through us, not twice.
+    pid = os.posix_spawn(program[0], program, dict(environ), setpgroup=0, setsigmask=())
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda number, _frame: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == pid:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs the command line `argv`; prints errors, one a line, and returns the exit code."""
+    if argv[:1] in (["-h"], ["--help"], ["help"]):
+        print(HELP, end="")
+        return EXIT_OK
+    if argv[:1] == ["--version"]:
+        print(f"s3borgbackup {VERSION}")
+        return EXIT_OK
+    replace_ourselves(argv, environ)
+    if os.getpid() == 1:
+        return be_init(argv, environ)
+    console = Console(debug=False)
+    stop = Stop()
+    stop.install()
+    try:
+        arguments = parse_arguments(argv)
+        settings = load_settings(environ)
+        console.debug_is_shown = settings.debug
+        return dispatch(Runtime(settings, environ, console, stop), arguments)
+    except ConfigurationError as error:
+        for mistake in error.mistakes:
+            console.error("configuration", mistake)
+        return error.exit_code
+    except BackupError as error:
+        console.error("run", str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    code = main(sys.argv[1:], os.environ)
+    sys.stdout.flush()
+    os._exit(code)  # a thread that hangs in a read of a dead mount must not keep us
