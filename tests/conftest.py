@@ -1,0 +1,138 @@
+"""A sealed environment, real servers, fresh buckets, and the proof that each test left nothing behind."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import Bucket, leftovers, mounted, remove_leftovers, seal_environment
+from servers import Moto, SeaweedFS, Server
+
+seal_environment()
+
+NO_SKIP = "S3BORGBACKUP_NO_SKIP"
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test and say why; where nothing may be skipped (CI), fail instead."""
+    if os.environ.get(NO_SKIP):
+        pytest.fail(f"{reason} ({NO_SKIP} is set, so this is not skipped)")
+    pytest.skip(reason)
+
+
+# ---------------------------------------------------------------------------------------- Servers and buckets
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """One SeaweedFS for all tests. A test that stops it starts one of its own instead."""
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moto]:
+    """One Moto for all tests that need keys that SeaweedFS does not keep."""
+    with Moto(tmp_path_factory.mktemp("moto")) as running:
+        yield running
+
+
+@pytest.fixture
+def new_bucket(request: pytest.FixtureRequest, server: SeaweedFS) -> Iterator[Callable[..., Bucket]]:
+    """`new_bucket("first")` makes an empty bucket with a name of its own; `on=…` on another server.
+
+    When the test ends no bucket may hold a borg lock, unless the test is marked `leaves_lock`; a bucket made
+    as "source" may hold anything.
+    """
+    made: list[Bucket] = []
+
+    def make(purpose: str = "bucket", *, on: Server | None = None) -> Bucket:
+        made.append(Bucket(on or server, f"{purpose}-{uuid.uuid4().hex[:12]}").create())
+        return made[-1]
+
+    yield make
+    # A server of the test's own may be gone by now.
+    running = [bucket for bucket in made if bucket.server.process]
+    held = [
+        f"{bucket.name}: {key}"
+        for bucket in running
+        if not bucket.name.startswith("source-")
+        for key in bucket.locks()
+    ]
+    for bucket in running:
+        if bucket.server is server:
+            # With its objects; the disk space is free again.
+            bucket.client.delete_bucket(Bucket=bucket.name)
+    if held and not request.node.get_closest_marker("leaves_lock"):
+        pytest.fail("the test left locks:\n" + "\n".join(held))
+
+
+@pytest.fixture
+def source(new_bucket: Callable[..., Bucket]) -> Bucket:
+    """An empty bucket to back up."""
+    return new_bucket("source")
+
+
+@pytest.fixture
+def target(new_bucket: Callable[..., Bucket]) -> Bucket:
+    """An empty bucket to back up to."""
+    return new_bucket("target")
+
+
+# ------------------------------------------------------------------------- What a test needs from the machine
+
+
+def _why_no_fuse(bucket: Bucket, folder: Path) -> str:
+    """The reason why buckets cannot be mounted here; empty when they can."""
+    for tool in ("fusermount3", "tigrisfs"):
+        if not shutil.which(tool):
+            return f"{tool} is not on the PATH"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        return f"/dev/fuse cannot be opened: {error.strerror}"
+    try:
+        with mounted(bucket, folder):
+            return ""
+    except AssertionError as error:
+        return f"FUSE cannot mount here: {str(error)[-500:]}"
+
+
+@pytest.fixture(scope="session")
+def fuse_problem(server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tried once: why FUSE does not work, or an empty text."""
+    bucket = Bucket(server, "fuse-trial").create()
+    return _why_no_fuse(bucket, tmp_path_factory.mktemp("fuse"))
+
+
+@pytest.fixture
+def needs_fuse(fuse_problem: str) -> None:
+    """For tests that mount: `pytestmark = pytest.mark.usefixtures("needs_fuse")`."""
+    if fuse_problem:
+        skip_or_fail(f"no FUSE: {fuse_problem}")
+
+
+# ------------------------------------------------------------------------------------- Nothing is left behind
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """After every test: no mount below its folder, no process with the folder in arguments or environment."""
+    yield
+    found = leftovers(tmp_path)
+    if found:
+        remove_leftovers(tmp_path)
+        pytest.fail("the test left behind:\n" + "\n".join(found))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the end of the servers' logs with a test that failed."""
+    report = yield
+    servers = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Server)]
+    if report.failed:
+        report.sections += [(f"{server.name}'s log", server.log_tail(15)) for server in servers]
+    return report

@@ -1,0 +1,370 @@
+"""Real S3 servers for tests, demo and benchmark: started on free loopback ports, ended for certain.
+
+`SeaweedFS` is the server that all promises are tested against: it checks signatures and permissions and
+enforces conditional writes. `Moto` keeps any key that S3 allows (SeaweedFS refuses or changes some), but
+checks neither signatures nor permissions.
+
+How SeaweedFS 4.48 answers, seen with the settings below:
+- Unknown access key: 403 `InvalidAccessKeyId`. Wrong secret: 403 `SignatureDoesNotMatch`. No signature: 403
+  `AccessDenied`. Answers to HEAD have no body, hence only the status (403, 404).
+- Missing bucket: 404 `NoSuchBucket` for reading and for writing, but 403 `AccessDenied` for who may not do
+  that at all (a reader's PUT, an identity limited to another bucket). Missing object: 404 `NoSuchKey`;
+  deleting it: 204.
+- PUT or DELETE by a reader, and anything outside the one bucket of a limited identity: 403 `AccessDenied`.
+- `If-None-Match: *` and `If-Match` are enforced for PUT, `If-Match` for DELETE, with 412 `PreconditionFailed`
+  (also `If-Match` on a missing object, where AWS says 404). Of 8 writers at once exactly one wins, in 40 of
+  40 races for either header. Such a race can take 3 s (for a lock); alone, a conditional PUT takes 3 ms.
+- Any region is accepted, and `GET ?location` gives an empty one. Responses have a `Date` header.
+- Keys: `x//y` is stored as `x/y`, a leading backslash is dropped; `.` and `..` as a part of the path: 400
+  `InvalidRequest`; a part of over 255 bytes: `KeyTooLongError`; an object `trail/` loses its content. `a`
+  beside `a/b` is kept. A listing is sorted folder by folder (`a/b` before `a b`), not by the keys' bytes.
+- A bucket with objects can be deleted (AWS: `BucketNotEmpty`).
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+START_TIMEOUT_SECONDS = 30
+POLL_SECONDS = 0.05
+
+# Below Linux's range for outgoing connections (32768 and up), so that no connection can sit on a server's
+# port while the server is stopped.
+PORTS = range(10_000, 32_000)
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who may do what: S3 credentials, and the bucket they are limited to (None: all buckets)."""
+
+    access_key_id: str
+    secret_access_key: str
+    actions: tuple[str, ...]
+    bucket: str | None = None
+
+    def as_seaweedfs(self) -> dict[str, Any]:
+        """The entry of SeaweedFS's `-s3.config` file for this identity."""
+        suffix = f":{self.bucket}" if self.bucket else ""
+        return {
+            "name": self.access_key_id,
+            "credentials": [{"accessKey": self.access_key_id, "secretKey": self.secret_access_key}],
+            "actions": [action + suffix for action in self.actions],
+        }
+
+
+ADMIN = Identity("admin-key", "admin-secret-3f9c1d", ("Admin", "Read", "List", "Tagging", "Write"))
+READER = Identity("reader-key", "reader-secret-8a20b7", ("Read", "List"))
+WRITER = Identity("writer-key", "writer-secret-c45e96", ("Read", "List", "Tagging", "Write"))
+
+
+class ServerError(RuntimeError):
+    """A server did not start; the message ends with the last lines of its log."""
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: have the kernel kill this child when the thread that started it ends.
+
+    So a server does not outlive tests that were killed. It is the starting *thread* that counts: start
+    servers from the main thread.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def terminate_with_parent() -> None:
+    """The same by SIGTERM, for a program that has something to put in order at its end."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different loopback TCP ports on which nothing listens at the moment."""
+    with contextlib.ExitStack() as sockets:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = sockets.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                port = random.choice(PORTS)
+                probe.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
+
+
+class Server:
+    """A server process with its data and its log in one folder; a `with` block starts and stops it."""
+
+    name = "server"
+    port_count = 1
+
+    def __init__(self, directory: Path | None = None) -> None:
+        """`directory` keeps data and log; without one a temporary folder is used and removed."""
+        self._owns_directory = directory is None
+        self.directory = (
+            Path(tempfile.mkdtemp(prefix="s3borgbackup-server-")) if directory is None else directory
+        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log_path = self.directory / f"{self.name}.log"
+        self.ports: list[int] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """The S3 endpoint's URL; the same after a restart."""
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def command(self) -> Sequence[str | Path]:
+        """The command line that runs the server in the foreground on `self.ports`."""
+        raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        """The whole environment of the server: nothing of the user's own S3 settings."""
+        return {"PATH": os.environ["PATH"], "HOME": str(self.directory)}
+
+    def answers(self) -> bool:
+        """Whether requests would succeed now."""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Start, or start again on the same ports with the same data, and wait until requests succeed.
+
+        Raises ServerError when the server ends or does not answer in time.
+        """
+        chosen_before = bool(self.ports)
+        for attempts_left in (2, 1, 0):
+            if not chosen_before:
+                self.ports = free_ports(self.port_count)
+            try:
+                self._start_once()
+                return self
+            except ServerError:
+                self.stop()
+                # Somebody may have taken a port between our look and the server's start.
+                if chosen_before or not attempts_left or "address already in use" not in self.log_tail():
+                    raise
+        raise AssertionError("unreachable")
+
+    def _start_once(self) -> None:
+        if not shutil.which(str(self.command()[0])):
+            raise ServerError(
+                f"{self.command()[0]} is not on the PATH; tests/setup installs it, tests/run uses it"
+            )
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(part) for part in self.command()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self.environment()),
+                cwd=self.directory,
+                # A session of its own, so that Ctrl-C reaches the tests first and they can still use it.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not self.answers():
+            if self.process.poll() is not None:
+                raise ServerError(f"{self.name} ended with {self.process.returncode}:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.name} does not answer:\n{self.log_tail()}")
+            time.sleep(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Kill the server; what it acknowledged stays in `directory`. Stopping twice is fine.
+
+        SIGKILL, because SeaweedFS needs minutes for an orderly end, and because a crash is what clients must
+        survive. Nothing is lost by it: what was written is in the kernel's hands.
+        """
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def pause(self) -> None:
+        """Let the server hang: connections are accepted by the kernel, no request is answered."""
+        assert self.process, "not running"
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        assert self.process, "not running"
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Stop, and remove the folder if it was a temporary one of ours."""
+        self.stop()
+        if self._owns_directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def log_tail(self, line_count: int = 40) -> str:
+        """The last lines of the server's log."""
+        if not self.log_path.exists():
+            return ""
+        # Killed processes leave NUL bytes where memory-mapped or preallocated output was cut short.
+        text = self.log_path.read_bytes().replace(b"\0", b"").decode(errors="replace")
+        return "\n".join(text.splitlines()[-line_count:])
+
+    def client(self, identity: Identity = ADMIN) -> Any:
+        """A boto3 S3 client: path style, signature version 4, one try, short deadlines."""
+        return s3_client(self.endpoint, identity)
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SeaweedFS(Server):
+    """SeaweedFS's master, volume server, filer and S3 gateway in one process (`weed server`).
+
+    Up in 2.3 s (it sleeps for two of them), with 130 MB of memory. Each bucket is a collection with a volume
+    of its own, so the first object of a bucket takes 0.2 s; 50 buckets with an object each take 1 MB.
+    """
+
+    name = "seaweedfs"
+    port_count = 8
+
+    def __init__(self, directory: Path | None = None) -> None:
+        super().__init__(directory)
+        self.identities = [ADMIN, READER, WRITER]
+        self._config_path = self.directory / "identities.json"
+        self._write_identities()
+
+    def command(self) -> Sequence[str | Path]:
+        s3, s3_grpc, filer, filer_grpc, master, master_grpc, volume, volume_grpc = self.ports
+        data = self.directory / "data"
+        data.mkdir(exist_ok=True)
+        return (
+            *("weed", "-logtostderr", "server", f"-dir={data}"),
+            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.peers=none"),
+            *("-master.telemetry=false", "-master.volumeSizeLimitMB=1024"),
+            *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
+            # Volumes are not preallocated: the number costs nothing, and each bucket takes at least one.
+            *("-volume.max=10000", "-volume.minFreeSpace=100MiB"),
+            *("-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
+            f"-filer.localSocket={self._socket('filer')}",
+            *("-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={self._config_path}"),
+            f"-s3.localSocket={self._socket('s3')}",
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
+            # By default a write of an admin makes the missing bucket, where S3 says NoSuchBucket.
+            "-s3.autoCreateBucket=false",
+        )
+
+    def environment(self) -> Mapping[str, str]:
+        # One new volume a bucket (default 7): growing is most of the time that a bucket's first write takes.
+        return {**super().environment(), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+
+    def answers(self) -> bool:
+        try:
+            self.client().list_buckets()
+            return self._has_volume_server()
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError):
+            return False
+
+    def _has_volume_server(self) -> bool:
+        """Without one, listing works already and every write fails."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[4]}/dir/status", timeout=5) as response:
+            return json.load(response)["Topology"]["Max"] > 0
+
+    def stop(self) -> None:
+        super().stop()
+        # Sockets for short cuts between its parts, which it leaves behind when killed.
+        for port in self.ports:
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink(missing_ok=True)
+        for part in ("filer", "s3"):
+            self._socket(part).unlink(missing_ok=True)
+
+    def _socket(self, part: str) -> Path:
+        # Not in `directory`: a socket's path has at most 107 bytes.
+        return Path(f"/tmp/seaweedfs-{part}-{self.ports[0]}.sock")
+
+    def add_identity(self, identity: Identity) -> Identity:
+        """Make another identity known to the running server; returns when its credentials are accepted."""
+        self.identities.append(identity)
+        self._write_identities()
+        assert self.process, "not running"
+        self.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not self._knows(identity):
+            if time.monotonic() > deadline:
+                raise ServerError(f"SeaweedFS does not accept a new identity:\n{self.log_tail()}")
+            time.sleep(POLL_SECONDS)
+        return identity
+
+    def _knows(self, identity: Identity) -> bool:
+        try:
+            self.client(identity).list_buckets()
+            return True
+        except botocore.exceptions.ClientError as error:
+            return error.response["Error"]["Code"] != "InvalidAccessKeyId"
+
+    def _write_identities(self) -> None:
+        entries = [identity.as_seaweedfs() for identity in self.identities]
+        self._config_path.write_text(json.dumps({"identities": entries}))
+
+
+class Moto(Server):
+    """`moto_server`: keeps everything in memory, accepts any credentials, takes any key."""
+
+    name = "moto"
+
+    def command(self) -> Sequence[str | Path]:
+        return ("moto_server", "-H", "127.0.0.1", "-p", str(self.ports[0]))
+
+    def answers(self) -> bool:
+        try:
+            self.client().list_buckets()
+            return True
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            return False
+
+
+@functools.cache
+def s3_client(endpoint: str, identity: Identity) -> Any:
+    """A boto3 S3 client that does what it is told: no retries, no proxies; safe to use in several threads."""
+    config = botocore.config.Config(
+        signature_version="s3v4",
+        s3={"addressing_style": "path"},
+        retries={"total_max_attempts": 1},
+        connect_timeout=5,
+        read_timeout=30,
+        max_pool_connections=32,
+        proxies={},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    session = boto3.session.Session(
+        aws_access_key_id=identity.access_key_id,
+        aws_secret_access_key=identity.secret_access_key,
+        region_name="us-east-1",
+    )
+    return session.client("s3", endpoint_url=endpoint, config=config)
