@@ -48,6 +48,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 from collections import deque
@@ -76,7 +77,8 @@ FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LOCK_WAIT_SECONDS = 10  # how long borg waits for a lock that somebody else holds
 
-S3_TIMEOUT_SECONDS = 20  # for one connection attempt, or one read from a connection
+CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
+ANSWER_TIMEOUT_SECONDS = 30  # for one read from a connection: some servers take long to list
 CONNECT_PATIENCE_SECONDS = (
     8  # how long connection errors are retried: a wrong endpoint is to be told in seconds
 )
@@ -286,9 +288,8 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
     return values
 
 
-UNREADABLE = (
-    "\0"  # stands for a value whose file could not be read: that is reported once, not again as missing
-)
+# Stands for a value whose file could not be read: that is reported once, and not again as missing.
+UNREADABLE = "\0"
 
 
 def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
@@ -872,13 +873,16 @@ class S3Client:
         )
 
     def _connection(self) -> http.client.HTTPConnection:
-        """This thread's connection; http.client opens it again by itself after a close."""
+        """This thread's connection, opened again where it was closed."""
         if not hasattr(self._local, "connection"):
             kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-            self._local.connection = kind(
-                self._url.hostname or "", self._url.port, timeout=S3_TIMEOUT_SECONDS
-            )
-        return self._local.connection
+            self._local.connection = kind(self._url.hostname or "", self._url.port)
+        connection = self._local.connection
+        if connection.sock is None:
+            connection.timeout = CONNECT_TIMEOUT_SECONDS
+            connection.connect()
+            connection.sock.settimeout(ANSWER_TIMEOUT_SECONDS)
+        return connection
 
     def _learn_region(self, answer: Answer) -> bool:
         """Takes over the region that the server names in a refusal; False when that is nothing new."""
@@ -1167,11 +1171,8 @@ def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> 
     return code, " ".join(lines)
 
 
-def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
-    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
-
-    Raises BackupError after `seconds`, Stopped on a stop signal; the thread is then left to itself.
-    """
+def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
+    """Runs `function` in a thread that nobody waits for at exit: it may hang in a system call for ever."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def work() -> None:
@@ -1181,26 +1182,36 @@ def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    deadline = time.monotonic() + seconds
+    return future
+
+
+def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
+    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
+
+    Raises BackupError after `seconds`, Stopped on a stop signal; the thread is then left to itself.
+    """
+    future, deadline = in_background(function), time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(concurrent.futures.TimeoutError):
-            return future.result(timeout=POLL_SECONDS)
+        if concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
+            return future.result()
         if stop:
             stop.check()
     raise BackupError(f"{what}: no answer within {seconds:.0f} s")
 
 
-def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result | BackupError]:
-    """The results of all functions, run at the same time; a BackupError of one is its result."""
+def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
+    """The results of all functions, run at the same time; a BackupError of one is its result.
 
-    def attempt(function: Callable[[], Result]) -> Result | BackupError:
-        try:
-            return function()
-        except BackupError as error:
-            return error
-
-    with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(functions))) as pool:
-        return list(pool.map(attempt, functions))
+    Raises Stopped on a stop signal, without waiting for them.
+    """
+    futures = [in_background(function) for function in functions]
+    while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
+        stop.check()
+    errors = [future.exception() for future in futures]
+    return [
+        error if isinstance(error, BackupError) else future.result()
+        for future, error in zip(futures, errors, strict=True)
+    ]
 
 
 def minimal_environment(environ: Mapping[str, str], names: Iterable[str], **own: str) -> dict[str, str]:
@@ -1251,6 +1262,7 @@ HARMLESS_LINES = (
     "*fuseops.CreateLinkOp error: function not implemented",
     "*fuseops.RmDirOp error: directory not empty",
 )
+SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF", re.DOTALL)
 
 
 class TigrisLog:
@@ -1262,6 +1274,7 @@ class TigrisLog:
     def __init__(self, name: str, console: Console) -> None:
         """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
+        self.shrunk: set[str] = set()  # objects that ended before their listed size
         self._complained_at = 0.0
         self._name, self._console = name, console
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
@@ -1280,6 +1293,8 @@ class TigrisLog:
         if level in ("trace", "debug", "info") or message in HARMLESS_LINES:
             self._console.debug(self._name, f"tigrisfs: {message}")
             return
+        if match := SHORT_READ.fullmatch(message):
+            self.shrunk.add(match[1])
         self.complaints.append(message)
         self._complained_at = time.monotonic()
         self._show(f"tigrisfs: {message}")
@@ -1362,8 +1377,10 @@ def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Ite
         runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
         yield mount
     except BaseException:
-        with contextlib.suppress(BackupError):  # the first error is the one to tell
+        try:
             unmount(runtime, mount)
+        except BackupError as error:  # the first error is the one to raise
+            runtime.console.warning(store.name, str(error))
         raise
     unmount(runtime, mount)
 
@@ -1512,8 +1529,8 @@ class Verdict(enum.Enum):
     FAILURE = "failed"
 
 
-# Unreadable content of the source; a file that vanished (107) or changed (100) meanwhile is a warning.
-IO_ERRORS = frozenset({"BackupIOError"})
+# Unreadable content of the source. That a file vanished (107) or is forbidden (105) is a warning.
+IO_ERRORS = frozenset({"BackupIOError", "BackupOSError"})
 IO_ERROR_CODE = 106
 
 
@@ -1896,12 +1913,13 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         with mounted(runtime, runtime.settings.source, source.region, read_only=True) as source_mount:
             for outcome, check in zip(outcomes, checks, strict=True):
                 attempt(runtime, outcome, check, source_mount, source)
-    except BackupError as error:
+        runtime.stop.check()
+    except BackupError:
         for outcome in outcomes:
             if not outcome.seconds:
                 outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
         runtime.console.plain(summary(outcomes))
-        raise error
+        raise
     runtime.console.plain(summary(outcomes))
     return overall(outcomes)
 
@@ -1912,9 +1930,7 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     checks = [
         lambda client=client: examine(client, write=client.store.target is not None) for client in clients
     ]
-    results = side_by_side(checks)
-    runtime.stop.check()
-    return results
+    return side_by_side(checks, runtime.stop)
 
 
 def attempt(
@@ -1929,7 +1945,7 @@ def attempt(
     except Stopped:
         outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
         raise
-    except BackupError as error:
+    except (BackupError, OSError) as error:
         outcome.verdict, outcome.reason = Verdict.FAILURE, str(error)
         runtime.console.error(name, str(error))
     finally:
@@ -1955,6 +1971,7 @@ def backup_target(
         source_mount.check_alive()
         outcome.add(created)
         record_archive(runtime, outcome, created, source)
+        report_shrunk(runtime, outcome, source_mount)
         if target.prune and outcome.objects:
             prune_and_compact(runtime, outcome, borg, mount)
         mount.check_alive()
@@ -2015,6 +2032,16 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, sour
     outcome.verdict = Verdict.WARNING
     outcome.reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
     runtime.console.warning(name, outcome.reason)
+
+
+def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> None:
+    """Names the objects that became shorter after they were listed: borg sees an early end, and no error."""
+    for key in sorted(source_mount.log.shrunk):
+        outcome.verdict = Verdict.WARNING
+        runtime.console.warning(
+            outcome.target.store.name,
+            f"{key!r} was overwritten while it was read: it is incomplete in this archive",
+        )
 
 
 def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount) -> None:
@@ -2396,6 +2423,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     console = Console(debug=False)
     stop = Stop()
     stop.install()
+    arguments = Arguments("s3borgbackup")
     try:
         arguments = parse_arguments(argv)
         settings = load_settings(environ)
@@ -2406,8 +2434,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             console.error("configuration", mistake)
         return error.exit_code
     except BackupError as error:
-        console.error("run", str(error))
+        console.error(arguments.command, str(error))
         return error.exit_code
+    except Exception:  # Python's own exit code for it, 1, means warnings here
+        console.error(arguments.command, "this is a defect of the program, please report it")
+        traceback.print_exc()
+        return EXIT_FAILURE
 
 
 if __name__ == "__main__":
