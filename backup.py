@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import difflib
 import enum
+import errno
 import fcntl
 import hashlib
 import hmac
@@ -99,6 +100,7 @@ COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+MNT_DETACH = 2  # <sys/mount.h>
 
 EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE, EXIT_CONFIGURATION = 0, 1, 2, 78  # 78 is EX_CONFIG of <sysexits.h>
 
@@ -1126,17 +1128,13 @@ class Child:
         self.wait(POLL_SECONDS * 25)  # a process in an uninterruptible wait ends when its mount is gone
 
 
-def load_prctl() -> Callable[..., int]:
-    """prctl(2), looked up before any fork: the child must do as little as possible."""
-    return ctypes.CDLL(None).prctl
-
-
-prctl = load_prctl()
+# Looked up before any fork, after which a child must do as little as possible.
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> None:
     """Asks the kernel to kill this process when the thread that started it is gone."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
@@ -1377,12 +1375,19 @@ def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Ite
         runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
         yield mount
     except BaseException:
+        had_ended = child.wait(0) is not None
         try:
             unmount(runtime, mount)
         except BackupError as error:  # the first error is the one to raise
-            runtime.console.warning(store.name, str(error))
+            if not had_ended:
+                runtime.console.warning(store.name, str(error))
         raise
     unmount(runtime, mount)
+
+
+def resolved(path: Path) -> Path:
+    """A mount point as the kernel's table has it; the mount itself, which may be dead, is not looked at."""
+    return path.parent.resolve() / path.name
 
 
 def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
@@ -1391,7 +1396,7 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
         raise BackupError(f"{store.name}: cannot be mounted: /dev/fuse is missing", FUSE_HELP)
     path = runtime.settings.mount_point(store)
     try:
-        path = path.parent.resolve() / path.name
+        path = resolved(path)
         if str(path) in mount_table():
             remove_dead_mount(runtime, store, path)
         path.mkdir(parents=True, exist_ok=True)
@@ -1409,7 +1414,7 @@ def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
         within(MOUNT_SECONDS, f"{store.name}: {path}", lambda: os.stat(path), runtime.stop)
     except OSError:
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
-        fusermount(runtime, path, lazy=True)
+        detach(runtime, path, lazy=True)
         return
     name = shlex.quote(store.name)
     raise BackupError(
@@ -1423,7 +1428,7 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
     while not mount_table().get(str(mount.path), "").startswith("fuse"):
         runtime.stop.check()
         if (code := mount.child.wait(0.02)) is not None:
-            reason = mount.log.reason
+            reason = "; ".join(mount.log.complaints) or mount.log.reason
             permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
             raise BackupError(
                 f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
@@ -1457,10 +1462,22 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
     within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
 
 
-def fusermount(runtime: Runtime, path: Path, lazy: bool) -> tuple[int, str]:
-    """Detaches a mount; returns fusermount3's exit code and words."""
+def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
+    """Detaches a mount; returns why it could not, or nothing.
+
+    umount2(2) where we may, else fusermount3: as root that one needs more of umount(8) than Alpine's has.
+    """
+
+    def umount2() -> int:
+        failed = LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0)
+        return ctypes.get_errno() if failed else 0
+
+    number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
+    if number != errno.EPERM:
+        return os.strerror(number) if number else ""
     argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-    return run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    return words or f"fusermount3 ended with {code}" if code else ""
 
 
 def unmount(runtime: Runtime, mount: Mount) -> None:
@@ -1472,18 +1489,17 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     deadline = time.monotonic() + BUSY_SECONDS
     while str(mount.path) in mount_table() and mount.child.wait(0) is None:
         lazy = runtime.stop.hurried or time.monotonic() > deadline
-        code, words = fusermount(runtime, mount.path, lazy)
-        if code == 0:
-            break
-        if lazy:
-            runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {words}")
+        reason = detach(runtime, mount.path, lazy)
+        if reason and lazy:
+            runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
+        if lazy or not reason:
             break
         time.sleep(POLL_SECONDS)
     try:
         code = wait_for_upload(runtime, mount)
     finally:
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
-            fusermount(runtime, mount.path, lazy=True)
+            detach(runtime, mount.path, lazy=True)
     if code != 0:
         raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}")
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
@@ -2262,15 +2278,16 @@ def detach_output(log: Path) -> None:
 def umount_manually(runtime: Runtime, store: Store) -> int:
     """Unmounts what `mount_manually` mounted; returns when everything is uploaded."""
     path, state = runtime.settings.mount_point(store), state_file(runtime, store)
-    alive, is_mounted = keeper_is_alive(runtime, store), str(path.resolve()) in mount_table()
+    alive, is_mounted = keeper_is_alive(runtime, store), str(resolved(path)) in mount_table()
     if not alive and not is_mounted:
         runtime.console.info(store.name, f"is not mounted at {path}")
         return EXIT_OK
     if is_mounted:
-        code, words = fusermount(runtime, path, lazy=not alive)
-        if code != 0:
+        reason = detach(runtime, path, lazy=not alive)
+        if reason:
             raise BackupError(
-                f"{store.name}: {words}", f"Leave {path} (cd /), close what is open there and repeat."
+                f"{store.name}: cannot be unmounted: {reason}",
+                f"Leave {path} (cd /), close what is open there and repeat.",
             )
     deadline = time.monotonic() + FLUSH_SECONDS + BUSY_SECONDS
     while (stream := lock_file(state)) is None:
