@@ -1255,8 +1255,10 @@ def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, 
     )
 
 
-# borg tries a hard link when it saves a repository's config, and to remove folders that are not empty.
+# borg tries a hard link when it saves a repository's config, removes folders that are not empty, and takes a
+# lock by renaming a folder onto the one that somebody else may hold.
 HARMLESS_LINES = (
+    "*fuseops.RenameOp error: directory not empty",
     "*fuseops.CreateLinkOp error: function not implemented",
     "*fuseops.RmDirOp error: directory not empty",
 )
@@ -1551,10 +1553,7 @@ IO_ERROR_CODE = 106
 
 
 def verdict(code: int) -> Verdict:
-    """The exit code of tigrisfs, which ends when everything is uploaded.
-
-    Kills it when that takes too long.
-    """
+    """What borg's exit code means with BORG_EXIT_CODES=modern ("Return codes" in its documentation)."""
     if code == 0:
         return Verdict.OK
     if (code == 1 or 100 <= code <= 127) and code != IO_ERROR_CODE:
@@ -1623,11 +1622,16 @@ def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
     return minimal_environment(runtime.environ, names, **own)
 
 
+BREAK_LOCK_HELP = (
+    "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path};"
+    " backup.py umount target-{name}"
+)
+
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
 BORG_HINTS = {
     "PassphraseWrong": 'Correct TARGET_SECRETS "{name}"."borg_passphrase".',
-    "LockTimeout": "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path}",
-    "LockErrorT": "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path}",
+    "LockTimeout": BREAK_LOCK_HELP,
+    "LockErrorT": BREAK_LOCK_HELP,
     "Repository.InvalidRepository": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
     "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
     " /cache and /config/borg/security.",
@@ -2361,7 +2365,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise ConfigurationError([f"`{command}` takes one name: source or target-<name>"])
     if command == "check-config" and names:
         raise ConfigurationError(["`check-config` takes no names"])
-    if read_write and (command not in ("mount", KEEP_COMMAND)):
+    if read_write and command != KEEP_COMMAND and (command, names) != ("mount", ("source",)):
         raise ConfigurationError(["`--read-write` goes with `mount source`"])
     return Arguments(command, names, read_write)
 
