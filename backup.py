@@ -4,10 +4,10 @@
 What a run does: it reads the configuration from environment variables and reports every mistake in it at
 once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
 target mounts the bucket, makes the borg repository where it is new, creates an archive, prunes and compacts
-where asked, and unmounts, which returns only when everything is uploaded. One failing target does not stop
-the others. Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went:
-0 all well, 1 finished with warnings, 2 something failed, 78 wrong configuration or usage, 128+N stopped by
-signal N.
+where asked, unmounts, which returns only when everything is uploaded, and compares the bucket with what
+borg wrote. One failing target does not stop the others. Whatever happens, mounts and processes are gone at
+the end, and the exit code tells how it went: 0 all well, 1 finished with warnings, 2 something failed, 78
+wrong configuration or usage, 128+N stopped by signal N.
 
 The sections of this file, each using only those above it:
 
@@ -18,6 +18,7 @@ The sections of this file, each using only those above it:
     Processes       console, stop signals, the one place that starts child processes, deadlines
     Mounts          TigrisFS: command line, log, mounting, unmounting
     Borg            command lines (pure), what borg's log lines and exit codes mean, one runner
+    Audit           whether the bucket holds what borg wrote
     Backup          preflight, one target, a whole run, the summary
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
@@ -76,6 +77,7 @@ HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
+LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
 LOCK_WAIT_SECONDS = 10  # how long borg waits for a lock that somebody else holds
 
 CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
@@ -777,10 +779,10 @@ class S3Client:
     constants say.
     """
 
-    def __init__(self, store: Store) -> None:
-        """Opens nothing yet."""
+    def __init__(self, store: Store, region: str | None = None) -> None:
+        """Opens nothing yet; `region` is what an earlier client found out."""
         self.store = store
-        self.region = store.region or DEFAULT_REGION
+        self.region = region or store.region or DEFAULT_REGION
         self._url = urllib.parse.urlsplit(store.endpoint)
         self._local = threading.local()
 
@@ -1700,6 +1702,14 @@ class BorgLog:
             self.infos.append(text)
             self._console.debug(self._name, f"borg: {text}")
 
+    def reason(self, code: int) -> str:
+        """Why a command failed, in one line: the exception's where borg printed a traceback."""
+        text = "\n".join(message for _, message in self.errors)
+        exceptions = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
+        return (
+            exceptions[-1] if exceptions else text.partition("\n")[0].rstrip(".") or f"it ended with {code}"
+        )
+
 
 @dataclass(frozen=True)
 class BorgResult:
@@ -1743,12 +1753,10 @@ class Borg:
                 " read (named above)",
                 "The archive holds the others. Run it again; if it stays so, look at those objects.",
             )
-        msgid, words = log.errors[0] if log.errors else ("", f"it ended with {code}")
+        msgid = log.errors[0][0] if log.errors else ""
         hint = BORG_HINTS.get(msgid, "").format(name=name, path=shlex.quote(str(path)))
         owner = f" (held by {self._lock_owner()})" if msgid.startswith("Lock") else ""
-        return BackupError(
-            f"{self._target.store.name}: borg {command}: {words.splitlines()[-1]}{owner}", hint
-        )
+        return BackupError(f"{self._target.store.name}: borg {command}: {log.reason(code)}{owner}", hint)
 
     def _lock_owner(self) -> str:
         """Who holds the repository's lock, as borg writes it: host.pid-thread."""
@@ -1794,6 +1802,56 @@ def size(number: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 object`, `2,002 objects`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# ---------------------------------------------------------------------------------------------------- Audit
+
+# TigrisFS ends with 0 although uploads failed, and borg has ended by then: when only the last writes (an
+# index, the removal of the lock) are refused, nobody would notice. So the bucket is compared with what the
+# mount showed.
+
+
+def repository_files(runtime: Runtime, mount: Mount) -> dict[str, int]:
+    """The repository's files as its mount shows them: path below the mount point -> size in bytes."""
+
+    def walk() -> dict[str, int]:
+        paths = (Path(folder, name) for folder, _, names in os.walk(mount.path) for name in names)
+        return {str(path.relative_to(mount.path)): path.stat().st_size for path in paths}
+
+    return within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
+
+
+def listed_files(client: S3Client) -> dict[str, int]:
+    """The same from the bucket's listing, without the empty objects that stand for folders."""
+    prefix = client.store.key_prefix
+    entries = client.list_objects(prefix)
+    return {entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")}
+
+
+def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
+    """What the bucket lacks or has too much, compared with what borg left in the mount."""
+    missing = [f"{name} is missing" for name in sorted(expected.keys() - listed.keys())]
+    extra = [f"{name} was not removed" for name in sorted(listed.keys() - expected.keys())]
+    wrong = [
+        f"{name} has {listed[name]:,} of {expected[name]:,} bytes"
+        for name in sorted(expected.keys() & listed.keys())
+        if listed[name] != expected[name]
+    ]
+    return missing + wrong + extra
+
+
+def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]) -> None:
+    """Raises BackupError unless the bucket holds exactly what borg left in the mount."""
+    deadline = time.monotonic() + LISTING_SECONDS
+    while mistakes := upload_mistakes(expected, listed_files(client)):
+        runtime.stop.check()
+        if time.monotonic() > deadline:
+            raise BackupError(
+                f"{client.store.name}: the bucket does not hold what borg wrote: {'; '.join(mistakes[:5])}"
+                f"{f' and {len(mistakes) - 5} more' if len(mistakes) > 5 else ''}",
+                "Tigrisfs's warnings above tell why; run it again, and `borg check` the repository.",
+            )
+        time.sleep(POLL_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------- Backup
@@ -1995,6 +2053,8 @@ def backup_target(
         if target.prune and outcome.objects:
             prune_and_compact(runtime, outcome, borg, mount)
         mount.check_alive()
+        written = repository_files(runtime, mount)
+    audit_upload(runtime, S3Client(target.store, check.region), written)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
@@ -2015,7 +2075,7 @@ def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> Re
         runtime.console.warning(
             target.store.name, f"{state.value} is removed: {len(check.keys)} small objects"
         )
-        client = S3Client(target.store)
+        client = S3Client(target.store, check.region)
         for entry in check.keys:
             client.delete(entry.key)
         return RepositoryState.EMPTY

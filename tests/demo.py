@@ -2,8 +2,8 @@
 
 It starts a small S3 server with sample data, backs the sample bucket up to two other buckets, changes
 something, backs up again, and restores an object the way you would. Every command is shown before it runs.
-The exit code is 0 only when what was restored is what was there. What it makes is in a temporary folder, which
-is removed at the end, after Ctrl-C too.
+The exit code is 0 only when what was restored is what was there. What it makes is in a temporary folder,
+which is removed at the end, after Ctrl-C too.
 """
 
 import contextlib
