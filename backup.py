@@ -1522,12 +1522,17 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
     Kills it when that takes too long.
     """
-    start = time.monotonic()
+    start, told = time.monotonic(), False
     while (code := mount.child.wait(POLL_SECONDS)) is None:
         waited = time.monotonic() - start
         if waited > 2:
             runtime.console.progress(
                 mount.store.name, f"uploading what tigrisfs still holds ({waited:.0f} s)"
+            )
+        if waited > 2 and runtime.stop.requested and not told:
+            told = True
+            runtime.console.info(
+                mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
             )
         if waited > flush_patience(runtime, mount):
             mount.child.kill()
@@ -1635,6 +1640,7 @@ BORG_HINTS = {
     "LockTimeout": BREAK_LOCK_HELP,
     "LockErrorT": BREAK_LOCK_HELP,
     "Repository.InvalidRepository": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
+    "Repository.InvalidRepositoryConfig": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
     "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
     " /cache and /config/borg/security.",
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
@@ -1881,6 +1887,7 @@ class RepositoryState(enum.Enum):
     FOREIGN = "other objects"
 
 
+OWN_NAMES = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*", re.DOTALL)
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
@@ -1891,14 +1898,14 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
     nothing can have been archived, so what is small and has only borg's own names may be made anew.
     """
     names = {name for name in sizes if name}
+    own = {name for name in names if OWN_NAMES.fullmatch(name)}
     if not names:
         return RepositoryState.EMPTY
-    if "config" in names and (not complete or any(name.startswith("index.") for name in names)):
-        return RepositoryState.READY
-    own = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*|data/0/?")
-    if complete and all(own.fullmatch(name) for name in names) and sum(sizes.values()) < UNFINISHED_MAX_BYTES:
+    small = complete and own == names and sum(sizes.values()) < UNFINISHED_MAX_BYTES
+    has_index = any(name.startswith("index.") for name in own)
+    if small and "README" in own and not ("config" in own and has_index):
         return RepositoryState.UNFINISHED
-    return RepositoryState.READY if "config" in names else RepositoryState.FOREIGN
+    return RepositoryState.READY if "config" in own and len(own) > 1 else RepositoryState.FOREIGN
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
@@ -2064,6 +2071,9 @@ def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> Re
     Raises BackupError.
     """
     state = check.repository_state(target.store)
+    client = S3Client(target.store, check.region)
+    if state is RepositoryState.UNFINISHED and not is_remnant(client):
+        state = RepositoryState.FOREIGN
     if state is RepositoryState.FOREIGN:
         first = check.keys[0].key
         raise BackupError(
@@ -2075,11 +2085,15 @@ def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> Re
         runtime.console.warning(
             target.store.name, f"{state.value} is removed: {len(check.keys)} small objects"
         )
-        client = S3Client(target.store, check.region)
         for entry in check.keys:
             client.delete(entry.key)
         return RepositoryState.EMPTY
     return state
+
+
+def is_remnant(client: S3Client) -> bool:
+    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
+    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
 
 
 def check_encryption(target: Target, listed: BorgResult) -> None:
