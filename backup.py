@@ -1409,13 +1409,21 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     return path
 
 
+def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
+    """Lists a mount's root: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
+
+    Raises OSError when the mount is dead, BackupError when it does not answer.
+    """
+    within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
+
+
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
     """Unmounts what is mounted on `path` when nobody serves it any more.
 
     Raises BackupError when somebody does.
     """
     try:
-        within(MOUNT_SECONDS, f"{store.name}: {path}", lambda: os.stat(path), runtime.stop)
+        probe_mount(runtime, store, path)
     except OSError:
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
         detach(runtime, path, lazy=True)
@@ -1441,12 +1449,7 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
         if time.monotonic() > deadline:
             raise BackupError(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}")
     try:
-        within(
-            MOUNT_SECONDS,
-            f"{name}: cannot be listed",
-            lambda: next(os.scandir(mount.path), None),
-            runtime.stop,
-        )
+        probe_mount(runtime, mount.store, mount.path)
     except OSError as error:
         raise BackupError(f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}") from None
 
