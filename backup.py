@@ -76,6 +76,7 @@ FLUSH_SECONDS = 900  # for tigrisfs to upload what it holds after the unmount; i
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
+CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
 LOCK_WAIT_SECONDS = 10  # how long borg waits for a lock that somebody else holds
@@ -1202,10 +1203,12 @@ def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop
 def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
     """The results of all functions, run at the same time; a BackupError of one is its result.
 
-    Raises Stopped on a stop signal, without waiting for them.
+    Raises Stopped on a stop signal, after CLEANUP_SECONDS for those that are about to end.
     """
     futures = [in_background(function) for function in functions]
     while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
+        if stop.requested:
+            concurrent.futures.wait(futures, timeout=CLEANUP_SECONDS)
         stop.check()
     errors = [future.exception() for future in futures]
     return [
@@ -1376,15 +1379,19 @@ def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Ite
     mount = Mount(store, path, child, log)
     try:
         wait_until_usable(runtime, mount)
-        runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
+    except BaseException:  # nothing was written yet; tigrisfs may mount at any moment, so it must not go on
+        child.kill()
+        if str(path) in mount_table():
+            detach(runtime, path, lazy=True)
+        raise
+    runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
+    try:
         yield mount
     except BaseException:
-        had_ended = child.wait(0) is not None
         try:
             unmount(runtime, mount)
         except BackupError as error:  # the first error is the one to raise
-            if not had_ended:
-                runtime.console.warning(store.name, str(error))
+            runtime.console.warning(store.name, str(error))
         raise
     unmount(runtime, mount)
 
@@ -1890,6 +1897,7 @@ class RepositoryState(enum.Enum):
     FOREIGN = "other objects"
 
 
+PROBE_NAME = ".s3borgbackup-probe-"
 OWN_NAMES = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*", re.DOTALL)
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
@@ -1900,7 +1908,7 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
     `borg init` writes README, config, the first segments, and last an index. Until there is an index,
     nothing can have been archived, so what is small and has only borg's own names may be made anew.
     """
-    names = {name for name in sizes if name}
+    names = {name for name in sizes if name and not name.startswith(PROBE_NAME)}
     own = {name for name in names if OWN_NAMES.fullmatch(name)}
     if not names:
         return RepositoryState.EMPTY
@@ -1948,7 +1956,7 @@ def probe_read(client: S3Client, entry: S3Object) -> None:
 def probe_write(client: S3Client) -> None:
     """Writes a small object below the store's prefix, reads it back and deletes it."""
     key, body = (
-        f"{client.store.key_prefix}.s3borgbackup-probe-{secrets.token_hex(6)}",
+        f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}",
         secrets.token_bytes(16),
     )
     client.put(key, body)
@@ -2075,6 +2083,11 @@ def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> Re
     """
     state = check.repository_state(target.store)
     client = S3Client(target.store, check.region)
+    for entry in check.keys:
+        if (
+            PROBE_NAME in entry.key
+        ):  # a preflight that was killed left it, and `borg init` needs an empty place
+            client.delete(entry.key)
     if state is RepositoryState.UNFINISHED and not is_remnant(client):
         state = RepositoryState.FOREIGN
     if state is RepositoryState.FOREIGN:
