@@ -1667,13 +1667,13 @@ class BorgLog:
     Shows progress, warnings and errors, and keeps what decides on the result.
     """
 
-    def __init__(self, name: str, console: Console) -> None:
+    def __init__(self, name: str, console: Console, stop: Stop) -> None:
         """Nothing was read yet."""
         self.errors: list[tuple[str, str]] = []  # message id, message
         self.warnings = 0
         self.io_errors = 0
         self.infos: list[str] = []
-        self._name, self._console = name, console
+        self._name, self._console, self._stop = name, console, stop
 
     def feed(self, line: str) -> None:
         """Takes one line."""
@@ -1709,7 +1709,9 @@ class BorgLog:
             )
         elif level in ("ERROR", "CRITICAL"):
             self.errors.append((msgid, text))
-            self._console.error(self._name, f"borg: {text}")
+            # What it says when it is stopped, a traceback perhaps, is no error.
+            show = self._console.debug if self._stop.requested else self._console.error
+            show(self._name, f"borg: {text}")
         elif level == "WARNING":
             self.warnings += 1
             self.io_errors += msgid in IO_ERRORS
@@ -1748,7 +1750,7 @@ class Borg:
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
         argv = ["borg", command, "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console), []
+        log, output = BorgLog(name, runtime.console, runtime.stop), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
         with passphrase_pipe(self._target.passphrase) as fd:
