@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import skip_or_fail
 
+from conftest import skip_or_fail
 from helpers import BACKUP, wait_until
 
 PATH = {"PATH": os.environ["PATH"]}

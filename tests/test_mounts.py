@@ -1,0 +1,301 @@
+"""Mounts: how they are made, kept by hand, noticed and cleaned up."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import backup
+from helpers import (
+    BACKUP,
+    PASSPHRASE,
+    Bucket,
+    Repository,
+    borg_environment,
+    command_line,
+    is_running,
+    mounts_below,
+    processes_with,
+    run_backup,
+    sample_objects,
+    settings,
+    tree,
+    wait_until,
+    with_target_secrets,
+)
+from servers import WRITER, SeaweedFS
+
+needs_fuse = pytest.mark.usefixtures("needs_fuse")
+
+
+# -------------------------------------------------------------------------------------------- What is decided
+
+
+@pytest.mark.parametrize(
+    ("escaped", "mount_point"),
+    [
+        ("/data/source", "/data/source"),
+        (r"/data/with\040blank", "/data/with blank"),
+        (r"/tab\011and\012line", "/tab\tand\nline"),
+        (r"/back\134slash\134040", "/back\\slash\\040"),
+        (r"/hash\043", "/hash#"),
+        ("/Straße/日本語", "/Straße/日本語"),
+    ],
+)
+def test_mount_points_are_read_from_the_table_as_they_are(escaped: str, mount_point: str) -> None:
+    """proc(5) escapes blanks, tabs, line ends, backslashes and hashes; the rest is as it is."""
+    root = "21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n"
+    line = f"99 21 0:50 / {escaped} rw,nosuid shared:7 master:2 - fuse.tigrisfs bucket rw,user_id=0\n"
+    assert backup.parse_mount_table(root + line) == {"/": "ext4", mount_point: "fuse.tigrisfs"}
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("prefix", ["", "some/prefix"])
+def test_keys_reach_tigrisfs_by_its_environment_only(read_only: bool, prefix: str) -> None:
+    store = backup.Store("first", "http://localhost:1", "bucket", prefix, "KEY-ID", "KEY-SECRET")
+    command = backup.tigrisfs_command(store, "eu-1", Path("/data/target-first"), read_only)
+    assert not [word for word in command if "KEY-" in word]
+    assert command[-2:] == [f"bucket:{prefix}" if prefix else "bucket", "/data/target-first"]
+    assert ("ro" in command) == read_only
+    environment = backup.tigrisfs_environment(
+        store, {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
+    )
+    assert environment["AWS_ACCESS_KEY_ID"] == "KEY-ID"
+    assert environment["AWS_SECRET_ACCESS_KEY"] == "KEY-SECRET"
+    assert "no" not in environment.values()
+    assert environment["HOME"] != "/home/me", "~/.aws would count"
+
+
+# ------------------------------------------------------------------------------------------------ Manual mode
+
+
+@pytest.fixture
+def environment(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> Iterator[dict[str, str]]:
+    """A source and a target; what a test left mounted is unmounted as a user would do it."""
+    variables = settings(server, tmp_path, source.name, {"first": target.name})
+    yield variables
+    for name in ("source", "target-first"):
+        if mounts_below(Path(variables["DATA_DIR"]) / name):
+            run_backup(variables, "umount", name)
+
+
+@contextmanager
+def mounted_by_hand(environment: Mapping[str, str], *arguments: str) -> Iterator[Path]:
+    """The folder that `backup.py mount` made usable; unmounted by `backup.py umount` at the end."""
+    run_backup(environment, "mount", *arguments).expect(0)
+    yield Path(environment["DATA_DIR"]) / arguments[0]
+    run_backup(environment, "umount", arguments[0]).expect(0)
+
+
+@needs_fuse
+def test_a_repository_is_made_by_hand_as_in_the_manual(
+    environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """`mount` returns when the mount is usable; when `umount` returned, everything is in the bucket.
+
+    The output of both ends when they return, so that `$(…)` does not hang on the mount that lives on.
+    """
+    source.put({"a": b"a"})
+    folder = Path(environment["DATA_DIR"]) / "target-first"
+    result = run_backup(environment, "mount", "target-first").expect(0)
+    assert mounts_below(folder) == [folder]
+    assert f"borg list {folder}" in result.output
+    assert "umount target-first" in result.output
+
+    borg = {**borg_environment(tmp_path / "borg"), "BORG_PASSPHRASE": PASSPHRASE}
+    (tmp_path / "borg").mkdir()
+    subprocess.run(["borg", "init", "-e", "repokey-blake2", folder], env=borg, check=True, cwd=tmp_path)
+    objects = sample_objects(3, 30)
+    for key, body in objects.items():
+        path = folder / "README.d" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    result = run_backup(environment, "umount", "target-first").expect(0)
+    assert "uploaded" in result.output
+    assert mounts_below(tmp_path) == []
+    assert target.contents("README.d/") == {f"README.d/{key}": body for key, body in objects.items()}
+    target.delete(*target.sizes("README.d/"))
+
+    run_backup(environment).expect(0)
+    assert len(Repository.download(target, tmp_path / "copy").archives()) == 1
+
+
+@needs_fuse
+def test_mounting_and_unmounting_twice_is_said_and_harmless(environment: dict[str, str]) -> None:
+    result = run_backup(environment, "umount", "target-first").expect(0)
+    assert "not mounted" in result.output
+    with mounted_by_hand(environment, "target-first") as folder:
+        (folder / "file").write_bytes(b"x")
+        result = run_backup(environment, "mount", "target-first").expect(0)
+        assert "already" in result.output
+        assert mounts_below(folder) == [folder]
+        assert (folder / "file").read_bytes() == b"x"
+    result = run_backup(environment, "umount", "target-first").expect(0)
+    assert "not mounted" in result.output
+
+
+@needs_fuse
+def test_the_output_of_mount_ends_when_it_returns(environment: dict[str, str]) -> None:
+    """A shell's `$(backup.py mount …)` waits for the pipe's end, not for the process."""
+    command = [sys.executable, str(BACKUP), "mount", "source"]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "umount source" in done.stdout
+    folder = Path(environment["DATA_DIR"]) / "source"
+    assert mounts_below(folder) == [folder]
+    run_backup(environment, "umount", "source").expect(0)
+
+
+@needs_fuse
+def test_the_source_is_mounted_read_only_unless_asked_otherwise(
+    server: SeaweedFS, environment: dict[str, str], source: Bucket
+) -> None:
+    objects = {"folder/a": b"a", "b": b"b"}
+    source.put(objects)
+    with mounted_by_hand(environment, "source") as folder:
+        assert tree(folder) == objects
+        for write in (
+            lambda: (folder / "new").write_bytes(b"x"),
+            lambda: (folder / "b").unlink(),
+            lambda: (folder / "new").mkdir(),
+        ):
+            with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+                write()
+    assert source.contents() == objects
+
+    writer = {
+        "SOURCE_ACCESS_KEY_ID": WRITER.access_key_id,
+        "SOURCE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+    }
+    with mounted_by_hand({**environment, **writer}, "source", "--read-write") as folder:
+        (folder / "folder" / "restored").write_bytes(b"restored")
+    assert source.contents() == {**objects, "folder/restored": b"restored"}
+
+
+@needs_fuse
+def test_a_mount_that_s3_refuses_fails_in_seconds_with_the_reason(environment: dict[str, str]) -> None:
+    wrong = with_target_secrets(environment, "first", secret_access_key="wrong")
+    result = run_backup(wrong, "mount", "target-first").expect(2)
+    assert "target-first" in result.output
+    assert "SignatureDoesNotMatch" in result.output
+    assert result.duration_seconds < 10
+    read_only = run_backup(environment, "mount", "source", "--read-write").expect(2)
+    assert "AccessDenied" in read_only.output
+    assert mounts_below(Path(environment["DATA_DIR"])) == []
+
+
+@needs_fuse
+def test_a_mount_that_is_in_use_stays_and_the_reason_is_told(
+    environment: dict[str, str], target: Bucket
+) -> None:
+    run_backup(environment, "mount", "target-first").expect(0)
+    folder = Path(environment["DATA_DIR"]) / "target-first"
+    (folder / "file").write_bytes(b"x")
+    with subprocess.Popen(["cat"], cwd=folder, stdin=subprocess.PIPE) as user:
+        result = run_backup(environment, "umount", "target-first").expect(2)
+        assert "busy" in result.output
+        assert f"Leave {folder}" in result.output
+        assert mounts_below(folder) == [folder]
+        assert (folder / "file").read_bytes() == b"x"
+        assert user.stdin
+        user.stdin.close()
+        user.wait(10)
+    run_backup(environment, "umount", "target-first").expect(0)
+    assert target.contents() == {"file": b"x"}
+
+
+# --------------------------------------------------------------------------------------- Mounts that are dead
+
+
+def leave_a_dead_mount(environment: Mapping[str, str], name: str) -> Path:
+    """What a machine's crash or an out-of-memory kill leaves: a mount whose tigrisfs is gone."""
+    run_backup(environment, "mount", name).expect(0)
+    folder = Path(environment["DATA_DIR"]) / name
+    keepers = [
+        pid
+        for pid, line in processes_with(environment["DATA_DIR"]).items()
+        if "tigrisfs" in line or str(BACKUP) in line
+    ]
+    assert len(keepers) == 2
+    # The one that would clean up first.
+    for pid in sorted(keepers, key=lambda pid: "tigrisfs" in command_line(pid)):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(is_running(pid) for pid in keepers), 10, "both are gone")
+    # The first access may get ECONNABORTED, all others ENOTCONN.
+    with pytest.raises(OSError, match=f"{os.strerror(errno.ENOTCONN)}|{os.strerror(errno.ECONNABORTED)}"):
+        list(folder.iterdir())
+    return folder
+
+
+@needs_fuse
+@pytest.mark.parametrize("command", [["run"], ["mount", "source"]])
+def test_a_dead_mount_is_cleaned_up_by_the_next_command(
+    environment: dict[str, str], source: Bucket, command: list[str]
+) -> None:
+    source.put({"a": b"a"})
+    folder = leave_a_dead_mount(environment, "source")
+    result = run_backup(environment, *command).expect(0)
+    assert "dead mount" in result.output
+    if command[0] == "mount":
+        assert mounts_below(folder) == [folder]
+        assert tree(folder) == {"a": b"a"}
+        run_backup(environment, "umount", "source").expect(0)
+    assert mounts_below(folder) == []
+
+
+@needs_fuse
+def test_a_dead_mount_can_be_unmounted(environment: dict[str, str]) -> None:
+    folder = leave_a_dead_mount(environment, "target-first")
+    run_backup(environment, "umount", "target-first").expect(0)
+    assert mounts_below(folder) == []
+
+
+@needs_fuse
+def test_a_run_refuses_a_mount_point_that_is_in_use_and_says_how_to_free_it(
+    environment: dict[str, str], source: Bucket, target: Bucket
+) -> None:
+    """What a user mounted by hand is not taken away, and not used either."""
+    source.put({"a": b"a"})
+    with mounted_by_hand(environment, "source") as folder:
+        result = run_backup(environment).expect(2)
+        assert "backup.py umount source" in result.output
+        assert tree(folder) == {"a": b"a"}
+    assert target.sizes() == {}
+
+
+# -------------------------------------------------------------------------------------- When a mount is ready
+
+
+@needs_fuse
+def test_a_mount_around_the_mount_point_is_not_taken_for_the_mount(
+    environment: dict[str, str], source: Bucket, tmp_path: Path
+) -> None:
+    """Only the exact mount point counts: /data may be a mount itself, and `source-old` may be one beside.
+
+    tigrisfs is replaced by a program that never mounts. Its folder must not pass for the source.
+    """
+    source.put({"a": b"a"})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    fake = programs / "tigrisfs"
+    fake.write_text("#!/bin/sh\necho nothing is mounted >&2\nexit 3\n")
+    fake.chmod(0o755)
+    with mounted_by_hand({**environment, "DATA_DIR": f"{environment['DATA_DIR']}/source-old"}, "source"):
+        start = time.monotonic()
+        result = run_backup(
+            {**environment, "PATH": f"{programs}:{environment['PATH']}"}, "mount", "source"
+        ).expect(2)
+        assert time.monotonic() - start < 20
+    assert "cannot be mounted" in result.output
+    assert "nothing is mounted" in result.output

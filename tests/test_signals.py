@@ -1,0 +1,234 @@
+"""Stopping a run: in every phase, in an orderly way, and by force."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from helpers import (
+    Backup,
+    Bucket,
+    Repository,
+    Result,
+    command_line,
+    descendants,
+    is_running,
+    leftovers,
+    mounts_below,
+    processes_with,
+    run_backup,
+    settings,
+    wait_until,
+    with_target,
+)
+from servers import SeaweedFS
+
+pytestmark = pytest.mark.usefixtures("needs_fuse")
+
+LARGE_BYTES = 40_000_000
+SLOW = "lzma,9"  # half a minute for LARGE_BYTES, so that there is time to stop it
+DOCKER_STOP_SECONDS = 10
+
+
+@dataclass
+class Site:
+    """A configuration with one target, and the buckets behind it."""
+
+    environment: dict[str, str]
+    source: Bucket
+    target: Bucket
+    folder: Path
+
+    def slow(self) -> dict[str, str]:
+        """The same with an object in the source that takes long to archive."""
+        self.source.put({"large": os.urandom(LARGE_BYTES)})
+        return with_target(self.environment, "first", compression=SLOW)
+
+
+@pytest.fixture
+def site(server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path) -> Site:
+    """A source with a few objects."""
+    source.put({f"folder/{number}": os.urandom(1000) for number in range(10)})
+    environment = settings(
+        server,
+        tmp_path,
+        source.name,
+        {"first": {"path": target.name, "prune": "--keep-last=2"}},
+        LOG_LEVEL="debug",
+    )
+    return Site(environment, source, target, tmp_path)
+
+
+def assert_stopped_cleanly(site: Site, result: Result, number: signal.Signals) -> None:
+    """The exit code tells the signal; no mount, no process, no lock; and docker would not have killed us."""
+    result.expect(128 + number)
+    assert number.name in result.output
+    assert leftovers(site.folder) == []
+    assert site.target.locks() == []
+    assert not any(line.startswith("Traceback") for line in result.lines), result.output
+    assert not any(key.startswith(".s3borgbackup-probe") for key in site.target.sizes()), (
+        "the probe of the check is still there"
+    )
+
+
+def assert_next_run_succeeds(site: Site) -> None:
+    """A run after it succeeds, and the repository is whole."""
+    site.source.delete("large")
+    run_backup(site.environment).expect(0)
+    repository = Repository.download(site.target, site.folder / "copy")
+    repository.check()
+    assert repository.archives()
+
+
+def stop_at(
+    site: Site, environment: dict[str, str], line: str, number: signal.Signals
+) -> tuple[Result, float]:
+    """Sends a signal as soon as there is such a line; the result, and how long the end took."""
+    with Backup(environment) as backup:
+        backup.wait_for_line(line)
+        start = time.monotonic()
+        backup.send_signal(number)
+        result = backup.wait(60)
+    return result, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("backup of", signal.SIGTERM),
+        ("[source] ", signal.SIGHUP),
+        ("a new repository is made", signal.SIGINT),
+        ("borg init", signal.SIGTERM),
+        ("borg create", signal.SIGHUP),
+    ],
+)
+def test_a_first_run_stopped_in_any_phase_leaves_nothing_and_can_be_repeated(
+    site: Site, line: str, number: signal.Signals
+) -> None:
+    result, seconds = stop_at(site, site.slow(), line, number)
+    assert_stopped_cleanly(site, result, number)
+    assert seconds < DOCKER_STOP_SECONDS
+    assert_next_run_succeeds(site)
+
+
+def test_a_later_run_stopped_in_any_phase_keeps_the_archives_that_were_there(site: Site) -> None:
+    """While the repository is looked at, pruned, compacted and unmounted."""
+    run_backup(site.environment).expect(0)
+    for line, number in (
+        ("borg list", signal.SIGTERM),
+        ("borg prune", signal.SIGINT),
+        ("borg compact", signal.SIGTERM),
+    ):
+        site.source.put({"folder/changes": os.urandom(1_000_000)})
+        result, seconds = stop_at(site, site.environment, line, number)
+        assert_stopped_cleanly(site, result, number)
+        assert seconds < DOCKER_STOP_SECONDS
+    assert_next_run_succeeds(site)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_stopped_while_borg_works_ends_in_time_with_its_lock_released(
+    site: Site, number: signal.Signals
+) -> None:
+    """By each stop signal, in the middle of a large object, with part of it in the bucket already."""
+    with Backup(site.slow()) as backup:
+        backup.wait_for_line("borg create")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
+        start = time.monotonic()
+        backup.send_signal(number)
+        result = backup.wait(60)
+    assert time.monotonic() - start < DOCKER_STOP_SECONDS
+    assert_stopped_cleanly(site, result, number)
+    assert any(line.startswith("first ") and "failed" in line for line in result.lines)
+
+
+def test_ctrl_c_reaches_borg_and_tigrisfs_through_us_only(site: Site) -> None:
+    """A terminal signals the whole process group: the mounts must not go before borg is done with them."""
+    with Backup(site.slow()) as backup:
+        backup.wait_for_line("borg create")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
+        backup.send_signal_to_group(signal.SIGINT)
+        result = backup.wait(60)
+    assert_stopped_cleanly(site, result, signal.SIGINT)
+
+
+def test_a_second_signal_hurries_and_still_unmounts(site: Site) -> None:
+    """Borg may be killed then, and leave its lock; the mounts go all the same, and the first signal counts.
+
+    Borg is stopped (SIGSTOP) and thus deaf to the first signal.
+    """
+    with Backup(site.slow()) as backup:
+        backup.wait_for_line("borg create")
+        borg = wait_until(lambda: borg_of(backup), 30, "borg create runs")
+        os.kill(borg, signal.SIGSTOP)
+        backup.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_pending(borg, signal.SIGTERM), 5, "the first signal was passed on to borg")
+        start = time.monotonic()
+        backup.send_signal(signal.SIGINT)
+        wait_until(lambda: not is_running(borg), 3, "borg is killed at once")
+        backup.wait(60).expect(128 + signal.SIGTERM)
+    assert time.monotonic() - start < DOCKER_STOP_SECONDS
+    assert leftovers(site.folder) == []
+    site.target.clear()
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal was sent to a process that has not taken it yet, proc(5)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending, 16) & 1 << (number - 1))
+
+
+def borg_of(backup: Backup) -> int | None:
+    """The process id of the `borg create` of a run."""
+    return next((pid for pid in descendants(backup.pid) if " create --log-json" in command_line(pid)), None)
+
+
+def test_a_borg_that_does_not_obey_is_killed_in_time(site: Site) -> None:
+    """One signal is enough within `docker stop`'s patience, even when borg hangs."""
+    with Backup(site.slow()) as backup:
+        backup.wait_for_line("borg create")
+        os.kill(wait_until(lambda: borg_of(backup), 30, "borg create runs"), signal.SIGSTOP)
+        backup.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        result = backup.wait(60).expect(128 + signal.SIGTERM)
+    assert time.monotonic() - start < DOCKER_STOP_SECONDS
+    assert not any(line.startswith("Traceback") for line in result.lines), result.output
+    assert leftovers(site.folder) == []
+    site.target.clear()
+
+
+@pytest.mark.leaves_lock
+def test_a_killed_backup_leaves_no_process_that_goes_on_writing(site: Site) -> None:
+    """SIGKILL cannot be handled: the kernel ends borg and tigrisfs with us.
+
+    The dead mounts are then cleaned up by the next run, which names the lock that is left.
+    """
+    with Backup(site.slow()) as backup:
+        backup.wait_for_line("borg create")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
+        below = descendants(backup.pid)
+        assert len(below) >= 3
+        backup.send_signal(signal.SIGKILL)
+        backup.wait().expect(128 + signal.SIGKILL)
+        wait_until(lambda: not any(is_running(pid) for pid in below), 10, "borg and tigrisfs end")
+    assert len(mounts_below(site.folder)) == 2
+
+    result = run_backup(site.environment).expect(2)
+    assert "dead mount" in result.output
+    assert "borg break-lock" in result.output
+    assert leftovers(site.folder) == []
+
+
+def test_a_mount_made_by_hand_ends_in_order_when_its_keeper_is_stopped(site: Site) -> None:
+    """A stop signal to the keeper of a mount made by hand flushes and unmounts, as a container's end does."""
+    run_backup(site.environment, "mount", "target-first").expect(0)
+    folder = Path(site.environment["DATA_DIR"]) / "target-first"
+    (folder / "file").write_bytes(b"x")
+    keeper = next(pid for pid in processes_with(str(site.folder)) if "_keep" in command_line(pid))
+    os.kill(keeper, signal.SIGTERM)
+    wait_until(lambda: not leftovers(site.folder), DOCKER_STOP_SECONDS, "unmounted, and the keeper gone")
+    assert site.target.contents() == {"file": b"x"}
