@@ -1867,7 +1867,7 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
             raise BackupError(
                 f"{client.store.name}: the bucket does not hold what borg wrote: {'; '.join(mistakes[:5])}"
                 f"{f' and {len(mistakes) - 5} more' if len(mistakes) > 5 else ''}",
-                "Tigrisfs's warnings above tell why; run it again, and `borg check` the repository.",
+                "TigrisFS's warnings above tell why; run it again, and `borg check` the repository.",
             )
         time.sleep(POLL_SECONDS)
 
