@@ -2086,9 +2086,8 @@ def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> Re
     state = check.repository_state(target.store)
     client = S3Client(target.store, check.region)
     for entry in check.keys:
-        if (
-            PROBE_NAME in entry.key
-        ):  # a preflight that was killed left it, and `borg init` needs an empty place
+        # A preflight that was killed left it, and `borg init` needs an empty place.
+        if entry.key.startswith(f"{target.store.key_prefix}{PROBE_NAME}"):
             client.delete(entry.key)
     if state is RepositoryState.UNFINISHED and not is_remnant(client):
         state = RepositoryState.FOREIGN
