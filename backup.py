@@ -27,10 +27,14 @@ The sections of this file, each using only those above it:
 from __future__ import annotations
 
 import argparse
+import array
+import bisect
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import difflib
+import email.utils
 import enum
 import errno
 import fcntl
@@ -38,12 +42,14 @@ import hashlib
 import hmac
 import http.client
 import json
+import math
 import os
 import re
 import secrets
 import shlex
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -56,10 +62,10 @@ import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, Protocol, TypeVar
 
 # ------------------------------------------------------------------------------------------------ Constants
 
@@ -72,14 +78,14 @@ POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited 
 MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
-FLUSH_SECONDS = 900  # for tigrisfs to upload what it holds after the unmount; its caches are small
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
-LOCK_WAIT_SECONDS = 10  # how long borg waits for a lock that somebody else holds
+LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
+KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
 
 CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
 ANSWER_TIMEOUT_SECONDS = 30  # for one read from a connection: some servers take long to list
@@ -87,17 +93,22 @@ CONNECT_PATIENCE_SECONDS = (
     8  # how long connection errors are retried: a wrong endpoint is to be told in seconds
 )
 SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such storms pass
+PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
 # TigrisFS: a memory limit needs read-ahead sizes that fit it. With its defaults (5 MB and 100 MB ahead) a
 # limit below 300 MB makes reads fail with ENOMEM, which borg takes for an unreadable file, or blocks `borg
 # compact` for good.
-DATA_CACHE_MB = 128
+SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 64, 128, 1000
+WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
 READ_AHEAD_FLAGS = ("--read-ahead", "1024", "--read-ahead-large", "16384", "--read-ahead-parallel", "4096")
 METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
-READ_ATTEMPTS = "10"  # 1+2+4+...+60 s: reads survive some four minutes of errors, then borg names the object
+# 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
+READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
 # Also ends an fsync that missed its wake-up (SyncFile in core/file.go), which by default takes 30 s.
 WRITE_RETRY = "2s"
+RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
+IDLE_BYTES = 65_536
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
 COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
 
@@ -105,7 +116,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MNT_DETACH = 2  # <sys/mount.h>
 
-EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE, EXIT_CONFIGURATION = 0, 1, 2, 78  # 78 is EX_CONFIG of <sysexits.h>
+EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE = 0, 1, 2
+EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits.h>
 
 # --------------------------------------------------------------------------------------------------- Errors
 
@@ -138,6 +150,12 @@ class ConfigurationError(BackupError):
         self.mistakes = tuple(mistakes)
 
 
+class StillRunning(BackupError):
+    """Another run works on the repository: nothing is broken, it was only not our turn."""
+
+    exit_code = EXIT_BUSY
+
+
 class S3Error(BackupError):
     """An answer of the S3 server that is not success, or no answer; `code` is S3's own."""
 
@@ -146,6 +164,10 @@ class S3Error(BackupError):
         super().__init__(message, hint)
         self.status = status
         self.code = code
+
+
+class Stuck(BackupError):
+    """What goes on cannot end well or at all: whatever takes part in it has to be killed."""
 
 
 class Stopped(BackupError):
@@ -172,6 +194,21 @@ DEFAULT_ENCRYPTION = "repokey-blake2"
 DEFAULT_COMPRESSION = "auto,zstd,22"
 DEFAULT_LABEL = "backup"
 DEFAULT_COMPACT_PERCENT = 10  # borg's own
+DEFAULT_LEASE_SECONDS = 60
+DEFAULT_STALL_SECONDS = 900
+
+LEASE_SECONDS = range(10, 3601)
+WAIT_SECONDS = range(7 * 86400 + 1)
+STALL_SECONDS = range(5, 86401)
+# Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
+MEMORY_MB = range(256, 1_000_001)
+ABOUT = {
+    "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
+    "LEASE_TTL": " (seconds)",
+    "LEASE_WAIT": " (seconds)",
+    "STALL_TIMEOUT": " (seconds)",
+}
+Number = TypeVar("Number", int, None)
 
 VARIABLES = (
     "BACKUP_LABEL",
@@ -184,6 +221,11 @@ VARIABLES = (
     "TARGET_SECRETS",
     "DATA_DIR",
     "LOG_LEVEL",
+    "LEASE_TTL",
+    "LEASE_WAIT",
+    "STALL_TIMEOUT",
+    "AUDIT",
+    "MEMORY_LIMIT_MB",
 )
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
@@ -247,6 +289,11 @@ class Settings:
     targets: tuple[Target, ...]
     data_dir: Path
     debug: bool
+    lease_ttl_seconds: int
+    lease_wait_seconds: int | None  # None: until it is known whether the holder is alive
+    stall_seconds: int
+    audit: bool
+    memory_limit_mb: int | None  # None: what the container has
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -304,9 +351,7 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
     """
     label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
     mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
-    level = values.get("LOG_LEVEL", "info").lower()
-    if level not in ("info", "debug"):
-        mistakes.append("LOG_LEVEL: write info or debug")
+    level = parse_choice(values, "LOG_LEVEL", ("info", "debug"), mistakes)
     data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
     if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
         mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
@@ -315,7 +360,39 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
     )
     targets = parse_targets(values, mistakes)
     mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-    return Settings(label, source, targets, Path(data_dir), level == "debug")
+    return Settings(
+        label,
+        source,
+        targets,
+        Path(data_dir),
+        level == "debug",
+        parse_number(values, "LEASE_TTL", DEFAULT_LEASE_SECONDS, LEASE_SECONDS, mistakes),
+        parse_number(values, "LEASE_WAIT", None, WAIT_SECONDS, mistakes),
+        parse_number(values, "STALL_TIMEOUT", DEFAULT_STALL_SECONDS, STALL_SECONDS, mistakes),
+        parse_choice(values, "AUDIT", ("on", "off"), mistakes) == "on",
+        parse_number(values, "MEMORY_LIMIT_MB", None, MEMORY_MB, mistakes),
+    )
+
+
+def parse_choice(values: Mapping[str, str], name: str, choices: Sequence[str], mistakes: list[str]) -> str:
+    """One of `choices`, of which the first is the default."""
+    value = values.get(name, choices[0]).lower()
+    if value not in choices and value != UNREADABLE:
+        mistakes.append(f"{name}: write {' or '.join(choices)}")
+    return value
+
+
+def parse_number(
+    values: Mapping[str, str], name: str, default: Number, allowed: range, mistakes: list[str]
+) -> int | Number:
+    """A whole number out of `allowed`."""
+    text = values.get(name)
+    if text is None or text == UNREADABLE:
+        return default
+    if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
+        return int(text)
+    mistakes.append(f"{name}: write a whole number from {allowed[0]} to {allowed[-1]}{ABOUT.get(name, '')}")
+    return default
 
 
 STORE_SUFFIXES = ("ENDPOINT", "PATH", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION")
@@ -743,7 +820,7 @@ class S3Object:
 
     key: str
     size_bytes: int
-    etag: str
+    last_modified: datetime
 
 
 @dataclass(frozen=True)
@@ -753,6 +830,26 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+    def time(self, header: str) -> datetime | None:
+        """The time in `Date` or `Last-Modified`; None where it is missing or unreadable."""
+        try:
+            return email.utils.parsedate_to_datetime(self.headers[header.lower()]).astimezone(UTC)
+        except (KeyError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a client waits for one answer, and how long it tries again, by the kind of fault."""
+
+    answer_seconds: float = ANSWER_TIMEOUT_SECONDS
+    unreachable_seconds: float = CONNECT_PATIENCE_SECONDS
+    failing_seconds: float = SERVER_PATIENCE_SECONDS
+
+
+# For a store that has answered before: its address is right, so whatever it is may pass.
+PROVEN = Patience(unreachable_seconds=PROVEN_PATIENCE_SECONDS, failing_seconds=PROVEN_PATIENCE_SECONDS)
 
 
 # What to do about S3's error codes; {setting} places are filled with the store's own settings.
@@ -780,9 +877,11 @@ class S3Client:
     constants say.
     """
 
-    def __init__(self, store: Store, region: str | None = None) -> None:
+    def __init__(self, store: Store, region: str | None = None, patience: Patience | None = None) -> None:
         """Opens nothing yet; `region` is what an earlier client found out."""
         self.store = store
+        self.clock: datetime | None = None  # the server's, when it answered last
+        self._patience = patience or Patience()
         self.region = region or store.region or DEFAULT_REGION
         self._url = urllib.parse.urlsplit(store.endpoint)
         self._local = threading.local()
@@ -812,13 +911,13 @@ class S3Client:
         """The content of an object, or its first byte."""
         return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
 
-    def put(self, key: str, body: bytes) -> None:
-        """Writes an object."""
-        self.request("PUT", key, body=body)
+    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
+        """Writes an object, under the condition that `headers` may name; returns its ETag."""
+        return self.request("PUT", key, headers=headers, body=body).headers.get("etag", "")
 
-    def delete(self, key: str) -> None:
-        """Deletes an object; one that is not there is fine."""
-        self.request("DELETE", key)
+    def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
+        """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
+        self.request("DELETE", key, headers=headers)
 
     def request(
         self,
@@ -836,12 +935,13 @@ class S3Client:
                 if answer.status < 300:
                     return answer
                 error = self._refusal(answer)
-                patience = SERVER_PATIENCE_SECONDS if answer.status in RETRIED_STATUSES else 0
+                patience = self._patience.failing_seconds if answer.status in RETRIED_STATUSES else 0
                 if self._learn_region(answer):
                     continue
             except (OSError, http.client.HTTPException) as fault:
                 error = self._error(0, "NoAnswer", describe_fault(fault))
-                patience = 0 if isinstance(fault, ssl.SSLCertVerificationError) else CONNECT_PATIENCE_SECONDS
+                untrusted = isinstance(fault, ssl.SSLCertVerificationError)
+                patience = 0 if untrusted else self._patience.unreachable_seconds
             if time.monotonic() - start + pause > patience:
                 raise error
             time.sleep(pause)
@@ -873,9 +973,11 @@ class S3Client:
         except BaseException:
             connection.close()
             raise
-        return Answer(
+        answer = Answer(
             response.status, {name.lower(): value for name, value in response.getheaders()}, content
         )
+        self.clock = answer.time("Date") or self.clock
+        return answer
 
     def _connection(self) -> http.client.HTTPConnection:
         """This thread's connection, opened again where it was closed."""
@@ -884,9 +986,9 @@ class S3Client:
             self._local.connection = kind(self._url.hostname or "", self._url.port)
         connection = self._local.connection
         if connection.sock is None:
-            connection.timeout = CONNECT_TIMEOUT_SECONDS
+            connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
             connection.connect()
-            connection.sock.settimeout(ANSWER_TIMEOUT_SECONDS)
+            connection.sock.settimeout(self._patience.answer_seconds)
         return connection
 
     def _learn_region(self, answer: Answer) -> bool:
@@ -926,7 +1028,7 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
         S3Object(
             decode(entry.findtext(f"{space}Key", "")),
             int(entry.findtext(f"{space}Size", "0")),
-            entry.findtext(f"{space}ETag", "").strip('"'),
+            datetime.fromisoformat(entry.findtext(f"{space}LastModified", "")),
         )
         for entry in root.iter(f"{space}Contents")
     ]
@@ -952,6 +1054,355 @@ def http_reason(status: int) -> str:
 def describe_fault(fault: Exception) -> str:
     """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
+
+
+# ---------------------------------------------------------------------------------------------------- Lease
+
+# Two runs on one repository must exclude each other, and a run that crashed must not need a person. borg's
+# own lock cannot tell a dead container from a live one: host name and process id change with each container.
+# So a run holds an object beside the repository's files that it writes under S3's conditions (If-None-Match,
+# If-Match), and writes again while it works. One that was not written for its lifetime, by the server's
+# clock, may be taken over. A clock of ours tells only how long ago the last renewal was sent, and so how long
+# the holder itself may still write.
+
+LEASE_NAME = ".s3borgbackup-lease"
+LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
+NO_SUCH_ETAG = '"00000000000000000000000000000000"'
+IF_ABSENT = {"If-None-Match": "*"}
+GUARD_SECONDS = 0.2  # how often it is checked whether the lease still holds
+TIMER_ABSTIME = 1  # <time.h>
+
+# Looked up before any fork, after which a child must do as little as possible.
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def boot_seconds() -> float:
+    """A clock that goes on while the machine sleeps, in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class SignalEvent(ctypes.Structure):
+    """`struct sigevent` of <signal.h>; sigev_notify 0 is SIGEV_SIGNAL."""
+
+    _fields_ = (
+        ("sigev_value", ctypes.c_void_p),
+        ("sigev_signo", ctypes.c_int),
+        ("sigev_notify", ctypes.c_int),
+        ("padding", ctypes.c_byte * 48),
+    )
+
+
+class TimerSpec(ctypes.Structure):
+    """`struct itimerspec` of <time.h>."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_long) for name in ("interval_sec", "interval_nsec", "value_sec", "value_nsec")
+    )
+
+
+class DeadMansSwitch:
+    """Has the kernel kill this process, and with it its children, unless the moment is put off in time.
+
+    A program that was frozen (docker pause, SIGSTOP, a laptop's lid) cannot know it when it goes on, and
+    would write on before it looks at a clock. The kernel's SIGKILL comes while it is frozen. Children die
+    with us, by PR_SET_PDEATHSIG.
+    """
+
+    def __init__(self) -> None:
+        """Makes the timer; it does not run yet."""
+        self._timer = ctypes.c_void_p()
+        event = SignalEvent(None, signal.SIGKILL, 0)
+        if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
+            raise BackupError(f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}")
+
+    def arm(self, at_boot_seconds: float) -> None:
+        """Puts the moment off; 0 disarms."""
+        whole = int(at_boot_seconds)
+        spec = TimerSpec(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
+        LIBC.timer_settime(self._timer, TIMER_ABSTIME, ctypes.byref(spec), None)
+
+    def close(self) -> None:
+        """Removes the timer."""
+        LIBC.timer_delete(self._timer)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, as its object says."""
+
+    run_id: str
+    host: str
+    purpose: str
+    since: str
+    ttl_seconds: int
+
+    def body(self, number: int) -> bytes:
+        """The object's content. No two writes are alike, as equal content would have equal ETags."""
+        return json.dumps({**dataclasses.asdict(self), "write": number}).encode()
+
+    @classmethod
+    def parse(cls, body: bytes) -> Holder:
+        """The holder that `body` describes; one without a name where it does not."""
+        try:
+            fields = json.loads(body)
+            texts = {name: str(fields[name]) for name in ("run_id", "host", "purpose", "since")}
+            return cls(**texts, ttl_seconds=int(fields["ttl_seconds"]))
+        except (ValueError, KeyError, TypeError):
+            return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
+
+    def __str__(self) -> str:
+        """Who it is, in a few words."""
+        return f"{self.purpose} on {self.host}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A lease object as it was when we looked."""
+
+    holder: Holder
+    etag: str
+    age_seconds: float  # since its last renewal, by the server's clock
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether anybody may take it."""
+        return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
+
+
+class Member(Protocol):
+    """A process that writes to the repository under a lease."""
+
+    def send(self, signum: int) -> None:
+        """Sends a signal; nothing happens when the process has ended."""
+
+
+class Lease:
+    """The right to write to one repository, for as long as it is renewed.
+
+    When it cannot be renewed, the processes that write are stopped (SIGSTOP) before anybody else may take
+    the lease, and go on when a renewal succeeds: then nobody took it. When somebody did, they are killed.
+    """
+
+    def __init__(self, client: S3Client, holder: Holder, notice: Callable[[str], None]) -> None:
+        """Takes nothing yet; `notice` is told what a user should know."""
+        ttl = holder.ttl_seconds
+        impatient = Patience(answer_seconds=max(1.0, ttl / 6), unreachable_seconds=0, failing_seconds=0)
+        self.enforced = True  # whether the server heeds conditions
+        self.suspended = False
+        self.lost = ""  # why, when it is lost
+        self._client, self._holder, self._notice = client, holder, notice
+        self._renewing_client = S3Client(client.store, client.region, impatient)
+        self._key = f"{client.store.key_prefix}{LEASE_NAME}"
+        self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
+        self._members: list[Member] = []
+        self._lock, self._over = threading.RLock(), threading.Event()
+        self._switch = DeadMansSwitch()
+        self._threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
+        ]
+
+    def acquire(self, wait_seconds: float | None, pause: Callable[[float], None]) -> None:
+        """Takes the lease, and renews it from then on.
+
+        Waits `wait_seconds` for a holder, by default just until it has renewed its lease, and so is alive,
+        or until the lease has expired. Raises StillRunning, S3Error, and what `pause(seconds)` raises.
+        """
+        start, first = boot_seconds(), None
+        while current := self._try_to_take():
+            first = first or current
+            waited = boot_seconds() - start
+            limit = current.holder.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
+            is_alive = current.etag != first.etag
+            if waited >= (limit if wait_seconds is None else wait_seconds) or (
+                wait_seconds is None and is_alive
+            ):
+                raise StillRunning(
+                    f"{self._client.store.name}: another run works on this repository: {current.holder}",
+                    "Let it finish, or wait for it with LEASE_WAIT.",
+                )
+            if current is first:
+                self._notice(f"the repository is in use: {current.holder}; waiting to see whether that lives")
+            pause(min(2.0, current.holder.ttl_seconds / 10))
+        if self.enforced and self._is_enforced():
+            self._switch.arm(self._valid_until)
+            for thread in self._threads:
+                thread.start()
+        else:
+            self._go_without()
+
+    def _try_to_take(self) -> Sighting | None:
+        """Takes the lease where that is free, ours already or expired; else who holds it."""
+        for _ in range(5):
+            sent = boot_seconds()
+            try:
+                if self._write(self._client, IF_ABSENT):
+                    return None
+            except S3Error as error:
+                if not refuses_conditions(error):
+                    raise
+                self.enforced = False
+                return None
+            current = self._look(self._client)
+            if current is None:  # given back just now
+                continue
+            if self._adopt(current, sent):
+                return None
+            if current.has_expired and self._write(self._client, {"If-Match": current.etag}):
+                self._notice(f"an expired lease is taken over: {current.holder}")
+                return None
+            return current
+        raise BackupError(f"{self._client.store.name}: {self._key} can neither be written nor read")
+
+    def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
+        """Writes the object under a condition; False when that is not met."""
+        with self._lock:
+            self._writes += 1
+            body = self._holder.body(self._writes)
+        sent = boot_seconds()
+        try:
+            etag = client.put(self._key, body, condition)
+        except S3Error as error:
+            # 409: somebody else wrote at the same moment; 404: there is nothing to match.
+            if error.status in (409, 412) or error.code == "NoSuchKey":
+                return False
+            raise
+        self._etag, self._valid_until = etag, sent + self._holder.ttl_seconds
+        return True
+
+    def _look(self, client: S3Client) -> Sighting | None:
+        """The object as it is now; None where there is none."""
+        try:
+            answer = client.request("GET", self._key)
+        except S3Error as error:
+            if error.code == "NoSuchKey":
+                return None
+            raise
+        now, then = answer.time("Date"), answer.time("Last-Modified")
+        age = (now - then).total_seconds() if now and then else 0.0
+        return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
+
+    def _adopt(self, current: Sighting, sent: float) -> bool:
+        """Whether the object is ours: a write from after `sent` succeeded, and its answer was lost."""
+        if current.holder.run_id != self._holder.run_id:
+            return False
+        self._etag, self._valid_until = current.etag, sent + self._holder.ttl_seconds
+        return True
+
+    def _is_enforced(self) -> bool:
+        """Tries whether the server heeds conditions: both writes have to fail."""
+        try:
+            return not any(
+                self._write(self._client, condition) for condition in (IF_ABSENT, {"If-Match": NO_SUCH_ETAG})
+            )
+        except S3Error as error:
+            if not refuses_conditions(error):
+                raise
+            return False
+
+    def _go_without(self) -> None:
+        self.enforced = False
+        self._notice(
+            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
+            " cannot exclude each other: see to it that only one works on the repository at a time"
+        )
+        with contextlib.suppress(S3Error):
+            self._client.delete(self._key)
+
+    def add(self, member: Member) -> None:
+        """Has `member` stopped and killed with the lease."""
+        with self._lock:
+            self._members.append(member)
+            if self.lost or self.suspended:
+                member.send(signal.SIGKILL if self.lost else signal.SIGSTOP)
+
+    def check(self) -> None:
+        """Raises Stuck when the lease is lost."""
+        if self.lost:
+            raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
+
+    def _renew_on(self) -> None:
+        """The renewing thread's life."""
+        pause = self._holder.ttl_seconds / 4
+        while not self._over.wait(pause):
+            pause = self._holder.ttl_seconds / 4
+            try:
+                self._renew()
+            except S3Error as error:
+                self._trouble = str(error)
+                pause = self._holder.ttl_seconds / 20
+
+    def _renew(self) -> None:
+        sent = boot_seconds()
+        if not self._write(self._renewing_client, {"If-Match": self._etag}):
+            current = self._look(self._renewing_client)
+            if current is None or not self._adopt(current, sent):
+                who = current.holder if current else "its object was deleted"
+                self._lose(f"the lease on the repository was lost ({who})")
+                return
+        with self._lock:
+            self._switch.arm(self._valid_until)
+            if self.suspended:
+                self.suspended = False
+                self._notice("the lease is renewed: the work goes on")
+                self._signal(signal.SIGCONT)
+
+    def _guard(self) -> None:
+        """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
+        while not self._over.wait(GUARD_SECONDS):
+            with self._lock:
+                soon = self._valid_until - self._holder.ttl_seconds / 4
+                if self.suspended or self.lost or boot_seconds() < soon:
+                    continue
+                self.suspended = True
+                self._signal(signal.SIGSTOP)
+                self._switch.arm(0)  # nobody writes any more
+            self._notice(f"the lease cannot be renewed: the work is suspended until it can: {self._trouble}")
+
+    def _lose(self, reason: str) -> None:
+        with self._lock:
+            self.lost = reason
+            self._signal(signal.SIGKILL)
+            self._switch.arm(0)
+
+    def _signal(self, signum: int) -> None:
+        for member in self._members:
+            member.send(signum)
+
+    def release(self) -> None:
+        """Gives the lease back, if it is certain that it is still ours; else it expires."""
+        self._over.set()
+        for thread in self._threads:
+            if thread.ident:
+                thread.join(CLEANUP_SECONDS)
+        certain = boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
+        if self.enforced and not self.lost and certain:
+            try:
+                self._renewing_client.delete(self._key, {"If-Match": self._etag})
+            except S3Error as error:
+                self._notice(f"the lease could not be given back, and expires by itself: {error}")
+        self._switch.close()
+
+
+def refuses_conditions(error: S3Error) -> bool:
+    """Whether a server says that it does not know conditional writes."""
+    return error.status == 501 or error.code in ("NotImplemented", "InvalidArgument")
+
+
+@contextlib.contextmanager
+def leased(
+    client: S3Client,
+    holder: Holder,
+    wait_seconds: float | None,
+    notice: Callable[[str], None],
+    pause: Callable[[float], None],
+) -> Iterator[Lease]:
+    """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
+    lease = Lease(client, holder, notice)
+    try:
+        lease.acquire(wait_seconds, pause)
+        yield lease
+    finally:
+        lease.release()
 
 
 # ------------------------------------------------------------------------------------------------ Processes
@@ -1062,6 +1513,7 @@ class Runtime:
     environ: Mapping[str, str]
     console: Console
     stop: Stop
+    memory_mb: int  # what TigrisFS's caches are sized by
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
 
 
@@ -1125,14 +1577,10 @@ class Child:
         """Sends a signal; nothing happens when the process has ended."""
         self._process.send_signal(signum)
 
-    def kill(self) -> None:
-        """Ends the process for certain."""
+    def kill(self) -> bool:
+        """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
         self.send(signal.SIGKILL)
-        self.wait(POLL_SECONDS * 25)  # a process in an uninterruptible wait ends when its mount is gone
-
-
-# Looked up before any fork, after which a child must do as little as possible.
-LIBC = ctypes.CDLL(None, use_errno=True)
+        return self.wait(KILL_SECONDS) is not None
 
 
 def die_with_parent() -> None:
@@ -1147,9 +1595,65 @@ def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
             on_line(line.decode("utf-8", "replace").rstrip("\n"))
 
 
-def run_to_end(child: Child, stop: Stop) -> int:
-    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain."""
+def io_bytes(pid: int) -> int:
+    """How much a process has read and written by system calls, /proc/PID/io of proc(5); 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return sum(int(number) for number in re.findall(r"^[rw]char: ([0-9]+)$", text, re.MULTILINE))
+
+
+def cpu_seconds(pid: int) -> float:
+    """How long a process has computed, /proc/PID/stat of proc(5); 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return 0.0
+    user, system = fields.split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+class StallClock:
+    """Notices when nothing moves any more.
+
+    Each meter returns a number that grows by 1 or more where there is progress.
+    """
+
+    def __init__(self, seconds: float, meters: Sequence[Callable[[], float]]) -> None:
+        """The time runs from now on."""
+        self._seconds, self._meters = seconds, meters
+        self._highest = [meter() for meter in meters]
+        self._moved_at = self._looked_at = time.monotonic()
+
+    def check(self, what: Callable[[], str]) -> None:
+        """Raises Stuck, saying what `what` returns, after as many seconds without progress."""
+        now = time.monotonic()
+        if now - self._looked_at < min(1.0, self._seconds / 10):
+            return
+        self._looked_at = now
+        for index, meter in enumerate(self._meters):
+            value = meter()
+            if value >= self._highest[index] + 1:
+                self._highest[index], self._moved_at = value, now
+        if now - self._moved_at > self._seconds:
+            raise Stuck(
+                f"{what()} (no progress for {self._seconds:.0f} s)",
+                "STALL_TIMEOUT says how long that may be; run it again.",
+            )
+
+
+def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
+    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain.
+
+    So does what `check` raises, which is called all the while.
+    """
     while (code := child.wait(POLL_SECONDS)) is None:
+        try:
+            check()
+        except BackupError:
+            child.kill()
+            raise
         if stop.requested:
             child.send(signal.SIGTERM)
             give_up = time.monotonic() + TERMINATE_SECONDS
@@ -1231,7 +1735,49 @@ FUSE_HELP = (
 )
 
 
-def tigrisfs_command(store: Store, region: str, mount_point: Path, read_only: bool) -> list[str]:
+def container_memory_mb(root: Path = Path("/")) -> int:
+    """The memory that this process may use, in MB: the machine's, or less where a control group says so.
+
+    Looks at memory.max of cgroup v2 and memory.limit_in_bytes of v1, of our group and of all above it,
+    as far as a container sees them ("Control Group v2" and "Memory Resource Controller" of the kernel's
+    documentation).
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in CGROUP_FILES:
+            continue
+        folder, name = CGROUP_FILES[kind]
+        path = Path(group.lstrip("/"))
+        for part in (path, *path.parents):
+            with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
+                limits.append(int((root / folder / part / name).read_text(encoding="ascii")))
+    return min(limits) // 1_000_000
+
+
+CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+}
+
+
+def data_cache_mb(memory_mb: int, store: Store) -> int:
+    """How much tigrisfs may cache of a store's data, in MiB; the source's and a target's are below the half.
+
+    Beside its cache tigrisfs needs 50 to 90 MB, and borg as much.
+    """
+    largest, part = (TARGET_CACHE_MB, 8) if store.target is not None else (SOURCE_CACHE_MB, 4)
+    return max(SMALLEST_CACHE_MB, min(largest, memory_mb // part))
+
+
+def tigrisfs_command(
+    store: Store, region: str, mount_point: Path, read_only: bool, cache_mb: int
+) -> list[str]:
     """The command line that mounts `store`; its keys go through the environment."""
     return [
         "tigrisfs",
@@ -1240,9 +1786,9 @@ def tigrisfs_command(store: Store, region: str, mount_point: Path, read_only: bo
         *("--endpoint", store.endpoint, "--region", region),
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
         "--disable-xattr",  # each listxattr is a HEAD request
-        *("--memory-limit", str(DATA_CACHE_MB), *READ_AHEAD_FLAGS),
+        *("--memory-limit", str(cache_mb), *READ_AHEAD_FLAGS),
         *("--stat-cache-ttl", METADATA_TTL),
-        *("--read-retry-attempts", READ_ATTEMPTS, "--retry-interval", WRITE_RETRY),
+        *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
@@ -1280,6 +1826,7 @@ class TigrisLog:
         """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
+        self.complaint_count = 0
         self._complained_at = 0.0
         self._name, self._console = name, console
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
@@ -1301,6 +1848,7 @@ class TigrisLog:
         if match := SHORT_READ.fullmatch(message):
             self.shrunk.add(match[1])
         self.complaints.append(message)
+        self.complaint_count += 1
         self._complained_at = time.monotonic()
         self._show(f"tigrisfs: {message}")
 
@@ -1352,41 +1900,62 @@ class Mount:
     path: Path
     child: Child
     log: TigrisLog
+    lease: Lease | None = None  # what allows writing to it
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether somebody serves it."""
+        return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
-        """Raises BackupError when the mount is gone: what is read below its path would be an empty folder."""
+        """Raises Stuck when the mount is gone: what is read below its path would be an empty folder."""
+        if self.lease:
+            self.lease.check()
         code = self.child.wait(0)
         if code is not None:
-            raise BackupError(
-                f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again."
-            )
+            raise Stuck(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
         if str(self.path) not in mount_table():
-            raise BackupError(
+            raise Stuck(
                 f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
             )
 
+    def progress(self) -> float:
+        """What tigrisfs has moved, in units that are certainly more than it does when idle.
+
+        It moves bytes for a slow upload and for one that it tries in vain again and again. For each complaint
+        in its log as many bytes are taken off as the tries before it can have sent.
+        """
+        return (io_bytes(self.child.pid) - RETRY_BYTES * self.log.complaint_count) / IDLE_BYTES
+
 
 @contextlib.contextmanager
-def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Iterator[Mount]:
+def mounted(
+    runtime: Runtime, store: Store, region: str, read_only: bool, lease: Lease | None = None
+) -> Iterator[Mount]:
     """`store` mounted at its mount point, usable; on leaving it is unmounted and everything is uploaded.
 
-    Raises BackupError when it cannot be mounted within MOUNT_SECONDS or not be unmounted cleanly.
+    Raises BackupError when it cannot be mounted within MOUNT_SECONDS or not be unmounted cleanly. Where
+    Stuck is raised inside, tigrisfs is killed.
     """
     path = prepare_mount_point(runtime, store)
     log = TigrisLog(store.name, runtime.console)
-    argv = tigrisfs_command(store, region, path, read_only)
+    cache_mb = data_cache_mb(runtime.memory_mb, store)
+    argv = tigrisfs_command(store, region, path, read_only, cache_mb)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
-    mount = Mount(store, path, child, log)
+    mount = Mount(store, path, child, log, lease)
     try:
+        if lease:
+            lease.add(child)
         wait_until_usable(runtime, mount)
     except BaseException:  # nothing was written yet; tigrisfs may mount at any moment, so it must not go on
-        child.kill()
-        if str(path) in mount_table():
-            detach(runtime, path, lazy=True)
+        abandon(runtime, mount)
         raise
     runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
     try:
         yield mount
+    except Stuck:
+        abandon(runtime, mount)
+        raise
     except BaseException:
         try:
             unmount(runtime, mount)
@@ -1394,6 +1963,13 @@ def mounted(runtime: Runtime, store: Store, region: str, read_only: bool) -> Ite
             runtime.console.warning(store.name, str(error))
         raise
     unmount(runtime, mount)
+
+
+def abandon(runtime: Runtime, mount: Mount) -> None:
+    """Kills tigrisfs, whatever it still holds, and frees the mount point."""
+    mount.child.kill()
+    if str(mount.path) in mount_table():
+        detach(runtime, mount.path, lazy=True)
 
 
 def resolved(path: Path) -> Path:
@@ -1500,6 +2076,9 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     Raises BackupError when it does not end in time; then it is killed, and the mount point is free all
     the same.
     """
+    if mount.lease and mount.lease.suspended and runtime.stop.requested:
+        abandon(runtime, mount)
+        raise BackupError(f"{mount.store.name}: the upload was cut off, as its lease could not be renewed")
     deadline = time.monotonic() + BUSY_SECONDS
     while str(mount.path) in mount_table() and mount.child.wait(0) is None:
         lazy = runtime.stop.hurried or time.monotonic() > deadline
@@ -1520,11 +2099,11 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
 
 
 def flush_patience(runtime: Runtime, mount: Mount) -> float:
-    """How many seconds the upload after an unmount may take."""
+    """How many seconds the upload after an unmount may take, as long as it makes progress."""
     if runtime.stop.hurried:
         return HURRIED_FLUSH_SECONDS
     failing = runtime.stop.requested and mount.log.is_complaining
-    return FAILING_FLUSH_SECONDS if failing else FLUSH_SECONDS
+    return FAILING_FLUSH_SECONDS if failing else math.inf
 
 
 def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
@@ -1533,6 +2112,7 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
     Kills it when that takes too long.
     """
     start, told = time.monotonic(), False
+    stall = StallClock(runtime.settings.stall_seconds, [mount.progress])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
         waited = time.monotonic() - start
         if waited > 2:
@@ -1544,12 +2124,18 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
             runtime.console.info(
                 mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
             )
-        if waited > flush_patience(runtime, mount):
+        try:
+            stall.check(lambda: f"{mount.store.name}: the upload does not end: {mount.log.reason}")
+            if waited > flush_patience(runtime, mount):
+                raise BackupError(
+                    f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
+                    "What borg wrote last is not in the bucket; the archives of earlier runs are.",
+                )
+        except BackupError:
             mount.child.kill()
-            raise BackupError(
-                f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
-                "What borg wrote last is not in the bucket; the archives of earlier runs are.",
-            )
+            raise
+    if mount.lease:
+        mount.lease.check()
     return code
 
 
@@ -1562,6 +2148,7 @@ class Verdict(enum.Enum):
     OK = "ok"
     WARNING = "warnings"
     FAILURE = "failed"
+    BUSY = "busy"  # another run works on the repository
 
 
 # Unreadable content of the source. That a file vanished (107) or is forbidden (105) is a warning.
@@ -1594,7 +2181,7 @@ def borg_newest(repository: Path) -> list[str]:
 
 
 def borg_create(target: Target, label: str, repository: Path, source: Path) -> list[str]:
-    """Archives `source`.
+    """Archives `source`, and names each object when it is done.
 
     The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
     numbers change with every mount. Extended attributes, ACLs and flags do not exist on S3, and asking
@@ -1605,6 +2192,7 @@ def borg_create(target: Target, label: str, repository: Path, source: Path) -> l
     return [
         "create",
         "--json",
+        "--list",
         "--progress",
         *options,
         "--compression",
@@ -1629,7 +2217,7 @@ def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
     folders = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "BORG_BASE_DIR", "BORG_CONFIG_DIR", "BORG_CACHE_DIR")
     own = {
         "BORG_EXIT_CODES": "modern",
-        "BORG_HOST_ID": f"s3borgbackup-{runtime.run_id}",  # host names and PIDs repeat
+        "BORG_HOST_ID": f"{OWN_HOST}{runtime.run_id}",  # host names and PIDs repeat
         "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
         "BORG_DISPLAY_PASSPHRASE": "no",
     }
@@ -1643,6 +2231,9 @@ BREAK_LOCK_HELP = (
     "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path};"
     " backup.py umount target-{name}"
 )
+
+DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
+MAX_NAMED = 100  # objects or warnings; more are counted
 
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
 BORG_HINTS = {
@@ -1667,13 +2258,16 @@ class BorgLog:
     Shows progress, warnings and errors, and keeps what decides on the result.
     """
 
-    def __init__(self, name: str, console: Console, stop: Stop) -> None:
-        """Nothing was read yet."""
+    def __init__(
+        self, name: str, console: Console, stop: Stop, on_file: Callable[[str, str], None] | None = None
+    ) -> None:
+        """Nothing was read yet; `on_file(status, path)` is told of each file that borg has done."""
         self.errors: list[tuple[str, str]] = []  # message id, message
         self.warnings = 0
         self.io_errors = 0
         self.infos: list[str] = []
         self._name, self._console, self._stop = name, console, stop
+        self._on_file = on_file
 
     def feed(self, line: str) -> None:
         """Takes one line."""
@@ -1683,7 +2277,10 @@ class BorgLog:
         except (ValueError, KeyError, TypeError):
             self._take("ERROR", "", line)
             return
-        if kind == "archive_progress" and not entry.get("finished"):
+        if kind == "file_status":
+            if self._on_file:
+                self._on_file(entry["status"], entry["path"])
+        elif kind == "archive_progress" and not entry.get("finished"):
             self._console.progress(
                 self._name,
                 f"{count(entry['nfiles'], 'object')}, {size(entry['original_size'])}: {entry['path']}",
@@ -1709,16 +2306,23 @@ class BorgLog:
             )
         elif level in ("ERROR", "CRITICAL"):
             self.errors.append((msgid, text))
-            # What it says when it is stopped, a traceback perhaps, is no error.
-            show = self._console.debug if self._stop.requested else self._console.error
+            # What it says when it is stopped is no error; a traceback says less than the failure's own line.
+            quiet = self._stop.requested or text.startswith(("Traceback", "Local Exception"))
+            show = self._console.debug if quiet else self._console.error
             show(self._name, f"borg: {text}")
         elif level == "WARNING":
             self.warnings += 1
             self.io_errors += msgid in IO_ERRORS
-            self._console.warning(self._name, f"borg: {text}")
+            if self.warnings <= MAX_NAMED:
+                self._console.warning(self._name, f"borg: {text}")
         else:
             self.infos.append(text)
             self._console.debug(self._name, f"borg: {text}")
+
+    def report_hidden(self) -> None:
+        """Counts the warnings that were not shown."""
+        if self.warnings > MAX_NAMED:
+            self._console.warning(self._name, f"borg: {self.warnings - MAX_NAMED:,} more warnings")
 
     def reason(self, code: int) -> str:
         """Why a command failed, in one line: the exception's where borg printed a traceback."""
@@ -1739,28 +2343,69 @@ class BorgResult:
 
 
 class Borg:
-    """Runs borg on one target's repository, which has to be mounted at `repository`."""
+    """Runs borg on one target's repository in the folder `repository`."""
 
-    def __init__(self, runtime: Runtime, target: Target, repository: Path) -> None:
-        """Runs nothing yet."""
+    def __init__(
+        self, runtime: Runtime, target: Target, repository: Path, mounts: Sequence[Mount] = ()
+    ) -> None:
+        """Runs nothing yet; borg will work on `mounts`, first of all the repository's."""
         self._runtime, self._target, self._repository = runtime, target, repository
+        self._mounts = mounts
 
-    def run(self, arguments: Sequence[str]) -> BorgResult:
-        """Runs one command to its end. Raises BackupError when it fails, Stopped on a stop signal."""
+    def run(self, arguments: Sequence[str], on_file: Callable[[str, str], None] | None = None) -> BorgResult:
+        """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
+
+        Raises BackupError when it fails, Stuck when its mounts are gone or nothing moves, Stopped on a stop
+        signal.
+        """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
         argv = ["borg", command, "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console, runtime.stop), []
+        log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
         with passphrase_pipe(self._target.passphrase) as fd:
             env = {**borg_environment(runtime, self._target), "BORG_PASSPHRASE_FD": str(fd)}
             child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
-        code = run_to_end(child, runtime.stop)
+        code = self._run_to_end(command, child)
+        log.report_hidden()
         result = BorgResult(verdict(code), "\n".join(output), log)
         if result.verdict is Verdict.FAILURE or log.io_errors:
             raise self._failure(command, code, log)
         return result
+
+    def _run_to_end(self, command: str, child: Child) -> int:
+        """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
+        leases = [mount.lease for mount in self._mounts if mount.lease]
+        for lease in leases:
+            lease.add(child)
+        work = [lambda: io_bytes(child.pid) + int(cpu_seconds(child.pid))]
+        stall = StallClock(
+            self._runtime.settings.stall_seconds, work + [mount.progress for mount in self._mounts]
+        )
+
+        def check() -> None:
+            for mount in self._mounts:
+                mount.check_alive()
+            stall.check(lambda: f"{self._target.store.name}: borg {command} hangs: {self._complaint()}")
+
+        try:
+            code = run_to_end(child, self._runtime.stop, check)
+        except BackupError:
+            for mount in self._mounts:
+                if child.wait(0) is None:
+                    mount.child.kill()
+                    child.wait(KILL_SECONDS)
+            raise
+        if code:
+            for mount in self._mounts:
+                mount.check_alive()  # the cause of borg's trouble, if it is gone
+        return code
+
+    def _complaint(self) -> str:
+        """What TigrisFS complained about last, on whichever mount."""
+        words = [f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints]
+        return "; ".join(words) or "tigrisfs said nothing about it"
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
         """The error for a failed command, in borg's own words."""
@@ -1771,18 +2416,74 @@ class Borg:
                 " read (named above)",
                 "The archive holds the others. Run it again; if it stays so, look at those objects.",
             )
-        msgid = log.errors[0][0] if log.errors else ""
-        hint = BORG_HINTS.get(msgid, "").format(name=name, path=shlex.quote(str(path)))
-        owner = f" (held by {self._lock_owner()})" if msgid.startswith("Lock") else ""
-        return BackupError(f"{self._target.store.name}: borg {command}: {log.reason(code)}{owner}", hint)
+        msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
+        hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else "")
+        owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
+        return BackupError(
+            f"{self._target.store.name}: borg {command}: {reason}{owner}",
+            hint.format(name=name, path=shlex.quote(str(path))),
+        )
 
-    def _lock_owner(self) -> str:
-        """Who holds the repository's lock, as borg writes it: host.pid-thread."""
+    def _lock_owner(self, reason: str) -> str:
+        """Who holds the lock of the repository or of the cache, as borg writes it: host.pid-thread."""
+        named = re.search(r"(/.*)/lock(\.exclusive)?\b", reason)
+        folder = Path(named[1]) if named else self._repository
         try:
-            names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(self._repository / "lock.exclusive"))
+            names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(folder / "lock.exclusive"))
         except (OSError, BackupError):
             names = []
         return ", ".join(names) or "a shared lock: see lock.roster"
+
+
+OWN_HOST = "s3borgbackup-"  # how BORG_HOST_ID begins, and so the name of each lock of ours
+
+
+@dataclass(frozen=True)
+class Locks:
+    """What borg's locks in a repository or a cache come to, under the lease: our own are all stale."""
+
+    stale: tuple[str, ...]  # what to delete: names below the repository, before the folders that hold them
+    owners: tuple[str, ...]  # somebody else's locks
+
+    @classmethod
+    def sort(cls, names: Iterable[str], roster: bytes) -> Locks:
+        """Tells stale locks from others by their names below the repository and the content of `lock.roster`.
+
+        An exclusive lock is a folder `lock.exclusive` with a file HOST.PID-THREAD in it, one that is about to
+        be taken a folder `lock.exclusive.RANDOM.tmp` with the same, and `lock.roster` names who reads
+        (locking.py of borg 1.4).
+        """
+        folders: dict[str, list[str]] = {}
+        for name in names:
+            folder, slash, holder = name.partition("/")
+            if slash and re.fullmatch(r"lock\.exclusive(\..*\.tmp)?", folder):
+                folders.setdefault(folder, []).append(holder)
+        owners, stale = roster_owners(roster), []
+        if roster and not owners:
+            stale.append("lock.roster")
+        for folder, holders in folders.items():
+            foreign = [holder for holder in holders if holder and not holder.startswith(OWN_HOST)]
+            stale += [f"{folder}/{holder}" for holder in holders if holder.startswith(OWN_HOST)]
+            stale += [] if foreign else [f"{folder}/"]
+            owners += foreign if folder == "lock.exclusive" else []
+        return cls(tuple(stale), tuple(owners))
+
+
+def roster_owners(roster: bytes) -> list[str]:
+    """Who else reads or writes, by a `lock.roster`; borg takes one that it cannot read for an empty one."""
+    try:
+        entries = [entry for kind in json.loads(roster).values() for entry in kind]
+        return [f"{host}.{pid}" for host, pid, _ in entries if not str(host).startswith(OWN_HOST)]
+    except (ValueError, TypeError, AttributeError):
+        return []
+
+
+def cache_folder(environ: Mapping[str, str], repository_id: str) -> Path:
+    """Where borg keeps its cache of a repository ("Environment Variables" in its documentation)."""
+    base = environ.get("BORG_BASE_DIR")
+    default = Path(base or environ.get("HOME") or Path.home(), ".cache")
+    cache = default if base else Path(environ.get("XDG_CACHE_HOME", default))
+    return Path(environ.get("BORG_CACHE_DIR", cache / "borg"), repository_id)
 
 
 @contextlib.contextmanager
@@ -1824,26 +2525,32 @@ def count(number: int, noun: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- Audit
 
+# Two questions: does the bucket hold what borg wrote, and does the archive hold what the source lists?
+
 # TigrisFS ends with 0 although uploads failed, and borg has ended by then: when only the last writes (an
 # index, the removal of the lock) are refused, nobody would notice. So the bucket is compared with what the
 # mount showed.
 
 
-def repository_files(runtime: Runtime, mount: Mount) -> dict[str, int]:
+def repository_files(runtime: Runtime, store: Store, mount_point: Path) -> dict[str, int]:
     """The repository's files as its mount shows them: path below the mount point -> size in bytes."""
 
     def walk() -> dict[str, int]:
-        paths = (Path(folder, name) for folder, _, names in os.walk(mount.path) for name in names)
-        return {str(path.relative_to(mount.path)): path.stat().st_size for path in paths}
+        paths = (Path(folder, name) for folder, _, names in os.walk(mount_point) for name in names)
+        sizes = {str(path.relative_to(mount_point)): path.stat().st_size for path in paths}
+        sizes.pop(LEASE_NAME, None)
+        return sizes
 
-    return within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
+    return within(WARM_UP_SECONDS, f"{store.name}: listing the repository", walk, runtime.stop)
 
 
 def listed_files(client: S3Client) -> dict[str, int]:
     """The same from the bucket's listing, without the empty objects that stand for folders."""
     prefix = client.store.key_prefix
     entries = client.list_objects(prefix)
-    return {entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")}
+    sizes = {entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")}
+    sizes.pop(LEASE_NAME, None)
+    return sizes
 
 
 def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
@@ -1872,6 +2579,136 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
         time.sleep(POLL_SECONDS)
 
 
+class Digests:
+    """A set of texts that takes eight bytes for each, however long it is and however many there are.
+
+    Two texts may be taken for one with a chance of 1 in 10^19 for each pair.
+    """
+
+    def __init__(self) -> None:
+        """An empty set."""
+        self._buckets = [array.array("Q") for _ in range(256)]
+        self._is_sorted = True
+
+    def add(self, text: str) -> None:
+        """Takes a text in."""
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        self._buckets[digest[0]].append(int.from_bytes(digest))
+        self._is_sorted = False
+
+    def __contains__(self, text: str) -> bool:
+        """Whether a text was taken in."""
+        if not self._is_sorted:
+            self._buckets = [array.array("Q", sorted(bucket)) for bucket in self._buckets]
+            self._is_sorted = True
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        bucket, number = self._buckets[digest[0]], int.from_bytes(digest)
+        index = bisect.bisect_left(bucket, number)
+        return index < len(bucket) and bucket[index] == number
+
+
+class ArchivedObjects:
+    """What borg says it has archived, while it does so."""
+
+    def __init__(self, source: Path) -> None:
+        """Nothing yet; objects are named below `source`."""
+        self._prefix = f"{source}/"
+        self._archived = Digests()
+        self._unreadable = Digests()
+
+    def take(self, status: str, path: str) -> None:
+        """Takes a file's status (`borg create --list`): A, M, U and C are archived, E is not."""
+        key = path.removeprefix(self._prefix)
+        if status == "E":
+            self._unreadable.add(key)
+        elif status in "AMUCh":
+            self._archived.add(key)
+
+    def holds(self, key: str) -> bool:
+        """Whether the archive holds an object."""
+        return key in self._archived
+
+    def failed(self, key: str) -> bool:
+        """Whether borg could not read it."""
+        return key in self._unreadable
+
+
+UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
+NAME_MAX_BYTES = 255
+RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
+
+
+def why_missing(key: str, failed: bool, hidden: bool) -> str:
+    """Why an archive lacks an object of the source."""
+    if UNREPRESENTABLE.search(key) or any(len(part.encode()) > NAME_MAX_BYTES for part in key.split("/")):
+        return "no file can have this name"
+    if hidden:
+        return "it is hidden by objects below the same name"
+    return "it could not be read" if failed else "the mount did not show it"
+
+
+def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mount, began: datetime) -> str:
+    """What is wrong with the archived form of an object that the source lists now; nothing if all is well.
+
+    What was written after the run began belongs to the next run, but what was overwritten meanwhile may have
+    been archived with the length of one version and the content of another.
+    """
+    is_new = entry.last_modified >= began - timedelta(seconds=RACE_SECONDS)
+    if not archive.holds(key):
+        if is_new or (key.endswith("/") and not entry.size_bytes):
+            return ""
+        name = f"{mount.store.name}: looking at {key!r}"
+        hidden = key.endswith("/") or within(MOUNT_SECONDS, name, (mount.path / key).is_dir)
+        return why_missing(key, archive.failed(key), hidden)
+    if not is_new:
+        return ""
+    try:
+        shown = within(MOUNT_SECONDS, f"{mount.store.name}: stat of {key!r}", (mount.path / key).stat)
+    except OSError as error:
+        return f"it was overwritten meanwhile, and {error.strerror}"
+    if shown.st_size != entry.size_bytes:
+        return (
+            f"it was overwritten meanwhile: {shown.st_size:,} bytes are archived, it has {entry.size_bytes:,}"
+        )
+    was_rewritten = entry.last_modified.timestamp() - shown.st_mtime > 1
+    if was_rewritten and entry.size_bytes > WHOLE_READ_BYTES:
+        return "it was overwritten meanwhile: what is archived may be of both versions"
+    return ""
+
+
+class Findings:
+    """The objects that an archive lacks: the first ones by name, all by number."""
+
+    def __init__(self) -> None:
+        """None."""
+        self.count = 0
+        self.named: list[tuple[str, str]] = []
+
+    def add(self, key: str, reason: str) -> None:
+        """Takes one in."""
+        self.count += 1
+        if self.count <= MAX_NAMED:
+            self.named.append((key, reason))
+
+
+def audit_source(
+    client: S3Client, mount: Mount, archives: Sequence[ArchivedObjects], began: datetime, stop: Stop
+) -> list[Findings]:
+    """What each archive lacks of what the source lists now; `began` is by the server's clock.
+
+    One LIST for each 1,000 objects, however many archives there are. Raises S3Error, Stopped.
+    """
+    findings = [Findings() for _ in archives]
+    prefix = client.store.key_prefix
+    for entry in client.list_objects(prefix):
+        stop.check()
+        key = entry.key[len(prefix) :]
+        for archive, found in zip(archives, findings, strict=True):
+            if key and (reason := audit_object(entry, key, archive, mount, began)):
+                found.add(key, reason)
+    return findings
+
+
 # --------------------------------------------------------------------------------------------------- Backup
 
 
@@ -1882,6 +2719,7 @@ class Preflight:
     region: str
     keys: tuple[S3Object, ...]  # the first page of its listing
     complete: bool  # that page is all there is
+    clock: datetime  # the server's
 
     def repository_state(self, store: Store) -> RepositoryState:
         """Whether a borg repository lies in the store."""
@@ -1910,7 +2748,7 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
     `borg init` writes README, config, the first segments, and last an index. Until there is an index,
     nothing can have been archived, so what is small and has only borg's own names may be made anew.
     """
-    names = {name for name in sizes if name and not name.startswith(PROBE_NAME)}
+    names = {name for name in sizes if name and not name.startswith((PROBE_NAME, LEASE_NAME))}
     own = {name for name in names if OWN_NAMES.fullmatch(name)}
     if not names:
         return RepositoryState.EMPTY
@@ -1934,7 +2772,7 @@ def examine(client: S3Client, write: bool) -> Preflight:
             probe_read(client, readable)
     if write:
         probe_write(client)
-    return Preflight(client.region, tuple(entries), not more)
+    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
 
 
 class ArchivedObject(Exception):
@@ -1979,6 +2817,7 @@ class Outcome:
     """How it went with one target."""
 
     target: Target
+    archived: ArchivedObjects | None = None
     verdict: Verdict = Verdict.OK
     reason: str = ""
     archive: str = ""
@@ -2004,13 +2843,10 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
     )
     outcomes = [Outcome(target) for target in targets]
     try:
-        checks = preflight(runtime, targets)
-        source = checks.pop(0)
+        source, *checks = preflight(runtime, targets)
         if isinstance(source, BackupError):
             raise source
-        with mounted(runtime, runtime.settings.source, source.region, read_only=True) as source_mount:
-            for outcome, check in zip(outcomes, checks, strict=True):
-                attempt(runtime, outcome, check, source_mount, source)
+        back_up_all(runtime, source, list(zip(outcomes, checks, strict=True)))
         runtime.stop.check()
     except BackupError:
         for outcome in outcomes:
@@ -2020,6 +2856,63 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         raise
     runtime.console.plain(summary(outcomes))
     return overall(outcomes)
+
+
+def back_up_all(
+    runtime: Runtime, source: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
+) -> None:
+    """Backs up to one target after the other, and compares the archives with what the source lists.
+
+    Mounts the source anew when it was lost on the way: that is the failure of one target only.
+    """
+    remaining = deque(work)
+    while remaining:
+        before = len(remaining)
+        try:
+            with mounted(runtime, runtime.settings.source, source.region, read_only=True) as source_mount:
+                while remaining and source_mount.is_alive:
+                    attempt(runtime, *remaining.popleft(), source_mount, source)
+                if not remaining and runtime.settings.audit:
+                    audit_archives(runtime, source_mount, source, [outcome for outcome, _ in work])
+        except Stopped:
+            raise
+        except BackupError as error:
+            if len(remaining) == before:
+                raise
+            runtime.console.warning("source", str(error))
+
+
+def audit_archives(
+    runtime: Runtime, source_mount: Mount, source: Preflight, outcomes: Sequence[Outcome]
+) -> None:
+    """Names the objects that the new archives lack, and takes that into the outcomes."""
+    audited = [outcome for outcome in outcomes if outcome.archived and outcome.verdict is not Verdict.FAILURE]
+    archives = [outcome.archived for outcome in audited if outcome.archived]
+    if not archives:
+        return
+    client = S3Client(runtime.settings.source, source.region, PROVEN)
+    try:
+        findings = audit_source(client, source_mount, archives, source.clock, runtime.stop)
+    except (S3Error, OSError) as error:
+        for outcome in audited:
+            outcome.verdict = Verdict.FAILURE
+            outcome.reason = f"what it holds could not be compared with the source: {error}"
+        runtime.console.error("source", str(error))
+        return
+    for outcome, found in zip(audited, findings, strict=True):
+        report_findings(runtime, outcome, found)
+
+
+def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None:
+    """Prints what an archive lacks."""
+    name = outcome.target.store.name
+    for key, reason in found.named:
+        runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
+    if found.count > len(found.named):
+        runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
+    if found.count:
+        outcome.verdict = Verdict.WARNING
+        outcome.reason = outcome.reason or f"the archive lacks {count(found.count, 'object')}"
 
 
 def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
@@ -2044,7 +2937,8 @@ def attempt(
         outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
         raise
     except (BackupError, OSError) as error:
-        outcome.verdict, outcome.reason = Verdict.FAILURE, str(error)
+        busy = isinstance(error, StillRunning)
+        outcome.verdict, outcome.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
         runtime.console.error(name, str(error))
     finally:
         outcome.seconds = time.monotonic() - start
@@ -2053,59 +2947,171 @@ def attempt(
 def backup_target(
     runtime: Runtime, outcome: Outcome, check: Preflight, source_mount: Mount, source: Preflight
 ) -> None:
-    """Mounts a target, backs up, prunes, compacts and unmounts. Fills in `outcome`; raises BackupError."""
-    target, label = outcome.target, runtime.settings.label
-    state = prepare_repository(runtime, target, check)
-    with mounted(runtime, target.store, check.region, read_only=False) as mount:
-        warm_up(runtime, mount)
-        borg = Borg(runtime, target, mount.path)
-        if state is RepositoryState.EMPTY:
-            runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-            borg.run(borg_init(target, mount.path))
-        else:
-            check_encryption(target, borg.run(borg_newest(mount.path)))
-        runtime.console.info(target.store.name, "borg create begins")
-        created = borg.run(borg_create(target, label, mount.path, source_mount.path))
-        source_mount.check_alive()
-        outcome.add(created)
-        record_archive(runtime, outcome, created, source)
-        report_shrunk(runtime, outcome, source_mount)
-        if target.prune and outcome.objects:
-            prune_and_compact(runtime, outcome, borg, mount)
-        mount.check_alive()
-        written = repository_files(runtime, mount)
-    audit_upload(runtime, S3Client(target.store, check.region), written)
+    """Backs up to one target, from taking its lease to giving it back.
+
+    Fills in `outcome`; raises BackupError.
+    """
+    target = outcome.target
+    client = S3Client(target.store, check.region, PROVEN)
+    with held(runtime, client, "a backup") as lease:
+        is_new = prepare_repository(runtime, target, client, lease)
+        with mounted(runtime, target.store, check.region, read_only=False, lease=lease) as mount:
+            warm_up(runtime, mount)
+            clear_cache_locks(runtime, mount)
+            borg = Borg(runtime, target, mount.path, [mount, source_mount])
+            if not is_new:
+                check_encryption(target, borg.run(borg_newest(mount.path)))
+            create_archive(runtime, outcome, borg, mount, source_mount, source)
+            if target.prune and outcome.objects:
+                prune_and_compact(runtime, outcome, borg, mount)
+            mount.check_alive()
+            written = repository_files(runtime, target.store, mount.path)
+        audit_upload(runtime, client, written)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
-def prepare_repository(runtime: Runtime, target: Target, check: Preflight) -> RepositoryState:
-    """Decides whether a repository must be made; removes what an interrupted init left.
+@contextlib.contextmanager
+def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
+    """The lease on a target's repository."""
+    settings, name = runtime.settings, client.store.name
+    since = f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    holder = Holder(runtime.run_id, socket.gethostname(), purpose, since, settings.lease_ttl_seconds)
 
-    Raises BackupError.
+    def pause(seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            runtime.stop.check()
+            time.sleep(POLL_SECONDS)
+
+    def notice(text: str) -> None:
+        runtime.console.warning(name, text)
+
+    with leased(client, holder, settings.lease_wait_seconds, notice, pause) as lease:
+        yield lease
+
+
+def create_archive(
+    runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount, source_mount: Mount, source: Preflight
+) -> None:
+    """Makes a new archive and says what it holds. Raises BackupError, also when the source went away."""
+    target = outcome.target
+    runtime.console.info(target.store.name, "borg create begins")
+    archived = ArchivedObjects(source_mount.path)
+    arguments = borg_create(target, runtime.settings.label, mount.path, source_mount.path)
+    created = borg.run(arguments, archived.take)
+    outcome.archived = archived
+    outcome.add(created)
+    if created.verdict is Verdict.WARNING:  # some objects, or is the source gone, or its keys revoked?
+        examine(S3Client(runtime.settings.source, source.region, PROVEN), write=False)
+    record_archive(runtime, outcome, created, source)
+    report_shrunk(runtime, outcome, source_mount)
+
+
+def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
+    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
+
+    Returns whether it was made. Raises BackupError.
     """
-    state = check.repository_state(target.store)
-    client = S3Client(target.store, check.region)
-    for entry in check.keys:
-        # A preflight that was killed left it, and `borg init` needs an empty place.
+    keys, more = client.list_page(target.store.key_prefix)
+    state = Preflight(
+        client.region, tuple(keys), not more, client.clock or datetime.now(UTC)
+    ).repository_state(target.store)
+    for entry in keys:
+        # A preflight that was killed left it.
         if entry.key.startswith(f"{target.store.key_prefix}{PROBE_NAME}"):
             client.delete(entry.key)
+    if state is RepositoryState.READY:
+        if lease.enforced:
+            clear_stale_locks(runtime, target, client)
+        return False
     if state is RepositoryState.UNFINISHED and not is_remnant(client):
         state = RepositoryState.FOREIGN
+    own = f"{target.store.key_prefix}{LEASE_NAME}"
+    others = [entry.key for entry in keys if entry.key != own]
     if state is RepositoryState.FOREIGN:
-        first = check.keys[0].key
         raise BackupError(
             f"{target.store.name}: {target.store.location} holds other objects"
-            f" (such as {first!r}) and no borg repository",
+            f" (such as {others[0]!r}) and no borg repository",
             f"Point {target.store.setting('path')} at an empty place, such as {target.store.bucket}:borg.",
         )
     if state is RepositoryState.UNFINISHED:
-        runtime.console.warning(
-            target.store.name, f"{state.value} is removed: {len(check.keys)} small objects"
-        )
-        for entry in check.keys:
-            client.delete(entry.key)
-        return RepositoryState.EMPTY
-    return state
+        runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
+        for key in others:
+            client.delete(key)
+    make_repository(runtime, target, client)
+    return True
+
+
+def make_repository(runtime: Runtime, target: Target, client: S3Client) -> None:
+    """Makes a repository in a local folder, and copies its few small files into the bucket.
+
+    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
+    interruption leaves has none, and is made anew.
+    """
+    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+        repository = Path(folder, "repository")
+        Borg(runtime, target, repository).run(borg_init(target, repository))
+        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
+        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
+            name = path.relative_to(repository)
+            client.put(f"{target.store.key_prefix}{name}", path.read_bytes())
+
+
+def find_locks(client: S3Client) -> Locks:
+    """borg's locks in a repository, as the bucket has them."""
+    prefix = client.store.key_prefix
+    names = [entry.key[len(prefix) :] for entry in client.list_objects(f"{prefix}lock.")]
+    roster = client.get(f"{prefix}lock.roster") if "lock.roster" in names else b""
+    return Locks.sort(names, roster)
+
+
+def remove_stale(runtime: Runtime, client: S3Client, locks: Locks) -> None:
+    """Deletes what crashed runs left of borg's locks, before a mount shows it: TigrisFS may deadlock then."""
+    for name in locks.stale:
+        client.delete(f"{client.store.key_prefix}{name}")
+    if any(LEFT_LOCK.search(name) for name in locks.stale):
+        runtime.console.info(client.store.name, "the lock of a run that crashed is removed")
+
+
+def clear_stale_locks(runtime: Runtime, target: Target, client: S3Client) -> None:
+    """Sees to it that borg finds no lock.
+
+    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while (locks := find_locks(client)).owners:
+        if time.monotonic() > deadline:
+            path = shlex.quote(str(runtime.settings.mount_point(target.store)))
+            raise BackupError(
+                f"{target.store.name}: the repository is locked by somebody else: {', '.join(locks.owners)}",
+                BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=path),
+            )
+        runtime.stop.check()
+        time.sleep(POLL_SECONDS * 5)
+    remove_stale(runtime, client, locks)
+
+
+LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
+
+
+def clear_cache_locks(runtime: Runtime, mount: Mount) -> None:
+    """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
+    if not (mount.lease and mount.lease.enforced):
+        return
+    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
+    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
+    folder = cache_folder(runtime.environ, found[1]) if found else None
+    if folder is None or not folder.is_dir():
+        return
+    paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
+    names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
+    roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
+    for name in Locks.sort(names, roster).stale:
+        path = folder / name
+        with contextlib.suppress(OSError):  # borg says what is wrong with it
+            path.rmdir() if name.endswith("/") else path.unlink()
+            runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
 
 
 def is_remnant(client: S3Client) -> bool:
@@ -2177,6 +3183,8 @@ def overall(outcomes: Sequence[Outcome]) -> int:
     verdicts = {outcome.verdict for outcome in outcomes}
     if Verdict.FAILURE in verdicts:
         return EXIT_FAILURE
+    if Verdict.BUSY in verdicts:
+        return EXIT_BUSY
     return EXIT_WARNINGS if Verdict.WARNING in verdicts else EXIT_OK
 
 
@@ -2254,6 +3262,7 @@ def describe(store: Store, result: Preflight) -> str:
 # unlike a process id, cannot be mistaken, and writes its exit code there at the end.
 
 READY_LINE = "the mount is ready"
+MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
 
 
 def state_file(runtime: Runtime, store: Store) -> Path:
@@ -2308,7 +3317,8 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
         *(["--read-write"] if read_write else []),
     ]
     keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
-    deadline = time.monotonic() + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
+    patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
+    deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
             return code or EXIT_FAILURE
@@ -2344,15 +3354,10 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
         raise BackupError(f"{store.name}: another `backup.py mount` is at it")
     with stream:
         stream.truncate(0)
-        preflight_result = examine(S3Client(store), write=read_write)
         try:
-            with mounted(runtime, store, preflight_result.region, read_only=not read_write) as mount:
-                if store.target is not None:
-                    warm_up(runtime, mount)
-                print(READY_LINE, flush=True)
-                detach_output(path.with_suffix(".log"))
-                while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-                    pass
+            check = examine(S3Client(store), write=read_write)
+            with contextlib.ExitStack() as undo:
+                keep_store(runtime, S3Client(store, check.region, PROVEN), check, read_write, path, undo)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
@@ -2360,6 +3365,38 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
         stream.write(str(code))
         stream.flush()
     return code
+
+
+def keep_store(
+    runtime: Runtime,
+    client: S3Client,
+    check: Preflight,
+    read_write: bool,
+    state: Path,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
+    store = client.store
+    listing = state.with_suffix(".listing")
+    listing.unlink(missing_ok=True)
+    lease = None
+    if store.target and check.repository_state(store) is RepositoryState.READY:
+        lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+        if lease.enforced:
+            remove_stale(runtime, client, find_locks(client))
+    with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+        if store.target:
+            warm_up(runtime, mount)
+        if store.target and not lease:
+            # `borg init` wants an empty folder: what is listed before the lease is there does not show it.
+            mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+            mount.lease.add(mount.child)
+        print(READY_LINE, flush=True)
+        detach_output(state.with_suffix(".log"))
+        while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+            pass
+    if listing.exists():
+        audit_upload(runtime, client, json.loads(listing.read_text(encoding="utf-8")))
 
 
 def detach_output(log: Path) -> None:
@@ -2377,6 +3414,10 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
     if not alive and not is_mounted:
         runtime.console.info(store.name, f"is not mounted at {path}")
         return EXIT_OK
+    if is_mounted and alive and store.target is not None:
+        # For the keeper, which compares it with the bucket as long as it has the lease.
+        files = repository_files(runtime, store, path)
+        state.with_suffix(".listing").write_text(json.dumps(files), encoding="utf-8")
     if is_mounted:
         reason = detach(runtime, path, lazy=not alive)
         if reason:
@@ -2384,13 +3425,10 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
                 f"{store.name}: cannot be unmounted: {reason}",
                 f"Leave {path} (cd /), close what is open there and repeat.",
             )
-    deadline = time.monotonic() + FLUSH_SECONDS + BUSY_SECONDS
     while (stream := lock_file(state)) is None:
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        if time.monotonic() > deadline:
-            raise BackupError(f"{store.name}: the upload did not end in time")
-        time.sleep(POLL_SECONDS / 4)
+        time.sleep(POLL_SECONDS / 4)  # the keeper sees to it that this ends
     with stream:
         stream.seek(0)
         result = int(stream.read() or EXIT_FAILURE) if alive else EXIT_OK
@@ -2540,7 +3578,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         arguments = parse_arguments(argv)
         settings = load_settings(environ)
         console.debug_is_shown = settings.debug
-        return dispatch(Runtime(settings, environ, console, stop), arguments)
+        memory_mb = settings.memory_limit_mb or container_memory_mb()
+        return dispatch(Runtime(settings, environ, console, stop, memory_mb), arguments)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
