@@ -153,6 +153,12 @@ MISTAKES = {
     "label with year": (environ(BACKUP_LABEL="backup-2026"), "BACKUP_LABEL", "shorter label"),
     "label with year inside": (environ(BACKUP_LABEL="a-2026-b"), "BACKUP_LABEL", "shorter label"),
     "log level": (environ(LOG_LEVEL="loud"), "LOG_LEVEL", "info or debug"),
+    "lease lifetime too short": (environ(LEASE_TTL="5"), "LEASE_TTL", "from 10 to 3600"),
+    "lease lifetime with a unit": (environ(LEASE_TTL="60s"), "LEASE_TTL", "whole number"),
+    "lease wait": (environ(LEASE_WAIT="-1"), "LEASE_WAIT", "from 0 to"),
+    "stall timeout": (environ(STALL_TIMEOUT="1"), "STALL_TIMEOUT", "from 5 to"),
+    "audit": (environ(AUDIT="yes"), "AUDIT", "on or off"),
+    "memory limit": (environ(MEMORY_LIMIT_MB="255"), "MEMORY_LIMIT_MB", "from 256 to"),
     "relative folder": (environ(DATA_DIR="data"), "DATA_DIR", "absolute"),
     "file that is not there": (
         environ(SOURCE_PATH=None, SOURCE_PATH_FILE="/nonexistent/path"),
