@@ -3,11 +3,13 @@
 
 What a run does: it reads the configuration from environment variables and reports every mistake in it at
 once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
-target mounts the bucket, makes the borg repository where it is new, creates an archive, prunes and compacts
-where asked, unmounts, which returns only when everything is uploaded, and compares the bucket with what
-borg wrote. One failing target does not stop the others. Whatever happens, mounts and processes are gone at
-the end, and the exit code tells how it went: 0 all well, 1 finished with warnings, 2 something failed, 78
-wrong configuration or usage, 128+N stopped by signal N.
+target takes the lease that excludes other runs, makes the borg repository where it is new, clears what
+crashed runs left, mounts the bucket, creates an archive, prunes and compacts where asked, unmounts, which
+returns only when everything is uploaded, compares the bucket with what borg wrote, and gives the lease back.
+At the end what was archived is compared with what the source lists. One failing target does not stop the
+others. Nothing is waited for that makes no progress. Whatever happens, mounts and processes are gone at the
+end, and the exit code tells how it went: 0 all well, 1 finished with warnings, 2 something failed, 75 another
+run was at work, 78 wrong configuration or usage, 128+N stopped by signal N.
 
 The sections of this file, each using only those above it:
 
@@ -15,10 +17,11 @@ The sections of this file, each using only those above it:
     Errors          what a user is told: what happened, and what to do about it
     Configuration   environment variables -> Settings, or all the mistakes in them
     S3              request signing (pure), and a thin client for control requests, never for bulk data
-    Processes       console, stop signals, the one place that starts child processes, deadlines
-    Mounts          TigrisFS: command line, log, mounting, unmounting
-    Borg            command lines (pure), what borg's log lines and exit codes mean, one runner
-    Audit           whether the bucket holds what borg wrote
+    Lease           the right to write to a repository: an object renewed under S3's conditions
+    Processes       console, stop signals, the one place that starts child processes, deadlines, progress
+    Mounts          TigrisFS: memory, command line, log, mounting, unmounting
+    Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
+    Audit           whether the bucket holds what borg wrote, and the archive what the source lists
     Backup          preflight, one target, a whole run, the summary
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
@@ -3467,8 +3470,8 @@ examples:
   backup.py mount target-first && borg list /data/target-first && backup.py umount target-first
 
 exit codes:
-  0 all well   1 finished with warnings   2 something failed   78 wrong configuration or usage
-  128+N stopped by signal N
+  0 all well   1 finished with warnings   2 something failed   75 another run works on the repository
+  78 wrong configuration or usage   128+N stopped by signal N
 """
 
 
