@@ -111,7 +111,7 @@ READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s
 # Also ends an fsync that missed its wake-up (SyncFile in core/file.go), which by default takes 30 s.
 WRITE_RETRY = "2s"
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
-IDLE_BYTES = 65_536
+IDLE_BYTES_PER_SECOND = 20  # seen: 7
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
 COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
 
@@ -1149,8 +1149,9 @@ class Holder:
         try:
             fields = json.loads(body)
             texts = {name: str(fields[name]) for name in ("run_id", "host", "purpose", "since")}
-            return cls(**texts, ttl_seconds=int(fields["ttl_seconds"]))
-        except (ValueError, KeyError, TypeError):
+            ttl_seconds = min(max(int(fields["ttl_seconds"]), LEASE_SECONDS[0]), LEASE_SECONDS[-1])
+            return cls(**texts, ttl_seconds=ttl_seconds)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
 
     def __str__(self) -> str:
@@ -1189,12 +1190,15 @@ class Lease:
     def __init__(self, client: S3Client, holder: Holder, notice: Callable[[str], None]) -> None:
         """Takes nothing yet; `notice` is told what a user should know."""
         ttl = holder.ttl_seconds
-        impatient = Patience(answer_seconds=max(1.0, ttl / 6), unreachable_seconds=0, failing_seconds=0)
+        # Connecting and waiting for the answer together end before a lease that is suspended can expire.
+        impatient = Patience(answer_seconds=max(1.0, ttl / 10), unreachable_seconds=0, failing_seconds=0)
         self.enforced = True  # whether the server heeds conditions
         self.suspended = False
         self.lost = ""  # why, when it is lost
+        self.expires = False  # it is not to be given back, but to expire
         self._client, self._holder, self._notice = client, holder, notice
-        self._renewing_client = S3Client(client.store, client.region, impatient)
+        self._hasty_client = S3Client(client.store, client.region, impatient)
+        self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
         self._members: list[Member] = []
@@ -1318,6 +1322,33 @@ class Lease:
             if self.lost or self.suspended:
                 member.send(signal.SIGKILL if self.lost else signal.SIGSTOP)
 
+    def write(self, request: Callable[[S3Client], object]) -> None:
+        """Has `request` write to the store while the lease holds, and again while S3 fails.
+
+        Raises S3Error, Stuck.
+        """
+        give_up = time.monotonic() + PROVEN_PATIENCE_SECONDS
+        while True:
+            with self._lock:
+                self.check()
+                allowed = not self.suspended
+                self._own_writes += allowed
+            try:
+                if allowed:
+                    request(self._hasty_client)
+                    return
+            except S3Error as error:
+                if (error.status and error.status not in RETRIED_STATUSES) or time.monotonic() > give_up:
+                    raise
+            finally:
+                with self._lock:
+                    self._own_writes -= allowed
+                    if self.suspended and not self._own_writes:
+                        self._switch.arm(0)
+            if time.monotonic() > give_up:
+                raise Stuck(f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}")
+            time.sleep(GUARD_SECONDS)
+
     def check(self) -> None:
         """Raises Stuck when the lease is lost."""
         if self.lost:
@@ -1336,8 +1367,8 @@ class Lease:
 
     def _renew(self) -> None:
         sent = boot_seconds()
-        if not self._write(self._renewing_client, {"If-Match": self._etag}):
-            current = self._look(self._renewing_client)
+        if not self._write(self._hasty_client, {"If-Match": self._etag}):
+            current = self._look(self._hasty_client)
             if current is None or not self._adopt(current, sent):
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
@@ -1358,7 +1389,8 @@ class Lease:
                     continue
                 self.suspended = True
                 self._signal(signal.SIGSTOP)
-                self._switch.arm(0)  # nobody writes any more
+                if not self._own_writes:
+                    self._switch.arm(0)  # nobody writes any more
             self._notice(f"the lease cannot be renewed: the work is suspended until it can: {self._trouble}")
 
     def _lose(self, reason: str) -> None:
@@ -1372,15 +1404,15 @@ class Lease:
             member.send(signum)
 
     def release(self) -> None:
-        """Gives the lease back, if it is certain that it is still ours; else it expires."""
+        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
         self._over.set()
         for thread in self._threads:
             if thread.ident:
                 thread.join(CLEANUP_SECONDS)
         certain = boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
-        if self.enforced and not self.lost and certain:
+        if self.enforced and certain and not (self.lost or self.expires):
             try:
-                self._renewing_client.delete(self._key, {"If-Match": self._etag})
+                self._hasty_client.delete(self._key, {"If-Match": self._etag})
             except S3Error as error:
                 self._notice(f"the lease could not be given back, and expires by itself: {error}")
         self._switch.close()
@@ -1922,13 +1954,14 @@ class Mount:
                 f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
             )
 
-    def progress(self) -> float:
-        """What tigrisfs has moved, in units that are certainly more than it does when idle.
+    def meter(self, stall_seconds: float) -> Callable[[], float]:
+        """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
 
         It moves bytes for a slow upload and for one that it tries in vain again and again. For each complaint
         in its log as many bytes are taken off as the tries before it can have sent.
         """
-        return (io_bytes(self.child.pid) - RETRY_BYTES * self.log.complaint_count) / IDLE_BYTES
+        unit = IDLE_BYTES_PER_SECOND * stall_seconds
+        return lambda: (io_bytes(self.child.pid) - RETRY_BYTES * self.log.complaint_count) / unit
 
 
 @contextlib.contextmanager
@@ -1970,9 +2003,16 @@ def mounted(
 
 def abandon(runtime: Runtime, mount: Mount) -> None:
     """Kills tigrisfs, whatever it still holds, and frees the mount point."""
-    mount.child.kill()
+    cut_off(mount)
     if str(mount.path) in mount_table():
         detach(runtime, mount.path, lazy=True)
+
+
+def cut_off(mount: Mount) -> None:
+    """Kills tigrisfs. What it has sent may take effect later, so that its lease must not end at once."""
+    mount.child.kill()
+    if mount.lease:
+        mount.lease.expires = True
 
 
 def resolved(path: Path) -> Path:
@@ -2115,7 +2155,8 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
     Kills it when that takes too long.
     """
     start, told = time.monotonic(), False
-    stall = StallClock(runtime.settings.stall_seconds, [mount.progress])
+    seconds = runtime.settings.stall_seconds
+    stall = StallClock(seconds, [mount.meter(seconds)])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
         waited = time.monotonic() - start
         if waited > 2:
@@ -2135,7 +2176,7 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
                     "What borg wrote last is not in the bucket; the archives of earlier runs are.",
                 )
         except BackupError:
-            mount.child.kill()
+            cut_off(mount)
             raise
     if mount.lease:
         mount.lease.check()
@@ -2367,10 +2408,12 @@ class Borg:
         log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
-        with passphrase_pipe(self._target.passphrase) as fd:
-            env = {**borg_environment(runtime, self._target), "BORG_PASSPHRASE_FD": str(fd)}
+        with contextlib.ExitStack() as stack:
+            fd = stack.enter_context(passphrase_pipe(self._target.passphrase))
+            own = {"BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": stack.enter_context(patient_fsync())}
+            env = {**borg_environment(runtime, self._target), **own}
             child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
-        code = self._run_to_end(command, child)
+            code = self._run_to_end(command, child)
         log.report_hidden()
         result = BorgResult(verdict(code), "\n".join(output), log)
         if result.verdict is Verdict.FAILURE or log.io_errors:
@@ -2382,10 +2425,9 @@ class Borg:
         leases = [mount.lease for mount in self._mounts if mount.lease]
         for lease in leases:
             lease.add(child)
-        work = [lambda: io_bytes(child.pid) + int(cpu_seconds(child.pid))]
-        stall = StallClock(
-            self._runtime.settings.stall_seconds, work + [mount.progress for mount in self._mounts]
-        )
+        seconds = self._runtime.settings.stall_seconds
+        meters = [mount.meter(seconds) for mount in self._mounts]
+        stall = StallClock(seconds, [lambda: io_bytes(child.pid) + int(cpu_seconds(child.pid)), *meters])
 
         def check() -> None:
             for mount in self._mounts:
@@ -2499,6 +2541,51 @@ def passphrase_pipe(passphrase: str) -> Iterator[int]:
         yield reading
     finally:
         os.close(reading)
+
+
+# When one upload fails, by a connection that is reset for instance, fsync fails too, and borg would give up.
+# TigrisFS keeps the data, but tries again only when the file is closed, and until that has succeeded every
+# fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed for a moment,
+# behind borg's back, and opened again. Where S3 refuses the data, fsync fails with EACCES, and borg hears of
+# it. Python imports a module named sitecustomize at its start.
+PATIENT_FSYNC = """\
+import errno, fcntl, os, time
+
+PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
+
+def close_for_a_moment(fd):
+    path, flags = os.readlink(f"/proc/self/fd/{fd}"), fcntl.fcntl(fd, fcntl.F_GETFL)
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, fd, inheritable=False)
+    os.close(null)
+    time.sleep(3)
+    again = os.open(path, flags)
+    os.lseek(again, position, os.SEEK_SET)
+    os.dup2(again, fd, inheritable=False)
+    os.close(again)
+
+def patient(sync):
+    def wrapper(fd):
+        while True:
+            try:
+                return sync(fd)
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+            close_for_a_moment(fd)
+    return wrapper
+
+os.fsync, os.fdatasync = patient(os.fsync), patient(os.fdatasync)
+"""
+
+
+@contextlib.contextmanager
+def patient_fsync() -> Iterator[str]:
+    """A folder for PYTHONPATH that has borg repeat an fsync that failed; the stall clock bounds that."""
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+        Path(folder, "sitecustomize.py").write_text(PATIENT_FSYNC, encoding="ascii")
+        yield folder
 
 
 def encryption_mistake(target: Target, actual: str) -> BackupError | None:
@@ -2624,7 +2711,7 @@ class ArchivedObjects:
         key = path.removeprefix(self._prefix)
         if status == "E":
             self._unreadable.add(key)
-        elif status in "AMUCh":
+        elif status in ("A", "M", "U", "C", "h"):
             self._archived.add(key)
 
     def holds(self, key: str) -> bool:
@@ -2762,20 +2849,25 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
     return RepositoryState.READY if "config" in own and len(own) > 1 else RepositoryState.FOREIGN
 
 
+def look(client: S3Client) -> Preflight:
+    """Lists the beginning of a store. Raises S3Error."""
+    entries, more = client.list_page(client.store.key_prefix)
+    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
+
+
 def examine(client: S3Client, write: bool) -> Preflight:
     """Lists a store, reads from it and, with `write`, writes, reads back and deletes an object.
 
     Raises S3Error naming what is refused.
     """
-    store = client.store
-    entries, more = client.list_page(store.key_prefix)
-    readable = next((entry for entry in entries if not entry.key.endswith("/")), None)
+    found = look(client)
+    readable = next((entry for entry in found.keys if not entry.key.endswith("/")), None)
     if readable:
         with contextlib.suppress(ArchivedObject):
             probe_read(client, readable)
     if write:
         probe_write(client)
-    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
+    return found
 
 
 class ArchivedObject(Exception):
@@ -3015,17 +3107,13 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
 
     Returns whether it was made. Raises BackupError.
     """
-    keys, more = client.list_page(target.store.key_prefix)
-    state = Preflight(
-        client.region, tuple(keys), not more, client.clock or datetime.now(UTC)
-    ).repository_state(target.store)
-    for entry in keys:
-        # A preflight that was killed left it.
-        if entry.key.startswith(f"{target.store.key_prefix}{PROBE_NAME}"):
-            client.delete(entry.key)
+    found = look(client)
+    keys, state = found.keys, found.repository_state(target.store)
+    probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
+    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
     if state is RepositoryState.READY:
         if lease.enforced:
-            clear_stale_locks(runtime, target, client)
+            clear_stale_locks(runtime, target, client, lease)
         return False
     if state is RepositoryState.UNFINISHED and not is_remnant(client):
         state = RepositoryState.FOREIGN
@@ -3039,13 +3127,12 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
         )
     if state is RepositoryState.UNFINISHED:
         runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
-        for key in others:
-            client.delete(key)
-    make_repository(runtime, target, client)
+        delete_all(lease, others)
+    make_repository(runtime, target, lease)
     return True
 
 
-def make_repository(runtime: Runtime, target: Target, client: S3Client) -> None:
+def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
     """Makes a repository in a local folder, and copies its few small files into the bucket.
 
     `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
@@ -3057,8 +3144,8 @@ def make_repository(runtime: Runtime, target: Target, client: S3Client) -> None:
         Borg(runtime, target, repository).run(borg_init(target, repository))
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            name = path.relative_to(repository)
-            client.put(f"{target.store.key_prefix}{name}", path.read_bytes())
+            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(lambda client, key=key, body=body: client.put(key, body))
 
 
 def find_locks(client: S3Client) -> Locks:
@@ -3069,15 +3156,20 @@ def find_locks(client: S3Client) -> Locks:
     return Locks.sort(names, roster)
 
 
-def remove_stale(runtime: Runtime, client: S3Client, locks: Locks) -> None:
+def remove_stale(runtime: Runtime, store: Store, lease: Lease, locks: Locks) -> None:
     """Deletes what crashed runs left of borg's locks, before a mount shows it: TigrisFS may deadlock then."""
-    for name in locks.stale:
-        client.delete(f"{client.store.key_prefix}{name}")
+    delete_all(lease, [f"{store.key_prefix}{name}" for name in locks.stale])
     if any(LEFT_LOCK.search(name) for name in locks.stale):
-        runtime.console.info(client.store.name, "the lock of a run that crashed is removed")
+        runtime.console.info(store.name, "the lock of a run that crashed is removed")
 
 
-def clear_stale_locks(runtime: Runtime, target: Target, client: S3Client) -> None:
+def delete_all(lease: Lease, keys: Iterable[str]) -> None:
+    """Deletes objects, as long as the lease holds."""
+    for key in keys:
+        lease.write(lambda client, key=key: client.delete(key))
+
+
+def clear_stale_locks(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
     """Sees to it that borg finds no lock.
 
     Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
@@ -3092,7 +3184,7 @@ def clear_stale_locks(runtime: Runtime, target: Target, client: S3Client) -> Non
             )
         runtime.stop.check()
         time.sleep(POLL_SECONDS * 5)
-    remove_stale(runtime, client, locks)
+    remove_stale(runtime, target.store, lease, locks)
 
 
 LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
@@ -3386,7 +3478,7 @@ def keep_store(
     if store.target and check.repository_state(store) is RepositoryState.READY:
         lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
         if lease.enforced:
-            remove_stale(runtime, client, find_locks(client))
+            remove_stale(runtime, store, lease, find_locks(client))
     with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
         if store.target:
             warm_up(runtime, mount)

@@ -91,7 +91,7 @@ def site(server: SeaweedFS, make: Callable[[str], Bucket], folder: Path) -> Iter
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("action", "step"), [(Action.REFUSE, 1), (Action.HANG, 3)])
+@pytest.mark.parametrize(("action", "step"), [(Action.REFUSE, 1), (Action.HANG, 6)])
 def test_writes_that_fail_from_the_nth_on_never_end_in_a_false_success(
     server: SeaweedFS,
     new_bucket: Callable[..., Bucket],

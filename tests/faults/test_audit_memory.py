@@ -1,0 +1,65 @@
+"""A run's own memory does not grow with the number of objects."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from helpers import Backup, Bucket, settings
+from proof import Table, newest_contents
+from servers import SeaweedFS
+
+pytestmark = pytest.mark.usefixtures("needs_fuse")
+
+FEW, MANY = 1_000, 50_000
+# Held as text, listed or archived, 49,000 such keys more would take 15 MB each time.
+KEY = "a folder with a name of some length/{folder:02}/" + "k" * 150 + "-{number:06}"
+BOUND_BYTES = 12_000_000
+THREADS = 16
+
+
+def put_empty(bucket: Bucket, count: int) -> None:
+    """Objects with long keys and nothing in them."""
+    client = bucket.client
+
+    def put(number: int) -> None:
+        client.put_object(Bucket=bucket.name, Key=KEY.format(folder=number % 25, number=number), Body=b"")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(put, range(count)))
+
+
+def peak_of_a_run(environment: dict[str, str], count: int) -> int:
+    """The most memory that backup.py alone had while it backed up that many objects, in bytes."""
+    peak = 0
+    with Backup(environment) as running:
+        while running.process.poll() is None:
+            peak = max(peak, peak_bytes(running.pid))
+            time.sleep(0.05)
+        result = running.wait(1).expect(0)
+    assert f"{count:,} objects" in result.output
+    return peak
+
+
+def peak_bytes(pid: int) -> int:
+    """VmHWM of a process, proc(5)."""
+    words = Path(f"/proc/{pid}/status").read_text().split()
+    return int(words[words.index("VmHWM:") + 1]) * 1024 if "VmHWM:" in words else 0
+
+
+@pytest.mark.timeout(600)
+def test_the_audit_of_50000_objects_takes_hardly_more_memory_than_that_of_1000(
+    server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
+) -> None:
+    peaks = {}
+    with table.attempt(f"{MANY:,} objects, and a bound on memory"):
+        for count in (FEW, MANY):
+            source, target = new_bucket("source"), new_bucket("target")
+            put_empty(source, count)
+            environment = settings(server, tmp_path / str(count), source.name, {"first": target.name})
+            peaks[count] = peak_of_a_run(environment, count)
+            assert len(newest_contents(target, tmp_path / str(count), environment)) == count
+        print({count: f"{peak / 1e6:.1f} MB" for count, peak in peaks.items()})
+        assert peaks[MANY] - peaks[FEW] < BOUND_BYTES

@@ -1,0 +1,88 @@
+"""S3 fails for minutes and comes back: the run waits for it, and no object is lost."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from helpers import Backup, Bucket, run_backup, sample_objects, settings
+from proof import Table, newest_contents, prove_intact
+from proxy import Action, FaultProxy
+from servers import SeaweedFS
+
+pytestmark = pytest.mark.usefixtures("needs_fuse")
+
+OUTAGE_SECONDS = 130
+LARGE_BYTES = 60_000_000
+
+STORMS = {
+    "503": {"action": Action.REFUSE, "status": 503, "code": "SlowDown"},
+    "500": {"action": Action.REFUSE, "status": 500, "code": "InternalError"},
+    "reset": {"action": Action.RESET},
+}
+
+
+def weather_the_storm(
+    server: SeaweedFS, make: Callable[[str], Bucket], folder: Path, side: str, storm: str
+) -> None:
+    """Every request to one side fails for minutes from the middle of `borg create` on."""
+    source, target = make("source"), make("target")
+    objects = sample_objects(11, 60)
+    objects["large"] = bytes(range(256)) * (LARGE_BYTES // 256)
+    source.put(objects)
+    with FaultProxy(server.endpoint) as proxy:
+        entry = {"path": target.name, "prune": "--keep-last=1"}
+        if side == "target":
+            entry["endpoint"] = proxy.endpoint
+        environment = settings(server, folder, source.name, {"first": entry}, LEASE_TTL="20")
+        if side == "source":
+            environment["SOURCE_ENDPOINT"] = proxy.endpoint
+        with Backup(environment) as backup:
+            backup.wait_for_line("borg create begins")
+            proxy.add(lambda _: True, **STORMS[storm])
+            threading.Event().wait(OUTAGE_SECONDS)
+            assert backup.process.poll() is None, "\n".join(backup.lines)
+            proxy.clear()
+            backup.wait(400).expect(0)
+        assert newest_contents(target, folder, environment) == objects
+        prove_intact(environment, source, target, folder)
+
+
+@pytest.mark.timeout(900)
+def test_storms_of_minutes_on_either_side_lose_nothing(
+    server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
+) -> None:
+    def work(side: str, storm: str) -> None:
+        with table.attempt(f"{OUTAGE_SECONDS} s of nothing but errors from a side's S3"):
+            weather_the_storm(server, new_bucket, tmp_path / f"{side}-{storm}", side, storm)
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work, side, storm) for side in ("source", "target") for storm in STORMS]:
+            done.result()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("action", [Action.REFUSE, Action.RESET, Action.CUT])
+def test_every_third_request_that_fails_loses_nothing(
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    table: Table,
+    action: Action,
+) -> None:
+    """Both sides at once, from the first request to the last."""
+    source.put(sample_objects(12, 80))
+    with table.attempt("every third request fails, on both sides"), FaultProxy(server.endpoint, 5) as proxy:
+        entry = {"path": target.name, "endpoint": proxy.endpoint, "prune": "--keep-last=1"}
+        environment = settings(
+            server, tmp_path, source.name, {"first": entry}, SOURCE_ENDPOINT=proxy.endpoint
+        )
+        run_backup(environment).expect(0)
+        source.put({"another": b"one"})
+        proxy.add(lambda _: True, action, probability=0.33, status=503, code="SlowDown")
+        run_backup(environment, timeout_seconds=400).expect(0)
+        proxy.clear()
+        prove_intact(environment, source, target, tmp_path)
