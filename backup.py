@@ -80,6 +80,7 @@ MAX_NAME_BYTES = 200  # a mount point `target-NAME` must stay below the 255 byte
 POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited for
 MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
+LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
@@ -112,6 +113,7 @@ READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s
 WRITE_RETRY = "2s"
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
 IDLE_BYTES_PER_SECOND = 20  # seen: 7
+ASK_SECONDS = 10  # between questions to S3 while TigrisFS complains
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
 COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
 
@@ -1681,23 +1683,29 @@ class StallClock:
 def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
     """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain.
 
-    So does what `check` raises, which is called all the while.
+    So does what `check` raises, which is called all the while; Stuck kills it at once.
     """
     while (code := child.wait(POLL_SECONDS)) is None:
         try:
             check()
-        except BackupError:
+            stop.check()
+        except Stuck:
             child.kill()
             raise
-        if stop.requested:
-            child.send(signal.SIGTERM)
-            give_up = time.monotonic() + TERMINATE_SECONDS
-            while child.wait(POLL_SECONDS) is None:
-                if stop.hurried or time.monotonic() > give_up:
-                    child.kill()
-                    break
-            stop.check()
+        except BackupError:
+            terminate(child, stop)
+            raise
     return code
+
+
+def terminate(child: Child, stop: Stop) -> None:
+    """Ends a child politely, and for certain when that takes too long or somebody is in a hurry."""
+    child.send(signal.SIGTERM)
+    give_up = time.monotonic() + TERMINATE_SECONDS
+    while child.wait(POLL_SECONDS) is None:
+        if stop.hurried or time.monotonic() > give_up:
+            child.kill()
+            return
 
 
 def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int, str]:
@@ -1862,7 +1870,7 @@ class TigrisLog:
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.complaint_count = 0
-        self._complained_at = 0.0
+        self.complained_at = 0.0
         self._name, self._console = name, console
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
 
@@ -1884,7 +1892,7 @@ class TigrisLog:
             self.shrunk.add(match[1])
         self.complaints.append(message)
         self.complaint_count += 1
-        self._complained_at = time.monotonic()
+        self.complained_at = time.monotonic()
         self._show(f"tigrisfs: {message}")
 
     def _show(self, text: str) -> None:
@@ -1904,7 +1912,7 @@ class TigrisLog:
     @property
     def is_complaining(self) -> bool:
         """Whether it complained a short while ago."""
-        return self._complained_at > 0 and time.monotonic() - self._complained_at < COMPLAINT_SECONDS
+        return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
     def reason(self) -> str:
@@ -1935,7 +1943,9 @@ class Mount:
     path: Path
     child: Child
     log: TigrisLog
+    client: S3Client  # to ask S3 directly
     lease: Lease | None = None  # what allows writing to it
+    asked_at: float = 0.0
 
     @property
     def is_alive(self) -> bool:
@@ -1953,6 +1963,20 @@ class Mount:
             raise Stuck(
                 f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
             )
+
+    def check_store(self) -> None:
+        """Raises S3Error when tigrisfs complains and S3 says why: the keys or the bucket are gone.
+
+        It tries for minutes in vain then, for each object anew.
+        """
+        if not self.log.is_complaining or time.monotonic() - self.asked_at < ASK_SECONDS:
+            return
+        self.asked_at = time.monotonic()
+        try:
+            self.client.list_page(self.store.key_prefix, limit=1)
+        except S3Error as error:
+            if error.status in (401, 403, 404):
+                raise
 
     def meter(self, stall_seconds: float) -> Callable[[], float]:
         """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
@@ -1978,7 +2002,8 @@ def mounted(
     cache_mb = data_cache_mb(runtime.memory_mb, store)
     argv = tigrisfs_command(store, region, path, read_only, cache_mb)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
-    mount = Mount(store, path, child, log, lease)
+    hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
+    mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease)
     try:
         if lease:
             lease.add(child)
@@ -2432,12 +2457,13 @@ class Borg:
         def check() -> None:
             for mount in self._mounts:
                 mount.check_alive()
+                mount.check_store()
             stall.check(lambda: f"{self._target.store.name}: borg {command} hangs: {self._complaint()}")
 
         try:
             code = run_to_end(child, self._runtime.stop, check)
         except BackupError:
-            for mount in self._mounts:
+            for mount in sorted(self._mounts, key=lambda mount: mount.log.complained_at, reverse=True):
                 if child.wait(0) is None:
                     mount.child.kill()
                     child.wait(KILL_SECONDS)
@@ -2471,7 +2497,7 @@ class Borg:
 
     def _lock_owner(self, reason: str) -> str:
         """Who holds the lock of the repository or of the cache, as borg writes it: host.pid-thread."""
-        named = re.search(r"(/.*)/lock(\.exclusive)?\b", reason)
+        named = re.search(r" (/.*)/lock(\.exclusive)?\b", reason)
         folder = Path(named[1]) if named else self._repository
         try:
             names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(folder / "lock.exclusive"))
@@ -2634,11 +2660,17 @@ def repository_files(runtime: Runtime, store: Store, mount_point: Path) -> dict[
     return within(WARM_UP_SECONDS, f"{store.name}: listing the repository", walk, runtime.stop)
 
 
-def listed_files(client: S3Client) -> dict[str, int]:
+def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
     """The same from the bucket's listing, without the empty objects that stand for folders."""
     prefix = client.store.key_prefix
-    entries = client.list_objects(prefix)
-    sizes = {entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")}
+
+    def collect() -> dict[str, int]:
+        entries = client.list_objects(prefix)
+        return {
+            entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")
+        }
+
+    sizes = within(LIST_SECONDS, f"{client.store.name}: listing the repository", collect, runtime.stop)
     sizes.pop(LEASE_NAME, None)
     return sizes
 
@@ -2655,10 +2687,28 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
     return missing + wrong + extra
 
 
+def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[str, int]) -> None:
+    """Waits until the bucket lists what borg left in the mount, as long as TigrisFS complains.
+
+    At its end TigrisFS tries each upload and each deletion just once; until then it repeats those that
+    failed. Raises Stuck when that makes no progress, and what `Mount.check_alive` raises.
+    """
+    name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, POLL_SECONDS
+    stall = StallClock(seconds, [mount.meter(seconds)])
+    while mount.log.is_complaining and (mistakes := upload_mistakes(expected, listed_files(runtime, client))):
+        runtime.stop.check()
+        mount.check_alive()
+        mount.check_store()
+        stall.check(lambda what=mistakes[0]: f"{name}: the upload does not end: {what}: {mount.log.reason}")
+        runtime.console.progress(name, f"uploading what tigrisfs still holds: {mistakes[0]}")
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+
+
 def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]) -> None:
     """Raises BackupError unless the bucket holds exactly what borg left in the mount."""
     deadline = time.monotonic() + LISTING_SECONDS
-    while mistakes := upload_mistakes(expected, listed_files(client)):
+    while mistakes := upload_mistakes(expected, listed_files(runtime, client)):
         runtime.stop.check()
         if time.monotonic() > deadline:
             raise BackupError(
@@ -2724,7 +2774,7 @@ class ArchivedObjects:
 
 
 UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
-NAME_MAX_BYTES = 255
+NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
@@ -2748,7 +2798,7 @@ def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mou
         if is_new or (key.endswith("/") and not entry.size_bytes):
             return ""
         name = f"{mount.store.name}: looking at {key!r}"
-        hidden = key.endswith("/") or within(MOUNT_SECONDS, name, (mount.path / key).is_dir)
+        hidden = key.endswith("/") or within(MOUNT_SECONDS, name, lambda: os.path.isdir(mount.path / key))
         return why_missing(key, archive.failed(key), hidden)
     if not is_new:
         return ""
@@ -2782,16 +2832,15 @@ class Findings:
 
 
 def audit_source(
-    client: S3Client, mount: Mount, archives: Sequence[ArchivedObjects], began: datetime, stop: Stop
+    client: S3Client, mount: Mount, archives: Sequence[ArchivedObjects], began: datetime
 ) -> list[Findings]:
     """What each archive lacks of what the source lists now; `began` is by the server's clock.
 
-    One LIST for each 1,000 objects, however many archives there are. Raises S3Error, Stopped.
+    One LIST for each 1,000 objects, however many archives there are. Raises S3Error.
     """
     findings = [Findings() for _ in archives]
     prefix = client.store.key_prefix
     for entry in client.list_objects(prefix):
-        stop.check()
         key = entry.key[len(prefix) :]
         for archive, found in zip(archives, findings, strict=True):
             if key and (reason := audit_object(entry, key, archive, mount, began)):
@@ -2987,8 +3036,15 @@ def audit_archives(
         return
     client = S3Client(runtime.settings.source, source.region, PROVEN)
     try:
-        findings = audit_source(client, source_mount, archives, source.clock, runtime.stop)
-    except (S3Error, OSError) as error:
+        findings = within(
+            LIST_SECONDS,
+            "source: comparing the archives with its listing",
+            lambda: audit_source(client, source_mount, archives, source.clock),
+            runtime.stop,
+        )
+    except Stopped:
+        raise
+    except (BackupError, OSError) as error:
         for outcome in audited:
             outcome.verdict = Verdict.FAILURE
             outcome.reason = f"what it holds could not be compared with the source: {error}"
@@ -3061,6 +3117,7 @@ def backup_target(
                 prune_and_compact(runtime, outcome, borg, mount)
             mount.check_alive()
             written = repository_files(runtime, target.store, mount.path)
+            settle(runtime, mount, client, written)
         audit_upload(runtime, client, written)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 

@@ -2,7 +2,7 @@
 
 `SeaweedFS` is the server that all promises are tested against: it checks signatures and permissions and
 enforces conditional writes. `Moto` keeps any key that S3 allows (SeaweedFS refuses or changes some), but
-checks neither signatures nor permissions.
+checks neither signatures nor permissions. `Toxiproxy` is no S3 server, but the bad network before one.
 
 How SeaweedFS 4.48 answers, seen with the settings below:
 - Unknown access key: 403 `InvalidAccessKeyId`. Wrong secret: 403 `SignatureDoesNotMatch`. No signature: 403
@@ -34,8 +34,10 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -346,6 +348,72 @@ class Moto(Server):
             return True
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             return False
+
+
+class Toxiproxy(Server):
+    """toxiproxy: TCP proxies whose network can be made slow or broken; it knows nothing of HTTP.
+
+    What is done to connections are its "toxics" (https://github.com/Shopify/toxiproxy#toxics).
+    """
+
+    name = "toxiproxy"
+
+    def command(self) -> Sequence[str | Path]:
+        return ("toxiproxy-server", "-host", "127.0.0.1", "-port", str(self.ports[0]))
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.api("GET", "/version"))
+        except OSError:
+            return False
+
+    def api(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """A request to its HTTP API; what it answers, decoded. Raises OSError."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.endpoint + path, data, method=method)
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return json.loads(response.read() or b"null")
+
+    def proxy(self, upstream_url: str) -> "ToxicProxy":
+        """A new proxy before this server, on a port of its own; it goes with this process."""
+        port = free_ports(1)[0]
+        made = ToxicProxy(self, f"proxy-{port}", f"http://127.0.0.1:{port}")
+        upstream = urllib.parse.urlsplit(upstream_url).netloc
+        self.api("POST", "/proxies", {"name": made.name, "listen": f"127.0.0.1:{port}", "upstream": upstream})
+        return made
+
+
+@dataclass(frozen=True)
+class ToxicProxy:
+    """One of toxiproxy's proxies: use `endpoint` in place of the server's."""
+
+    toxiproxy: Toxiproxy
+    name: str
+    endpoint: str
+
+    @contextlib.contextmanager
+    def toxic(
+        self, kind: str, stream: str = "downstream", toxicity: float = 1.0, **attributes: int
+    ) -> Iterator[None]:
+        """In this block a share of the connections, old and new, suffers: `toxic("latency", latency=500)`.
+
+        `downstream` is what the server sends, `upstream` what the client sends; `toxicity` is the share.
+        """
+        body = {"type": kind, "stream": stream, "toxicity": toxicity, "attributes": attributes}
+        path = f"/proxies/{self.name}/toxics"
+        name = self.toxiproxy.api("POST", path, {"name": uuid.uuid4().hex, **body})["name"]
+        try:
+            yield
+        finally:
+            self.toxiproxy.api("DELETE", f"{path}/{name}")
+
+    def disable(self) -> None:
+        """Close all connections and refuse new ones."""
+        self.toxiproxy.api("POST", f"/proxies/{self.name}", {"enabled": False})
+
+    def enable(self) -> None:
+        """Go on after `disable`."""
+        self.toxiproxy.api("POST", f"/proxies/{self.name}", {"enabled": True})
 
 
 @functools.cache

@@ -94,7 +94,7 @@ LARGE = backup.WHOLE_READ_BYTES + 1
         ("folder", False, 60, 5, 0, 60, "it is hidden by objects below the same name"),
         ("marker/", False, 60, 0, None, None, ""),
         ("marker/", False, 60, 3, None, None, "no file can have this name"),
-        (LONG, False, 60, 5, None, None, "no file can have this name"),
+        ("l" * 1025, False, 60, 5, None, None, "no file can have this name"),
         ("/etc", False, 60, 5, None, None, "no file can have this name"),
         ("nul\0byte", False, 60, 5, None, None, "no file can have this name"),
         ("old/below", False, 60, 5, None, None, "the mount did not show it"),

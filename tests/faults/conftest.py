@@ -2,26 +2,20 @@
 
 import pytest
 
-from proof import Table
-
-TABLE = pytest.StashKey[Table]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """One table for the whole session."""
-    config.stash[TABLE] = Table()
+from proof import Table, table_lines
 
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """`with table.attempt("what is done to it"):` around each try."""
-    return request.config.stash[TABLE]
+    return Table(request.node.user_properties)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table after the results."""
-    table = terminalreporter.config.stash[TABLE]
-    if table.tries:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    properties = [pair for report in reports for pair in report.user_properties]
+    if any(what == "tried" for what, _ in properties):
         terminalreporter.section("faults")
-        for line in table.lines():
+        for line in table_lines(properties):
             terminalreporter.line(line)

@@ -2,7 +2,7 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,23 +37,25 @@ def prove_intact(
 
 
 class Table:
-    """How often each fault was tried, and how often it was survived."""
+    """Counts how often each fault is tried and survived, as properties of the test that tries it."""
 
-    def __init__(self) -> None:
-        """Nothing was tried yet."""
-        self.tries: Counter[str] = Counter()
-        self.survived: Counter[str] = Counter()
+    def __init__(self, properties: list[tuple[str, object]]) -> None:
+        """`properties` are the test's `user_properties`, which reach the summary from any process."""
+        self._properties = properties
 
     @contextmanager
     def attempt(self, fault: str) -> Iterator[None]:
         """Counts a try; it is survived unless an exception leaves the block."""
-        self.tries[fault] += 1
+        self._properties.append(("tried", fault))
         yield
-        self.survived[fault] += 1
+        self._properties.append(("survived", fault))
 
-    def lines(self) -> list[str]:
-        """The table for people."""
-        rows = [("fault", "tries", "survived")]
-        rows += [(fault, str(tries), str(self.survived[fault])) for fault, tries in self.tries.items()]
-        width = max(len(row[0]) for row in rows)
-        return [f"{fault.ljust(width)}  {tries:>5}  {survived:>8}" for fault, tries, survived in rows]
+
+def table_lines(properties: Iterable[tuple[str, object]]) -> list[str]:
+    """The table of all tests' properties: fault, tries, survived."""
+    counts = Counter(properties)
+    faults = list(dict.fromkeys(str(fault) for what, fault in counts if what == "tried"))
+    rows = [("fault", "tries", "survived")]
+    rows += [(fault, str(counts["tried", fault]), str(counts["survived", fault])) for fault in faults]
+    width = max(len(row[0]) for row in rows)
+    return [f"{fault.ljust(width)}  {tries:>5}  {survived:>8}" for fault, tries, survived in rows]
