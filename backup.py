@@ -81,6 +81,7 @@ POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited 
 MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
+SETTLE_SECONDS = 30  # for what failed to be tried again, where TigrisFS does not say so
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
@@ -2049,6 +2050,11 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     """An empty folder to mount on; a dead mount that a crash left there is removed."""
     if not os.path.exists("/dev/fuse"):
         raise BackupError(f"{store.name}: cannot be mounted: /dev/fuse is missing", FUSE_HELP)
+    if runtime.memory_mb < MEMORY_MB[0]:
+        raise BackupError(
+            f"{store.name}: cannot be mounted safely: there are only {runtime.memory_mb} MB of memory",
+            f"Give the container {MEMORY_MB[0]} MB or more (docker run --memory).",
+        )
     path = runtime.settings.mount_point(store)
     try:
         path = resolved(path)
@@ -2688,14 +2694,18 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
 
 
 def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[str, int]) -> None:
-    """Waits until the bucket lists what borg left in the mount, as long as TigrisFS complains.
+    """Waits until the bucket lists what borg left in the mount, where TigrisFS has complained.
 
     At its end TigrisFS tries each upload and each deletion just once; until then it repeats those that
-    failed. Raises Stuck when that makes no progress, and what `Mount.check_alive` raises.
+    failed, some without a word. Raises Stuck when that makes no progress, and what `Mount.check_alive` raises.
     """
     name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, POLL_SECONDS
     stall = StallClock(seconds, [mount.meter(seconds)])
-    while mount.log.is_complaining and (mistakes := upload_mistakes(expected, listed_files(runtime, client))):
+    quiet_until = time.monotonic() + SETTLE_SECONDS
+    while mount.log.complaint_count and (mount.log.is_complaining or time.monotonic() < quiet_until):
+        mistakes = upload_mistakes(expected, listed_files(runtime, client))
+        if not mistakes:
+            return
         runtime.stop.check()
         mount.check_alive()
         mount.check_store()

@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Bucket, leftovers, mounted, remove_leftovers, seal_environment
+from helpers import Bucket, leftovers, mounted, remove_leftovers, seal_environment, skip_or_fail
 from servers import Moto, SeaweedFS, Server
 
 seal_environment()
-
-NO_SKIP = "S3BORGBACKUP_NO_SKIP"
-
-
-def skip_or_fail(reason: str) -> None:
-    """Skip the test and say why; where nothing may be skipped (CI), fail instead."""
-    if os.environ.get(NO_SKIP):
-        pytest.fail(f"{reason} ({NO_SKIP} is set, so this is not skipped)")
-    pytest.skip(reason)
-
 
 # ---------------------------------------------------------------------------------------- Servers and buckets
 

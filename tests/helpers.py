@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import pytest
+
 from servers import ADMIN, READER, WRITER, Identity, Server, die_with_parent, terminate_with_parent
 
 BACKUP = Path(__file__).resolve().parent.parent / "backup.py"
@@ -41,6 +43,16 @@ def seal_environment() -> None:
             del os.environ[variable]
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
     os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
+
+NO_SKIP = "S3BORGBACKUP_NO_SKIP"
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip the test and say why; where nothing may be skipped (CI), fail instead."""
+    if os.environ.get(NO_SKIP):
+        pytest.fail(f"{reason} ({NO_SKIP} is set, so this is not skipped)")
+    pytest.skip(reason)
 
 
 # ---------------------------------------------------------------------------------------------------- Polling

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import skip_or_fail
-from helpers import BACKUP, wait_until
+from helpers import BACKUP, skip_or_fail, wait_until
 
 PATH = {"PATH": os.environ["PATH"]}
 

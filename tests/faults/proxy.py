@@ -96,7 +96,7 @@ class Action(Enum):
     REFUSE = auto()  # an S3 error is the answer, and the server never sees it
     HANG = auto()  # no answer ever, until the fault is removed
     RESET = auto()  # the connection is reset, and the server never sees it
-    CUT = auto()  # half of the answer's body (of one in chunks: of its first), then the connection is closed
+    CUT = auto()  # half of the answer's body (of one in chunks: of its first), then the end
     LOSE_ANSWER = auto()  # the server does it, the client sees a reset connection
     IGNORE_CONDITIONS = auto()  # the server does not see If-Match and If-None-Match
     DELAY = auto()  # it is forwarded `seconds` later, or when the fault is removed
@@ -330,7 +330,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return is_whole and _keeps_alive(answer)
 
     def _pass_body(self, client: "_Stream", server: "_Stream", request: Request) -> tuple[bool, bytes]:
-        """Sends the request's body, unless the server did not want it; whether it did, and the answer's head."""
+        """Sends the body, unless the server refuses it; whether all was sent, and the head of the answer."""
         if _expects_continue(request):
             answer = server.answer_head(client)
             if _status(answer) != 100:
@@ -345,7 +345,8 @@ class _Connection(socketserver.BaseRequestHandler):
         headers = _headers(answer)
         if _is_chunked(headers):
             client.send(next(body))
-            client.send(next(body)[:-2][: BLOCK_BYTES // 2])
+            start = next(body)
+            client.send(start[: len(start) // 2])
             return False
         left = length = int(headers.get("content-length", "0")) // 2
         for block in body:

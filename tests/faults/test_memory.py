@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.conftest import skip_or_fail
 
 from helpers import (
     BACKUP,
@@ -25,6 +24,7 @@ from helpers import (
     descendants,
     run_backup,
     settings,
+    skip_or_fail,
     wait_until,
 )
 from proof import Table
@@ -87,10 +87,10 @@ def make_group(limit_bytes: int) -> MemoryGroup:
 
 
 @pytest.fixture
-def small_group() -> Iterator[MemoryGroup]:
-    """A group with LIMIT_BYTES; removed when its processes are gone."""
+def small_group(request: pytest.FixtureRequest) -> Iterator[MemoryGroup]:
+    """A group with LIMIT_BYTES, or the test's own limit; removed when its processes are gone."""
     try:
-        group = make_group(LIMIT_BYTES)
+        group = make_group(getattr(request, "param", LIMIT_BYTES))
     except OSError as error:
         skip_or_fail(f"no memory control group can be made: {error}")
         return
@@ -226,3 +226,14 @@ def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
             assert result.output.count("compaction freed") == 2
         assert archived_digests(targets["second"], tmp_path / "copy") == digests
         assert [line for line in run_backup(environment).expect(0).lines if "warning" in line] == []
+
+
+@pytest.mark.parametrize("small_group", [200 * 1024 * 1024], indirect=True)
+def test_a_container_with_too_little_memory_is_told_so(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, small_group: MemoryGroup
+) -> None:
+    environment = settings(server, tmp_path, source.name, {"first": target.name})
+    result = run_backup(environment, *small_group.command()).expect(2)
+    assert "there are only 209 MB of memory" in result.output
+    assert "--memory" in result.output
+    assert target.sizes() == {}

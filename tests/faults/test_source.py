@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from botocore.exceptions import ClientError
-from tests.conftest import skip_or_fail
 
 from helpers import (
     Backup,
@@ -23,6 +22,7 @@ from helpers import (
     descendants,
     run_backup,
     settings,
+    skip_or_fail,
     wait_until,
     with_target,
 )
