@@ -2697,7 +2697,7 @@ def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[s
     """Waits until the bucket lists what borg left in the mount, where TigrisFS has complained.
 
     At its end TigrisFS tries each upload and each deletion just once; until then it repeats those that
-    failed, some without a word. Raises Stuck when that makes no progress, and what `Mount.check_alive` raises.
+    failed, some without a word. Raises Stuck when that makes no progress or the mount is gone.
     """
     name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, POLL_SECONDS
     stall = StallClock(seconds, [mount.meter(seconds)])
