@@ -110,8 +110,9 @@ READ_AHEAD_FLAGS = ("--read-ahead", "1024", "--read-ahead-large", "16384", "--re
 METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
 # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
 READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
-# Also ends an fsync that missed its wake-up (SyncFile in core/file.go), which by default takes 30 s.
 WRITE_RETRY = "2s"
+WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
+NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
 IDLE_BYTES_PER_SECOND = 20  # seen: 7
 ASK_SECONDS = 10  # between questions to S3 while TigrisFS complains
@@ -1947,6 +1948,7 @@ class Mount:
     client: S3Client  # to ask S3 directly
     lease: Lease | None = None  # what allows writing to it
     asked_at: float = 0.0
+    nudges: int = 0  # how often its flusher was woken
 
     @property
     def is_alive(self) -> bool:
@@ -1986,7 +1988,12 @@ class Mount:
         in its log as many bytes are taken off as the tries before it can have sent.
         """
         unit = IDLE_BYTES_PER_SECOND * stall_seconds
-        return lambda: (io_bytes(self.child.pid) - RETRY_BYTES * self.log.complaint_count) / unit
+
+        def moved() -> float:
+            vain = RETRY_BYTES * self.log.complaint_count + NUDGE_BYTES * self.nudges
+            return (io_bytes(self.child.pid) - vain) / unit
+
+        return moved
 
 
 @contextlib.contextmanager
@@ -2013,18 +2020,36 @@ def mounted(
         abandon(runtime, mount)
         raise
     runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
+    over = threading.Event()
+    if not read_only:
+        in_background(lambda: keep_awake(mount, over))
     try:
         yield mount
     except Stuck:
         abandon(runtime, mount)
         raise
     except BaseException:
+        over.set()
         try:
             unmount(runtime, mount)
         except BackupError as error:  # the first error is the one to raise
             runtime.console.warning(store.name, str(error))
         raise
+    finally:
+        over.set()
     unmount(runtime, mount)
+
+
+def keep_awake(mount: Mount, over: threading.Event) -> None:
+    """Opens and closes a file of the mount again and again, which wakes TigrisFS's flusher, until `over`.
+
+    An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
+    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does.
+    """
+    while not over.wait(WAKE_SECONDS):
+        mount.nudges += 1
+        with contextlib.suppress(OSError):
+            os.close(os.open(mount.path / "config", os.O_RDONLY))
 
 
 def abandon(runtime: Runtime, mount: Mount) -> None:
@@ -3582,6 +3607,9 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
         state.with_suffix(".listing").write_text(json.dumps(files), encoding="utf-8")
     if is_mounted:
         reason = detach(runtime, path, lazy=not alive)
+        if reason:  # the keeper has a file open, too, for a moment now and then
+            time.sleep(POLL_SECONDS)
+            reason = detach(runtime, path, lazy=not alive)
         if reason:
             raise BackupError(
                 f"{store.name}: cannot be unmounted: {reason}",
