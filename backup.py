@@ -904,9 +904,9 @@ class S3Client:
         except (ElementTree.ParseError, ValueError) as error:
             raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
 
-    def list_objects(self, prefix: str) -> Iterator[S3Object]:
-        """All objects below `prefix` in key order; one request for each 1,000."""
-        more, last = True, ""
+    def list_objects(self, prefix: str, start_after: str = "") -> Iterator[S3Object]:
+        """All objects below `prefix`, or those after a key, in key order; one request for each 1,000."""
+        more, last = True, start_after
         while more:
             objects, more = self.list_page(prefix, last)
             yield from objects
@@ -2541,15 +2541,17 @@ OWN_HOST = "s3borgbackup-"  # how BORG_HOST_ID begins, and so the name of each l
 
 
 @dataclass(frozen=True)
-class Locks:
-    """What borg's locks in a repository or a cache come to, under the lease: our own are all stale."""
+class Leftovers:
+    """What crashed runs left in a repository or a cache; under the lease each lock of ours is stale."""
 
-    stale: tuple[str, ...]  # what to delete: names below the repository, before the folders that hold them
+    stale: tuple[str, ...]  # what to delete: names below the folder, before the folders that hold them
     owners: tuple[str, ...]  # somebody else's locks
 
     @classmethod
-    def sort(cls, names: Iterable[str], roster: bytes) -> Locks:
+    def sort(cls, names: Sequence[str], roster: bytes) -> Leftovers:
         """Tells stale locks from others by their names below the repository and the content of `lock.roster`.
+
+        Where nobody else is at work, a broken index is stale, too.
 
         An exclusive lock is a folder `lock.exclusive` with a file HOST.PID-THREAD in it, one that is about to
         be taken a folder `lock.exclusive.RANDOM.tmp` with the same, and `lock.roster` names who reads
@@ -2568,7 +2570,27 @@ class Locks:
             stale += [f"{folder}/{holder}" for holder in holders if holder.startswith(OWN_HOST)]
             stale += [] if foreign else [f"{folder}/"]
             owners += foreign if folder == "lock.exclusive" else []
+        stale += [] if owners else broken_indexes(names)
         return cls(tuple(stale), tuple(owners))
+
+
+INDEX_FILE = re.compile(r"(index|hints|integrity)\.(\d+)")
+
+
+def broken_indexes(names: Iterable[str]) -> list[str]:
+    """What to delete of the indexes in a repository at which nobody works, by the names of its files.
+
+    borg renames hints.N, index.N and integrity.N to their names in this order, but TigrisFS may upload them
+    in another, and a crash may come between. borg rebuilds an index that is not there from the segments. But
+    where it meets one without hints, and an older index beside it, it mixes the two and fails with a KeyError
+    (`Repository.prepare_txn` of borg 1.4). So what is not a pair is deleted.
+    """
+    kinds: dict[str, set[str]] = {}
+    for name in names:
+        if found := INDEX_FILE.fullmatch(name):
+            kinds.setdefault(found[2], set()).add(found[1])
+    broken = {number: kind for number, kind in kinds.items() if not kind >= {"index", "hints"}}
+    return [f"{kind}.{number}" for number, each in broken.items() for kind in sorted(each)]
 
 
 def roster_owners(roster: bytes) -> list[str]:
@@ -2724,18 +2746,49 @@ def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[s
     At its end TigrisFS tries each upload and each deletion just once; until then it repeats those that
     failed, some without a word. Raises Stuck when that makes no progress or the mount is gone.
     """
+    quiet_until = time.monotonic() + SETTLE_SECONDS
+
+    def mistakes() -> list[str]:
+        unsure = mount.log.is_complaining or time.monotonic() < quiet_until
+        if not (mount.log.complaint_count and unsure):
+            return []
+        return upload_mistakes(expected, listed_files(runtime, client))
+
+    wait_until_listed(runtime, mount, mistakes)
+
+
+def settle_index(runtime: Runtime, mount: Mount, client: S3Client) -> None:
+    """Waits until the bucket has the index that borg wrote last; raises as `settle` does.
+
+    TigrisFS renames later than borg asks for it. Compaction removes segments that an older index still counts
+    on: a crash that leaves both would leave an index with chunks that are not there any more.
+    """
+    what = f"{mount.store.name}: listing the repository"
+    names = within(MOUNT_SECONDS, what, lambda: os.listdir(mount.path), runtime.stop)
+    written = {name for name in names if INDEX_FILE.fullmatch(name)}
+
+    def mistakes() -> list[str]:
+        return [f"{name} is missing" for name in sorted(written.difference(names_after_data(client)))]
+
+    wait_until_listed(runtime, mount, mistakes)
+
+
+def names_after_data(client: S3Client) -> list[str]:
+    """The names that sort after a repository's segments: hints.N, index.N, integrity.N, and borg's locks."""
+    prefix = client.store.key_prefix
+    return [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
+
+
+def wait_until_listed(runtime: Runtime, mount: Mount, mistakes: Callable[[], list[str]]) -> None:
+    """Waits until there are no mistakes in the bucket's listing. Raises Stuck when there is no progress."""
     name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, POLL_SECONDS
     stall = StallClock(seconds, [mount.meter(seconds)])
-    quiet_until = time.monotonic() + SETTLE_SECONDS
-    while mount.log.complaint_count and (mount.log.is_complaining or time.monotonic() < quiet_until):
-        mistakes = upload_mistakes(expected, listed_files(runtime, client))
-        if not mistakes:
-            return
+    while found := mistakes():
         runtime.stop.check()
         mount.check_alive()
         mount.check_store()
-        stall.check(lambda what=mistakes[0]: f"{name}: the upload does not end: {what}: {mount.log.reason}")
-        runtime.console.progress(name, f"uploading what tigrisfs still holds: {mistakes[0]}")
+        stall.check(lambda what=found[0]: f"{name}: the upload does not end: {what}: {mount.log.reason}")
+        runtime.console.progress(name, f"uploading what tigrisfs still holds: {found[0]}")
         time.sleep(pause)
         pause = min(2 * pause, MAX_BACKOFF_SECONDS)
 
@@ -3149,7 +3202,7 @@ def backup_target(
                 check_encryption(target, borg.run(borg_newest(mount.path)))
             create_archive(runtime, outcome, borg, mount, source_mount, source)
             if target.prune and outcome.objects:
-                prune_and_compact(runtime, outcome, borg, mount)
+                prune_and_compact(runtime, outcome, borg, mount, client)
             mount.check_alive()
             written = repository_files(runtime, target.store, mount.path)
             settle(runtime, mount, client, written)
@@ -3205,7 +3258,7 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
     delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
     if state is RepositoryState.READY:
         if lease.enforced:
-            clear_stale_locks(runtime, target, client, lease)
+            clear_leftovers(runtime, target, client, lease)
         return False
     if state is RepositoryState.UNFINISHED and not is_remnant(client):
         state = RepositoryState.FOREIGN
@@ -3240,19 +3293,21 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
             lease.write(lambda client, key=key, body=body: client.put(key, body))
 
 
-def find_locks(client: S3Client) -> Locks:
-    """borg's locks in a repository, as the bucket has them."""
+def find_leftovers(client: S3Client) -> Leftovers:
+    """What crashed runs left in a repository, as the bucket has it."""
     prefix = client.store.key_prefix
-    names = [entry.key[len(prefix) :] for entry in client.list_objects(f"{prefix}lock.")]
+    names = names_after_data(client)
     roster = client.get(f"{prefix}lock.roster") if "lock.roster" in names else b""
-    return Locks.sort(names, roster)
+    return Leftovers.sort(names, roster)
 
 
-def remove_stale(runtime: Runtime, store: Store, lease: Lease, locks: Locks) -> None:
-    """Deletes what crashed runs left of borg's locks, before a mount shows it: TigrisFS may deadlock then."""
-    delete_all(lease, [f"{store.key_prefix}{name}" for name in locks.stale])
-    if any(LEFT_LOCK.search(name) for name in locks.stale):
+def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
+    """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
+    delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
+    if any(LEFT_LOCK.search(name) for name in left.stale):
         runtime.console.info(store.name, "the lock of a run that crashed is removed")
+    if any(INDEX_FILE.fullmatch(name) for name in left.stale):
+        runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
 
 
 def delete_all(lease: Lease, keys: Iterable[str]) -> None:
@@ -3261,22 +3316,22 @@ def delete_all(lease: Lease, keys: Iterable[str]) -> None:
         lease.write(lambda client, key=key: client.delete(key))
 
 
-def clear_stale_locks(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock.
+def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
+    """Sees to it that borg finds no lock, and no index that it cannot use.
 
     Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
     """
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    while (locks := find_locks(client)).owners:
+    while (left := find_leftovers(client)).owners:
         if time.monotonic() > deadline:
             path = shlex.quote(str(runtime.settings.mount_point(target.store)))
             raise BackupError(
-                f"{target.store.name}: the repository is locked by somebody else: {', '.join(locks.owners)}",
+                f"{target.store.name}: the repository is locked by somebody else: {', '.join(left.owners)}",
                 BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=path),
             )
         runtime.stop.check()
         time.sleep(POLL_SECONDS * 5)
-    remove_stale(runtime, target.store, lease, locks)
+    remove_leftovers(runtime, target.store, lease, left)
 
 
 LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
@@ -3294,7 +3349,7 @@ def clear_cache_locks(runtime: Runtime, mount: Mount) -> None:
     paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
     names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
     roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
-    for name in Locks.sort(names, roster).stale:
+    for name in Leftovers.sort(names, roster).stale:
         path = folder / name
         with contextlib.suppress(OSError):  # borg says what is wrong with it
             path.rmdir() if name.endswith("/") else path.unlink()
@@ -3348,7 +3403,7 @@ def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> No
         )
 
 
-def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount) -> None:
+def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount, client: S3Client) -> None:
     """Prunes this label's archives and frees their space where asked."""
     target = outcome.target
     pruned = borg.run(borg_prune(target, runtime.settings.label, mount.path))
@@ -3358,6 +3413,7 @@ def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mou
     runtime.console.info(target.store.name, f"pruned {count(gone, 'archive')}, kept {kept:,}")
     if target.compact_percent is None:
         return
+    settle_index(runtime, mount, client)
     compacted = borg.run(borg_compact(target, mount.path))
     outcome.add(compacted)
     for line in compacted.log.infos:
@@ -3570,7 +3626,7 @@ def keep_store(
     if store.target and check.repository_state(store) is RepositoryState.READY:
         lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
         if lease.enforced:
-            remove_stale(runtime, store, lease, find_locks(client))
+            remove_leftovers(runtime, store, lease, find_leftovers(client))
     with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
         if store.target:
             warm_up(runtime, mount)

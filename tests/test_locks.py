@@ -1,4 +1,4 @@
-"""Whose a lock of borg is, by its name and by `lock.roster`, and where borg keeps its caches."""
+"""Whose a lock of borg is, by its name and by `lock.roster`; which index is broken; where caches lie."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -48,6 +48,17 @@ def roster(**kinds: Sequence[str]) -> bytes:
         (["lock.roster"], roster(shared=["laptop@1"]), [], ["laptop@1.7"]),
         (["lock.roster"], roster(exclusive=["laptop@1"], shared=["s3borgbackup-1"]), [], ["laptop@1.7"]),
         (["lock.roster"], b"{", ["lock.roster"], []),
+        # An index without hints, hints without an index: nobody can use either.
+        (["hints.7", "index.7", "integrity.7", "hints.9", "index.9"], b"", [], []),
+        (
+            ["hints.7", "index.7", "index.9", "integrity.9", "hints.11", "integrity.12"],
+            b"",
+            ["index.9", "integrity.9", "hints.11", "integrity.12"],
+            [],
+        ),
+        (["index.9", "lock.exclusive/", f"lock.exclusive/{THEIRS}"], b"", [], [THEIRS]),
+        (["index.9", "lock.roster"], roster(shared=["laptop@1"]), [], ["laptop@1.7"]),
+        (["index.9.tmp", "index.x", "indexes.9", "data/0/index.9"], b"", [], []),
         # No lock of borg's, whatever it is.
         (["lock.exclusive-by-me/x", "lock.txt", "data/0/lock.exclusive/x"], b"", [], []),
     ],
@@ -55,13 +66,13 @@ def roster(**kinds: Sequence[str]) -> bytes:
 def test_our_own_locks_are_stale_and_those_of_others_have_an_owner(
     names: Sequence[str], listed: bytes, stale: Sequence[str], owners: Sequence[str]
 ) -> None:
-    locks = backup.Locks.sort(names, listed)
+    locks = backup.Leftovers.sort(names, listed)
     assert (list(locks.stale), list(locks.owners)) == (stale, owners)
 
 
 @pytest.mark.parametrize("host", ["not-s3borgbackup-1", "s3borgbackup", "S3BORGBACKUP-1", "s3borgbackup_1"])
 def test_only_a_host_id_that_begins_like_ours_is_ours(host: str) -> None:
-    assert backup.Locks.sort([f"lock.exclusive/{host}.1-0"], b"").owners == (f"{host}.1-0",)
+    assert backup.Leftovers.sort([f"lock.exclusive/{host}.1-0"], b"").owners == (f"{host}.1-0",)
     assert backup.roster_owners(roster(exclusive=[host])) == [f"{host}.7"]
 
 

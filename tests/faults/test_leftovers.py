@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BACKUP, Bucket, Result, run_backup, sample_objects, settings
+from helpers import BACKUP, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
 from proof import Table, prove_intact
 from servers import SeaweedFS
 
@@ -152,6 +152,35 @@ def test_a_lock_of_somebody_else_is_named_and_the_advice_that_is_given_helps(
         assert f"backup.py mount target-first && borg break-lock {mount_point}" in result.output
         assert {key: target.get(key) for key in theirs} == theirs
         type_what_it_says(result, environment, tmp_path / "bin")
+        prove_intact(environment, source, target, tmp_path)
+
+
+INDEX_FILES = ("hints.", "index.", "integrity.")
+
+
+@pytest.mark.parametrize(
+    ("missing", "older"), [("hints.", True), ("index.", True), ("integrity.", True), ("hints.", False)]
+)
+def test_an_index_that_reached_the_bucket_in_part_is_rebuilt(
+    environment: dict[str, str],
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    table: Table,
+    missing: str,
+    older: bool,
+) -> None:
+    """TigrisFS uploads the three files in any order, and deletes the older ones in any order."""
+    run_backup(environment).expect(0)
+    repository = Repository.download(target, tmp_path / "local")
+    before = set(target.sizes())
+    repository.borg("prune", "--keep-last=1", str(repository.folder))
+    after = {key: body for key, body in tree(repository.folder).items() if not key.startswith("lock.")}
+    new = {key: body for key, body in after.items() if key not in before and not key.startswith(missing)}
+    assert len([key for key in new if key.startswith(INDEX_FILES)]) == 2, "of the three files of the index"
+    target.put(new)
+    target.delete(*([] if older else [key for key in before if key.startswith(INDEX_FILES)]))
+    with table.attempt("an index that was uploaded in part"):
         prove_intact(environment, source, target, tmp_path)
 
 

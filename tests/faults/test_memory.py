@@ -197,7 +197,7 @@ def run_in(group: MemoryGroup, environment: Mapping[str, str], watch: Watch) -> 
         return backup.wait(1)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # alone it takes a fifth of this
 def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
     server: SeaweedFS,
     new_bucket: Callable[..., Bucket],
