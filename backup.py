@@ -101,12 +101,10 @@ SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such 
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
-# TigrisFS: a memory limit needs read-ahead sizes that fit it. With its defaults (5 MB and 100 MB ahead) a
-# limit below 300 MB makes reads fail with ENOMEM, which borg takes for an unreadable file, or blocks `borg
-# compact` for good.
+# TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 64, 128, 1000
+LARGEST_READ_AHEAD_KB = 16 * 1024
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
-READ_AHEAD_FLAGS = ("--read-ahead", "1024", "--read-ahead-large", "16384", "--read-ahead-parallel", "4096")
 METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
 # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
 READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
@@ -1820,6 +1818,19 @@ def data_cache_mb(memory_mb: int, store: Store) -> int:
     return max(SMALLEST_CACHE_MB, min(largest, memory_mb // part))
 
 
+def read_ahead_flags(cache_mb: int) -> list[str]:
+    """How much TigrisFS reads ahead by itself, with sizes that are safe with such a cache.
+
+    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
+    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
+    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
+    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
+    """
+    large_kb = min(LARGEST_READ_AHEAD_KB, cache_mb * 1024 // 16)
+    parts = {"--read-ahead": 1024, "--read-ahead-large": large_kb, "--read-ahead-parallel": large_kb // 2}
+    return [word for flag, kilobytes in parts.items() for word in (flag, str(kilobytes))]
+
+
 def tigrisfs_command(
     store: Store, region: str, mount_point: Path, read_only: bool, cache_mb: int
 ) -> list[str]:
@@ -1831,7 +1842,7 @@ def tigrisfs_command(
         *("--endpoint", store.endpoint, "--region", region),
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
         "--disable-xattr",  # each listxattr is a HEAD request
-        *("--memory-limit", str(cache_mb), *READ_AHEAD_FLAGS),
+        *("--memory-limit", str(cache_mb), *read_ahead_flags(cache_mb)),
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *(("-o", "ro") if read_only else ()),

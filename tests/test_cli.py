@@ -100,7 +100,12 @@ def test_as_pid_1_signals_are_passed_on_and_orphans_reaped(tmp_path: Path) -> No
         "    os._exit(0)\n"
         "os.wait()\n"
         "pids = lambda: [pid for pid in os.listdir('/proc') if pid.isdigit()]\n"
-        "while any(' Z ' in open(f'/proc/{pid}/stat').read() for pid in pids()):\n"
+        "def is_zombie(pid):\n"
+        "    try:\n"
+        "        return ' Z ' in open(f'/proc/{pid}/stat').read()\n"
+        "    except OSError:\n"
+        "        return False  # it was reaped while we looked\n"
+        "while any(map(is_zombie, pids())):\n"
         "    time.sleep(0.02)\n"
         "print('reaped', flush=True)\n"
         "time.sleep(60)\n",
