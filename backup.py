@@ -2562,7 +2562,7 @@ class Leftovers:
     def sort(cls, names: Sequence[str], roster: bytes) -> Leftovers:
         """Tells stale locks from others by their names below the repository and the content of `lock.roster`.
 
-        Where nobody else is at work, a broken index is stale, too.
+        Where nobody else is at work, a broken index and a temporary file (`nonce-*.tmp`) are stale, too.
 
         An exclusive lock is a folder `lock.exclusive` with a file HOST.PID-THREAD in it, one that is about to
         be taken a folder `lock.exclusive.RANDOM.tmp` with the same, and `lock.roster` names who reads
@@ -2571,7 +2571,7 @@ class Leftovers:
         folders: dict[str, list[str]] = {}
         for name in names:
             folder, slash, holder = name.partition("/")
-            if slash and re.fullmatch(r"lock\.exclusive(\..*\.tmp)?", folder):
+            if slash and LOCK_FOLDER.fullmatch(folder):
                 folders.setdefault(folder, []).append(holder)
         owners, stale = roster_owners(roster), []
         if roster and not owners:
@@ -2581,10 +2581,13 @@ class Leftovers:
             stale += [f"{folder}/{holder}" for holder in holders if holder.startswith(OWN_HOST)]
             stale += [] if foreign else [f"{folder}/"]
             owners += foreign if folder == "lock.exclusive" else []
-        stale += [] if owners else broken_indexes(names)
+        if not owners:
+            stale += broken_indexes(names)
+            stale += [name for name in names if name.endswith(".tmp") and "/" not in name]
         return cls(tuple(stale), tuple(owners))
 
 
+LOCK_FOLDER = re.compile(r"lock\.exclusive(\..*\.tmp)?")
 INDEX_FILE = re.compile(r"(index|hints|integrity)\.(\d+)")
 
 
@@ -3218,6 +3221,8 @@ def backup_target(
             written = repository_files(runtime, target.store, mount.path)
             settle(runtime, mount, client, written)
         audit_upload(runtime, client, written)
+        if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
+            remove_leftovers(runtime, target.store, lease, find_leftovers(client))
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 

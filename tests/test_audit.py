@@ -56,3 +56,18 @@ def test_what_was_not_removed_fails_the_target(
         result = running.wait()
     assert result.exit_code == 2
     assert "data/0/999.tmp was not removed" in result.output
+
+
+@pytest.mark.usefixtures("needs_fuse")
+def test_the_folder_of_a_lock_that_tigrisfs_uploads_too_late_is_removed(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """TigrisFS uploads a folder when it gets round to it, which may be after borg has removed its lock."""
+    source.put(sample_objects(5, 5))
+    env = settings(server, tmp_path, source.name, {"first": target.name})
+    run_backup(env).expect(0)
+    with Backup(env) as running:
+        running.wait_for_line("borg create begins")
+        target.put({"lock.exclusive.x1y2.tmp/": b""})
+        running.wait().expect(0)
+    assert [key for key in target.sizes() if key.startswith("lock.")] == []

@@ -58,7 +58,11 @@ def roster(**kinds: Sequence[str]) -> bytes:
         ),
         (["index.9", "lock.exclusive/", f"lock.exclusive/{THEIRS}"], b"", [], [THEIRS]),
         (["index.9", "lock.roster"], roster(shared=["laptop@1"]), [], ["laptop@1.7"]),
-        (["index.9.tmp", "index.x", "indexes.9", "data/0/index.9"], b"", [], []),
+        (["index.x", "indexes.9", "data/0/index.9"], b"", [], []),
+        # What borg was about to rename.
+        (["index.9.tmp", "nonce", "nonce-x1y2.tmp"], b"", ["index.9.tmp", "nonce-x1y2.tmp"], []),
+        (["nonce-x1y2.tmp", "lock.exclusive/", f"lock.exclusive/{THEIRS}"], b"", [], [THEIRS]),
+        (["data/0/nonce-x1y2.tmp", "nonce-x1y2.tmp/x"], b"", [], []),
         # No lock of borg's, whatever it is.
         (["lock.exclusive-by-me/x", "lock.txt", "data/0/lock.exclusive/x"], b"", [], []),
     ],
