@@ -1071,6 +1071,7 @@ def describe_fault(fault: Exception) -> str:
 # the holder itself may still write.
 
 LEASE_NAME = ".s3borgbackup-lease"
+PROBE_NAME = ".s3borgbackup-probe-"
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -2720,9 +2721,7 @@ def repository_files(runtime: Runtime, store: Store, mount_point: Path) -> dict[
 
     def walk() -> dict[str, int]:
         paths = (Path(folder, name) for folder, _, names in os.walk(mount_point) for name in names)
-        sizes = {str(path.relative_to(mount_point)): path.stat().st_size for path in paths}
-        sizes.pop(LEASE_NAME, None)
-        return sizes
+        return borgs_own({str(path.relative_to(mount_point)): path.stat().st_size for path in paths})
 
     return within(WARM_UP_SECONDS, f"{store.name}: listing the repository", walk, runtime.stop)
 
@@ -2738,8 +2737,13 @@ def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
         }
 
     sizes = within(LIST_SECONDS, f"{client.store.name}: listing the repository", collect, runtime.stop)
-    sizes.pop(LEASE_NAME, None)
-    return sizes
+    return borgs_own(sizes)
+
+
+def borgs_own(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The files without the lease and the probes of preflights, which come and go while others begin."""
+    ours = (LEASE_NAME, PROBE_NAME)
+    return {name: size for name, size in sizes.items() if not name.startswith(ours)}
 
 
 def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
@@ -2978,7 +2982,6 @@ class RepositoryState(enum.Enum):
     FOREIGN = "other objects"
 
 
-PROBE_NAME = ".s3borgbackup-probe-"
 OWN_NAMES = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*", re.DOTALL)
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 

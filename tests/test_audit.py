@@ -26,6 +26,12 @@ def test_every_difference_is_named(
     assert backup.upload_mistakes(expected, listed) == mistakes
 
 
+def test_the_lease_and_what_others_try_at_their_start_are_not_borgs() -> None:
+    """Another run that begins writes a probe and removes it; the mount may show it to the end."""
+    sizes = {"config": 5, ".s3borgbackup-lease": 80, ".s3borgbackup-probe-b8d174fc5ef0": 1, "data/0/1": 17}
+    assert backup.borgs_own(sizes) == {"config": 5, "data/0/1": 17}
+
+
 @pytest.mark.usefixtures("needs_fuse")
 def test_a_segment_that_did_not_reach_the_bucket_fails_the_target(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
