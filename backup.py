@@ -1190,8 +1190,18 @@ class Lease:
     the lease, and go on when a renewal succeeds: then nobody took it. When somebody did, they are killed.
     """
 
-    def __init__(self, client: S3Client, holder: Holder, notice: Callable[[str], None]) -> None:
-        """Takes nothing yet; `notice` is told what a user should know."""
+    def __init__(
+        self,
+        client: S3Client,
+        holder: Holder,
+        patience_seconds: float,
+        notice: Callable[[str], None],
+        pause: Callable[[float], None],
+    ) -> None:
+        """Takes nothing yet; `notice` is told what a user should know, `pause(seconds)` waits.
+
+        `patience_seconds` is how long `write` tries.
+        """
         ttl = holder.ttl_seconds
         # Connecting and waiting for the answer together end before a lease that is suspended can expire.
         impatient = Patience(answer_seconds=max(1.0, ttl / 10), unreachable_seconds=0, failing_seconds=0)
@@ -1199,7 +1209,8 @@ class Lease:
         self.suspended = False
         self.lost = ""  # why, when it is lost
         self.expires = False  # it is not to be given back, but to expire
-        self._client, self._holder, self._notice = client, holder, notice
+        self._client, self._holder, self._notice, self._pause = client, holder, notice, pause
+        self._patience_seconds = patience_seconds
         self._hasty_client = S3Client(client.store, client.region, impatient)
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
@@ -1211,11 +1222,11 @@ class Lease:
             threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
         ]
 
-    def acquire(self, wait_seconds: float | None, pause: Callable[[float], None]) -> None:
+    def acquire(self, wait_seconds: float | None) -> None:
         """Takes the lease, and renews it from then on.
 
         Waits `wait_seconds` for a holder, by default just until it has renewed its lease, and so is alive,
-        or until the lease has expired. Raises StillRunning, S3Error, and what `pause(seconds)` raises.
+        or until the lease has expired. Raises StillRunning, S3Error, and what `pause` raises.
         """
         start, first = boot_seconds(), None
         while current := self._try_to_take():
@@ -1232,7 +1243,7 @@ class Lease:
                 )
             if current is first:
                 self._notice(f"the repository is in use: {current.holder}; waiting to see whether that lives")
-            pause(min(2.0, current.holder.ttl_seconds / 10))
+            self._pause(min(2.0, current.holder.ttl_seconds / 10))
         if self.enforced and self._is_enforced():
             self._switch.arm(self._valid_until)
             for thread in self._threads:
@@ -1328,9 +1339,9 @@ class Lease:
     def write(self, request: Callable[[S3Client], object]) -> None:
         """Has `request` write to the store while the lease holds, and again while S3 fails.
 
-        Raises S3Error, Stuck.
+        Raises S3Error, Stuck, and what `pause` raises.
         """
-        give_up = time.monotonic() + PROVEN_PATIENCE_SECONDS
+        give_up = time.monotonic() + self._patience_seconds
         while True:
             with self._lock:
                 self.check()
@@ -1350,7 +1361,7 @@ class Lease:
                         self._switch.arm(0)
             if time.monotonic() > give_up:
                 raise Stuck(f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}")
-            time.sleep(GUARD_SECONDS)
+            self._pause(GUARD_SECONDS)
 
     def check(self) -> None:
         """Raises Stuck when the lease is lost."""
@@ -1431,13 +1442,14 @@ def leased(
     client: S3Client,
     holder: Holder,
     wait_seconds: float | None,
+    patience_seconds: float,
     notice: Callable[[str], None],
     pause: Callable[[float], None],
 ) -> Iterator[Lease]:
     """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, notice)
+    lease = Lease(client, holder, patience_seconds, notice, pause)
     try:
-        lease.acquire(wait_seconds, pause)
+        lease.acquire(wait_seconds)
         yield lease
     finally:
         lease.release()
@@ -3043,22 +3055,23 @@ def probe_read(client: S3Client, entry: S3Object) -> None:
 
 
 def probe_write(client: S3Client) -> None:
-    """Writes a small object below the store's prefix, reads it back and deletes it."""
-    key, body = (
-        f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}",
-        secrets.token_bytes(16),
-    )
-    client.put(key, body)
-    try:
-        if client.get(key) != body:
-            raise S3Error(
-                f"{client.store.name}: an object that was just written reads back differently",
-                "",
-                200,
-                "Stale",
-            )
-    finally:
-        client.delete(key)
+    """Writes a small object below the store's prefix, reads it back and deletes it.
+
+    Does so again when it is gone: another run removes what it takes for a leftover.
+    """
+    key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
+    for last in (False, False, True):
+        client.put(key, body)
+        try:
+            if client.get(key) == body:
+                return
+            what = f"{client.store.name}: an object that was just written reads back differently"
+            raise S3Error(what, "", 200, "Stale")
+        except S3Error as error:
+            if error.status != 404 or last:
+                raise
+        finally:
+            client.delete(key)
 
 
 @dataclass
@@ -3245,7 +3258,8 @@ def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
     def notice(text: str) -> None:
         runtime.console.warning(name, text)
 
-    with leased(client, holder, settings.lease_wait_seconds, notice, pause) as lease:
+    patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
+    with leased(client, holder, settings.lease_wait_seconds, patience_seconds, notice, pause) as lease:
         yield lease
 
 

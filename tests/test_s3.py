@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import backup
-from helpers import UNUSUAL_KEYS, Bucket, run_backup, settings, with_target_secrets
+from faults.proxy import Action, FaultProxy
+from helpers import UNUSUAL_KEYS, Bucket, run_backup, settings, wait_until, with_target_secrets
 from servers import ADMIN, READER, Identity, SeaweedFS, free_ports
 
 Reply = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -111,6 +112,30 @@ def test_a_key_that_may_only_read_is_refused_for_a_target(server: SeaweedFS, tar
 def test_nothing_is_left_of_a_probe(server: SeaweedFS, target: Bucket) -> None:
     backup.examine(backup.S3Client(store_of(server, target.name)), write=True)
     assert target.sizes() == {}
+
+
+def test_a_probe_that_another_run_removes_is_written_again(server: SeaweedFS, target: Bucket) -> None:
+    """That run takes it for a leftover of one that was killed, between the writing and the reading."""
+    with FaultProxy(server.endpoint) as proxy:
+        late = proxy.add(lambda request: request.kind == "GET", Action.DELAY, times=1, seconds=60)
+        store = replace(store_of(server, target.name), endpoint=proxy.endpoint)
+        thread = threading.Thread(target=backup.probe_write, args=[backup.S3Client(store)])
+        thread.start()
+        wait_until(lambda: late.hit, 20, "the probe is about to be read")
+        target.clear()
+        proxy.remove(late)
+        thread.join(20)
+        statuses = [status for request, status in proxy.requests if request.kind == "GET"]
+    assert statuses == [404, 200]
+    assert target.sizes() == {}
+
+
+def test_a_probe_that_is_never_there_is_an_error(server: SeaweedFS, target: Bucket) -> None:
+    with FaultProxy(server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET", Action.REFUSE, status=404, code="NoSuchKey")
+        store = replace(store_of(server, target.name), endpoint=proxy.endpoint)
+        with pytest.raises(backup.S3Error, match="NoSuchKey"):
+            backup.probe_write(backup.S3Client(store))
 
 
 def test_nobody_listens(target: Bucket) -> None:
