@@ -3239,6 +3239,7 @@ def backup_target(
         audit_upload(runtime, client, written)
         if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
             remove_leftovers(runtime, target.store, lease, find_leftovers(client))
+        outlast_name(outcome.archive)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
@@ -3278,6 +3279,12 @@ def create_archive(
         examine(S3Client(runtime.settings.source, source.region, PROVEN), write=False)
     record_archive(runtime, outcome, created, source)
     report_shrunk(runtime, outcome, source_mount)
+
+
+def outlast_name(archive: str) -> None:
+    """Waits until the second in an archive's name is over: whoever comes next needs another one."""
+    over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
+    time.sleep(min(1.0, max(0.0, over - time.time())))
 
 
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,16 @@ def test_sizes(number: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert backup.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("ago", "seconds"), [(0.0, 1.0), (0.6, 0.4), (1.5, 0.0), (-3600.0, 1.0)])
+def test_the_second_of_an_archives_name_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, ago: float, seconds: float
+) -> None:
+    """Two archives of one second would have the same name. A clock that was set back costs no more."""
+    slept: list[float] = []
+    monkeypatch.setattr(backup.time, "sleep", slept.append)
+    monkeypatch.setattr(backup.time, "time", lambda: 1_767_225_600.0 + ago)
+    named = datetime.fromtimestamp(1_767_225_600)  # noqa: DTZ006 - borg's names are in local time
+    backup.outlast_name(f"my-label-{named:%Y-%m-%dT%H:%M:%S}")
+    assert slept == [pytest.approx(seconds)]
