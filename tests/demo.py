@@ -95,9 +95,9 @@ def expect(right: bool, promise: str) -> None:
 
 
 @contextlib.contextmanager
-def workplace() -> Iterator[Path]:
+def workplace(purpose: str = "demo") -> Iterator[Path]:
     """A temporary folder; at the end what still runs or is mounted there is ended and the folder removed."""
-    folder = Path(tempfile.mkdtemp(prefix="s3borgbackup-demo-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"s3borgbackup-{purpose}-"))
     try:
         yield folder
     finally:
