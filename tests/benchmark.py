@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -171,25 +171,29 @@ class Benchmark:
         name = f"{group.dataset.name}, {group.latency_ms} ms"
         self._say(f"{name}: {group.dataset.description}")
         source, files = Bucket(server, "source").create(), folder / "files"
-        _store(group.dataset.objects(), source, files, group.dataset.settle_seconds)
+        new_bytes = _store(group.dataset.objects(), source, files, group.dataset.settle_seconds)
         self._say(f"{name}: a request takes {request_milliseconds(proxy.endpoint, source):.1f} ms")
         places = [
             _place(one, number, server, proxy, folder) for number, one in enumerate(group.contenders, 1)
         ]
-        failed: set[str] = set()
-        for phase in PHASES:
-            if phase == "changed":
-                _store(group.dataset.changes(), source, files, group.dataset.settle_seconds)
-            for contender, place in zip(group.contenders, places, strict=True):
-                if phase not in contender.phases:
-                    continue
-                self._say(f"{name}: {contender.name}, {PHASES[phase]} ...")
-                if contender.name in failed:
-                    self._keep(_not_run(contender, group, phase))
-                else:
-                    self._keep(measure(contender, place, phase, group.dataset.name, group.latency_ms))
-                if self.measurements[-1].failure:
-                    failed.add(contender.name)
+        self._run_phase(group, places, "first", new_bytes)
+        self._run_phase(group, places, "unchanged", 0)
+        new_bytes = _store(group.dataset.changes(), source, files, group.dataset.settle_seconds)
+        self._run_phase(group, places, "changed", new_bytes)
+
+    def _run_phase(self, group: Group, places: Sequence[Place], phase: str, new_bytes: int) -> None:
+        """All contenders, one after another; without those that failed before."""
+        earlier = self.measurements[:]
+        for contender, place in zip(group.contenders, places, strict=True):
+            if phase not in contender.phases:
+                continue
+            latency_ms = None if contender.is_local else group.latency_ms
+            described = Measurement(contender.name, group.dataset.name, latency_ms, phase)
+            self._say(f"{group.dataset.name}, {group.latency_ms} ms: {contender.name}, {PHASES[phase]} ...")
+            if any(one.failure and one.series == described.series for one in earlier):
+                self._keep(replace(described, failure="not run, as an earlier run failed"))
+            else:
+                self._keep(measure(contender, place, described, new_bytes))
 
     def _keep(self, one: Measurement) -> None:
         self.measurements.append(one)
@@ -205,13 +209,6 @@ class Benchmark:
     def _say(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         say(f"[{minutes:3}:{seconds:02}] {text}")
-
-
-def _not_run(contender: Contender, group: Group, phase: str) -> Measurement:
-    latency_ms = None if contender.is_local else group.latency_ms
-    return Measurement(
-        contender.name, group.dataset.name, latency_ms, phase, 0, failure="not run, as an earlier run failed"
-    )
 
 
 def _place(contender: Contender, number: int, server: SeaweedFS, proxy: ToxicProxy, folder: Path) -> Place:
@@ -242,8 +239,8 @@ def request_milliseconds(endpoint: str, bucket: Bucket) -> float:
     return statistics.median(times)
 
 
-def _store(objects: Iterator[tuple[str, bytes]], bucket: Bucket, files: Path, settle_seconds: float) -> None:
-    """Write objects into the bucket and as files, and wait until their times are in the past.
+def _store(objects: Iterator[tuple[str, bytes]], bucket: Bucket, files: Path, settle_seconds: float) -> int:
+    """Write objects into the bucket and as files, wait until their times are past, return their bytes.
 
     The last one comes later than the others, as borg reads again what has the newest time of all.
     """
@@ -255,6 +252,7 @@ def _store(objects: Iterator[tuple[str, bytes]], bucket: Bucket, files: Path, se
             (files / key).parent.mkdir(parents=True, exist_ok=True)
             (files / key).write_bytes(body)
         time.sleep(settle_seconds)
+    return sum(map(len, written.values()))
 
 
 def machine() -> dict[str, str | int]:

@@ -13,8 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -338,23 +337,30 @@ def _bytes(traffic: Counter[tuple[str, str]], place: Place) -> dict[str, int]:
     }
 
 
-def measure(contender: Contender, place: Place, phase: str, dataset: str, latency_ms: int) -> Measurement:
-    """One run. One that fails is a measurement, too: `failure` says why."""
-    describe = partial(
-        Measurement, contender.name, dataset, None if contender.is_local else latency_ms, phase
-    )
+def measure(contender: Contender, place: Place, described: Measurement, new_bytes: int) -> Measurement:
+    """One run: what describes it, with its results. One that fails has results, too: `failure` says why.
+
+    One that reads less of the source than what is new there has failed, whatever it says.
+    """
     os.sync()  # what others have written must not be on our bill
     before = count_traffic(place.server.metrics())
     failure = ""
     started = time.monotonic()
-    with Processes(place.folder / f"{phase}.log") as processes:
+    with Processes(place.folder / f"{described.phase}.log") as processes:
         try:
-            contender.run(place, processes, phase)
+            contender.run(place, processes, described.phase)
         except (RunFailed, subprocess.CalledProcessError) as error:
             failure = str(error)
         seconds = time.monotonic() - started
     time.sleep(SAMPLE_SECONDS)  # a request is counted after it was answered
     traffic = count_traffic(place.server.metrics()) - before
-    return describe(
-        round(seconds, 3), processes.peak_bytes, _requests(traffic, place), _bytes(traffic, place), failure
+    if not failure and not contender.is_local and traffic[place.source, "sent"] < new_bytes:
+        failure = f"it read {traffic[place.source, 'sent']:,} of {new_bytes:,} new bytes"
+    return replace(
+        described,
+        seconds=round(seconds, 3),
+        peak_bytes=processes.peak_bytes,
+        requests=_requests(traffic, place),
+        traffic=_bytes(traffic, place),
+        failure=failure,
     )

@@ -43,11 +43,16 @@ class Measurement:
     dataset: str
     latency_ms: int | None  # None: it uses no network
     phase: str
-    seconds: float
+    seconds: float = 0
     peak_bytes: int = 0  # of all its processes together
     requests: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # source or target → kind → count
     traffic: Mapping[str, int] = field(default_factory=dict)  # `from source`, … → bytes
     failure: str = ""  # why it failed; empty when it did not
+
+    @property
+    def series(self) -> tuple[str, int | None, str]:
+        """What the runs of all phases into the same target share."""
+        return self.dataset, self.latency_ms, self.contender
 
     @property
     def request_count(self) -> int:
@@ -117,7 +122,7 @@ def rows(measurements: Iterable[Measurement]) -> list[Row]:
     """The measurements, a row for each contender, bucket and latency, in the order of their first run."""
     found: dict[tuple[str, int | None, str], dict[str, Measurement]] = {}
     for one in measurements:
-        found.setdefault((one.dataset, one.latency_ms, one.contender), {})[one.phase] = one
+        found.setdefault(one.series, {})[one.phase] = one
     return [Row(phases) for phases in found.values()]
 
 

@@ -169,7 +169,7 @@ def test_a_chart_of_nothing_is_refused() -> None:
         chart(MEASUREMENTS[:1])
 
 
-# ----------------------------------------------------------------------------------------------- Plan and data
+# ---------------------------------------------------------------------------------------------- Plan and data
 
 
 def test_by_default_variants_run_once_and_the_local_disk_once_for_each_bucket() -> None:
