@@ -300,7 +300,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--contender": {
             "choices": CONTENDERS,
             "metavar": "NAME",
-            "help": f"{'; '.join(CONTENDERS)}. Default: all, the variants only with mixed and 20 ms",
+            "help": f"{', '.join(map(repr, CONTENDERS))}; default: all, the variants only with mixed and 20 ms",
         },
     }
     for option, details in options.items():
