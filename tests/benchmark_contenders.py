@@ -22,7 +22,7 @@ from benchmark_report import PHASES, Measurement
 from helpers import BACKUP, PASSPHRASE, borg_environment, mounts_below, settings
 from servers import READER, WRITER, Identity, SeaweedFS, die_with_parent
 
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.05
 MOUNT_SECONDS = 30
 RUN_SECONDS = 3600  # after which a run counts as hanging
 TAIL_LINES = 15
@@ -112,7 +112,7 @@ class Processes:
 
     def _watch(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            running = [process.pid for process in list(self._started) if process.returncode is None]
+            running = [process.pid for process in self._started[:] if process.returncode is None]
             self.peak_bytes = max(self.peak_bytes, memory_of_trees(running))
 
     def __enter__(self) -> Self:
