@@ -38,6 +38,7 @@ FOLDER_COUNT = 50
 # S3's times are in whole seconds, and borg does not trust a time that is the newest of all.
 SETTLE_SECONDS = 3
 LATENCY_PROBES = 9
+BUSY_LOAD = 0.5
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -160,6 +161,10 @@ class Benchmark:
 
     def run(self, groups: Sequence[Group]) -> None:
         """Measure all groups, each with servers of its own."""
+        if os.getloadavg()[0] > BUSY_LOAD:
+            say(
+                f"This machine is busy (load {os.getloadavg()[0]:.1f}): times will be longer than they should."
+            )
         for group in groups:
             with (
                 workplace("benchmark") as folder,
@@ -274,6 +279,7 @@ def machine() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000,
         "kernel": platform.release(),
+        "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: _first_line(command) for name, command in versions.items() if shutil.which(command[0])},
     }
