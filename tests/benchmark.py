@@ -162,9 +162,7 @@ class Benchmark:
     def run(self, groups: Sequence[Group]) -> None:
         """Measure all groups, each with servers of its own."""
         if os.getloadavg()[0] > BUSY_LOAD:
-            say(
-                f"This machine is busy (load {os.getloadavg()[0]:.1f}): times will be longer than they should."
-            )
+            say(f"This machine is busy (load {os.getloadavg()[0]:.1f}): times will be longer")
         for group in groups:
             with (
                 workplace("benchmark") as folder,
