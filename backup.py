@@ -3,13 +3,14 @@
 
 What a run does: it reads the configuration from environment variables and reports every mistake in it at
 once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
-target takes the lease that excludes other runs, makes the borg repository where it is new, clears what
-crashed runs left, mounts the bucket, creates an archive, prunes and compacts where asked, unmounts, which
-returns only when everything is uploaded, compares the bucket with what borg wrote, and gives the lease back.
-At the end what was archived is compared with what the source lists. One failing target does not stop the
-others. Nothing is waited for that makes no progress. Whatever happens, mounts and processes are gone at the
-end, and the exit code tells how it went: 0 all well, 1 finished with warnings, 2 something failed, 75 another
-run was at work, 78 wrong configuration or usage, 128+N stopped by signal N.
+target, several side by side, takes the lease that excludes other runs, makes the borg repository where it is
+new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
+of borg, prunes and compacts where asked, unmounts, which returns only when everything is uploaded, compares
+the bucket with what borg wrote, and gives the lease back. At the end what was archived is compared with what
+the source lists. One failing target does not stop the others. Nothing is waited for that makes no progress.
+Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
+finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
+stopped by signal N.
 
 The sections of this file, each using only those above it:
 
@@ -20,6 +21,7 @@ The sections of this file, each using only those above it:
     Lease           the right to write to a repository: an object renewed under S3's conditions
     Processes       console, stop signals, the one place that starts child processes, deadlines, progress
     Mounts          TigrisFS: memory, command line, log, mounting, unmounting
+    Read-ahead      threads that read the source before borg does, and keep several borgs together
     Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
     Audit           whether the bucket holds what borg wrote, and the archive what the source lists
     Backup          preflight, one target, a whole run, the summary
@@ -34,6 +36,7 @@ import array
 import bisect
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -42,6 +45,7 @@ import enum
 import errno
 import fcntl
 import hashlib
+import heapq
 import hmac
 import http.client
 import json
@@ -82,6 +86,8 @@ MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 SETTLE_SECONDS = 30  # for what failed to be tried again, where TigrisFS does not say so
+QUIET_SECONDS = 3  # for the last deletions and renames, where nothing failed
+FIRST_PAUSE_SECONDS = 0.05  # between two looks at what is uploaded; each further one is twice as long
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
@@ -103,7 +109,7 @@ MAX_BACKOFF_SECONDS = 8.0
 
 # TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 64, 128, 1000
-LARGEST_READ_AHEAD_KB = 16 * 1024
+OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
 METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
 # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
@@ -116,6 +122,17 @@ IDLE_BYTES_PER_SECOND = 20  # seen: 7
 ASK_SECONDS = 10  # between questions to S3 while TigrisFS complains
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
 COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
+
+HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of others"  # why a child is stopped
+
+# Reading ahead.
+READ_BYTES = 1024 * 1024  # for one read of a thread
+SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
+SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
+SORTED_AT_ONCE = 10_000  # entries of a folder
+WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
+JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
+HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -201,13 +218,18 @@ DEFAULT_LABEL = "backup"
 DEFAULT_COMPACT_PERCENT = 10  # borg's own
 DEFAULT_LEASE_SECONDS = 60
 DEFAULT_STALL_SECONDS = 900
+DEFAULT_READ_AHEAD_THREADS = 32
+DEFAULT_PARALLEL_TARGETS = 4
 
 LEASE_SECONDS = range(10, 3601)
 WAIT_SECONDS = range(7 * 86400 + 1)
 STALL_SECONDS = range(5, 86401)
 # Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
 MEMORY_MB = range(256, 1_000_001)
+READ_AHEAD_THREADS = range(257)
+PARALLEL_TARGETS = range(1, 65)
 ABOUT = {
+    "READ_AHEAD_THREADS": "; 0 turns reading ahead off",
     "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
     "LEASE_TTL": " (seconds)",
     "LEASE_WAIT": " (seconds)",
@@ -231,6 +253,9 @@ VARIABLES = (
     "STALL_TIMEOUT",
     "AUDIT",
     "MEMORY_LIMIT_MB",
+    "READ_AHEAD_THREADS",
+    "PARALLEL_TARGETS",
+    "SOURCE_METADATA",
 )
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
@@ -299,6 +324,9 @@ class Settings:
     stall_seconds: int
     audit: bool
     memory_limit_mb: int | None  # None: what the container has
+    read_ahead_threads: int  # 0: borg reads alone
+    parallel_targets: int  # at most; fewer where memory is short
+    source_metadata: bool  # whether objects' user metadata is archived
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -376,6 +404,9 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
         parse_number(values, "STALL_TIMEOUT", DEFAULT_STALL_SECONDS, STALL_SECONDS, mistakes),
         parse_choice(values, "AUDIT", ("on", "off"), mistakes) == "on",
         parse_number(values, "MEMORY_LIMIT_MB", None, MEMORY_MB, mistakes),
+        parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
+        parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
+        parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
     )
 
 
@@ -889,7 +920,13 @@ class S3Client:
         self._patience = patience or Patience()
         self.region = region or store.region or DEFAULT_REGION
         self._url = urllib.parse.urlsplit(store.endpoint)
-        self._local = threading.local()
+        self._idle: list[http.client.HTTPConnection] = []
+
+    def with_patience(self, patience: Patience) -> S3Client:
+        """The same client, with its open connections and what it has learned, but another patience."""
+        twin = copy.copy(self)
+        twin._patience = patience
+        return twin
 
     def list_page(self, prefix: str, start_after: str = "", limit: int = 1000) -> tuple[list[S3Object], bool]:
         """Up to `limit` objects below `prefix` in key order, and whether there are more."""
@@ -955,7 +992,7 @@ class S3Client:
     def _exchange(
         self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Signs and sends one request and reads the answer to its end, on this thread's own connection."""
+        """Signs and sends one request and reads the answer to its end."""
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
         host = self._url.netloc
@@ -978,6 +1015,7 @@ class S3Client:
         except BaseException:
             connection.close()
             raise
+        self._idle.append(connection)
         answer = Answer(
             response.status, {name.lower(): value for name, value in response.getheaders()}, content
         )
@@ -985,15 +1023,16 @@ class S3Client:
         return answer
 
     def _connection(self) -> http.client.HTTPConnection:
-        """This thread's connection, opened again where it was closed."""
-        if not hasattr(self._local, "connection"):
+        """A connection that nobody uses, opened where it is not."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
             kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-            self._local.connection = kind(self._url.hostname or "", self._url.port)
-        connection = self._local.connection
+            connection = kind(self._url.hostname or "", self._url.port)
         if connection.sock is None:
             connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
             connection.connect()
-            connection.sock.settimeout(self._patience.answer_seconds)
+        connection.sock.settimeout(self._patience.answer_seconds)
         return connection
 
     def _learn_region(self, answer: Answer) -> bool:
@@ -1177,10 +1216,16 @@ class Sighting:
 
 
 class Member(Protocol):
-    """A process that writes to the repository under a lease."""
+    """What works under a lease: a child process."""
 
     def send(self, signum: int) -> None:
-        """Sends a signal; nothing happens when the process has ended."""
+        """Sends it a signal."""
+
+    def hold(self, why: str) -> None:
+        """Stops it (SIGSTOP) until all who hold it let it go."""
+
+    def let_go(self, why: str) -> None:
+        """Has it go on (SIGCONT), as far as `why` is concerned."""
 
 
 class Lease:
@@ -1211,7 +1256,7 @@ class Lease:
         self.expires = False  # it is not to be given back, but to expire
         self._client, self._holder, self._notice, self._pause = client, holder, notice, pause
         self._patience_seconds = patience_seconds
-        self._hasty_client = S3Client(client.store, client.region, impatient)
+        self._hasty_client = client.with_patience(impatient)
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
@@ -1333,8 +1378,10 @@ class Lease:
         """Has `member` stopped and killed with the lease."""
         with self._lock:
             self._members.append(member)
-            if self.lost or self.suspended:
-                member.send(signal.SIGKILL if self.lost else signal.SIGSTOP)
+            if self.lost:
+                member.send(signal.SIGKILL)
+            elif self.suspended:
+                member.hold(HELD_BY_LEASE)
 
     def write(self, request: Callable[[S3Client], object]) -> None:
         """Has `request` write to the store while the lease holds, and again while S3 fails.
@@ -1392,7 +1439,8 @@ class Lease:
             if self.suspended:
                 self.suspended = False
                 self._notice("the lease is renewed: the work goes on")
-                self._signal(signal.SIGCONT)
+                for member in self._members:
+                    member.let_go(HELD_BY_LEASE)
 
     def _guard(self) -> None:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
@@ -1402,7 +1450,8 @@ class Lease:
                 if self.suspended or self.lost or boot_seconds() < soon:
                     continue
                 self.suspended = True
-                self._signal(signal.SIGSTOP)
+                for member in self._members:
+                    member.hold(HELD_BY_LEASE)
                 if not self._own_writes:
                     self._switch.arm(0)  # nobody writes any more
             self._notice(f"the lease cannot be renewed: the work is suspended until it can: {self._trouble}")
@@ -1410,12 +1459,9 @@ class Lease:
     def _lose(self, reason: str) -> None:
         with self._lock:
             self.lost = reason
-            self._signal(signal.SIGKILL)
+            for member in self._members:
+                member.send(signal.SIGKILL)
             self._switch.arm(0)
-
-    def _signal(self, signum: int) -> None:
-        for member in self._members:
-            member.send(signum)
 
     def release(self) -> None:
         """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
@@ -1599,6 +1645,8 @@ class Child:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
+        self._holders: set[str] = set()
+        self._hold_lock = threading.Lock()
         self._ended = threading.Event()
         streams = ((self._process.stdout, on_output), (self._process.stderr, on_error))
         self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
@@ -1626,6 +1674,20 @@ class Child:
     def send(self, signum: int) -> None:
         """Sends a signal; nothing happens when the process has ended."""
         self._process.send_signal(signum)
+
+    def hold(self, why: str) -> None:
+        """Stops it (SIGSTOP) until all who hold it have let it go."""
+        with self._hold_lock:
+            self._holders.add(why)
+            self.send(signal.SIGSTOP)
+
+    def let_go(self, why: str) -> None:
+        """Has it go on (SIGCONT), unless somebody else holds it."""
+        with self._hold_lock:
+            if why in self._holders:
+                self._holders.remove(why)
+                if not self._holders:
+                    self.send(signal.SIGCONT)
 
     def kill(self) -> bool:
         """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
@@ -1714,6 +1776,7 @@ def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: Non
 def terminate(child: Child, stop: Stop) -> None:
     """Ends a child politely, and for certain when that takes too long or somebody is in a hurry."""
     child.send(signal.SIGTERM)
+    child.let_go(HELD_BACK)  # or it would not hear it
     give_up = time.monotonic() + TERMINATE_SECONDS
     while child.wait(POLL_SECONDS) is None:
         if stop.hurried or time.monotonic() > give_up:
@@ -1822,16 +1885,39 @@ CGROUP_FILES = {
 }
 
 
-def data_cache_mb(memory_mb: int, store: Store) -> int:
-    """How much tigrisfs may cache of a store's data, in MiB; the source's and a target's are below the half.
+def targets_at_once(settings: Settings, memory_mb: int) -> int:
+    """How many targets are backed up side by side: what is asked for, or less where memory is short."""
+    room = memory_mb - data_cache_mb(memory_mb, settings.source) - OWN_MB - FIXED_MB
+    affordable = room // (SMALLEST_CACHE_MB + FIXED_MB + BORG_MB)
+    return max(1, min(len(settings.targets), settings.parallel_targets, affordable))
 
-    Beside its cache tigrisfs needs 50 to 90 MB, and borg as much.
+
+def data_cache_mb(memory_mb: int, store: Store, at_once: int = 1) -> int:
+    """How much tigrisfs may cache of a store's data, in MiB; with `at_once` targets at most the half in all.
+
+    Where memory is short, SMALLEST_CACHE_MB is more than that.
     """
-    largest, part = (TARGET_CACHE_MB, 8) if store.target is not None else (SOURCE_CACHE_MB, 4)
-    return max(SMALLEST_CACHE_MB, min(largest, memory_mb // part))
+    if store.target is None:
+        return max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4))
+    return max(SMALLEST_CACHE_MB, min(TARGET_CACHE_MB, memory_mb // (4 * max(2, at_once))))
 
 
-def read_ahead_flags(cache_mb: int) -> list[str]:
+def read_ahead_bytes(memory_mb: int, source: Store) -> int:
+    """How far ahead of borg the source is read.
+
+    TigrisFS drops what was not used for the longest time. What was read ahead is older than what borg has
+    read meanwhile, so that its cache needs room for both, and for requests under way: with two fifths of it
+    a large object was fetched 1.6 times.
+    """
+    return data_cache_mb(memory_mb, source) * 1024 * 1024 // 4
+
+
+def piece_bytes(window_bytes: int) -> int:
+    """How much of an object one thread reads ahead at a time, and TigrisFS with one request."""
+    return min(max(window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
+
+
+def read_ahead_flags(store: Store, memory_mb: int, cache_mb: int) -> list[str]:
     """How much TigrisFS reads ahead by itself, with sizes that are safe with such a cache.
 
     With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
@@ -1839,29 +1925,49 @@ def read_ahead_flags(cache_mb: int) -> list[str]:
     was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
     before it waits for more: when they come to the limit while a file is written, nothing moves any more.
     """
-    large_kb = min(LARGEST_READ_AHEAD_KB, cache_mb * 1024 // 16)
-    parts = {"--read-ahead": 1024, "--read-ahead-large": large_kb, "--read-ahead-parallel": large_kb // 2}
-    return [word for flag, kilobytes in parts.items() for word in (flag, str(kilobytes))]
+    if store.target is None:
+        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
+        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
+    else:
+        large_kb = cache_mb * 1024 // 16
+        ahead_kb, part_kb = 1024, large_kb // 2
+    flags = {"--read-ahead": ahead_kb, "--read-ahead-large": large_kb, "--read-ahead-parallel": part_kb}
+    return [word for flag, kilobytes in flags.items() for word in (flag, str(kilobytes))]
 
 
 def tigrisfs_command(
-    store: Store, region: str, mount_point: Path, read_only: bool, cache_mb: int
+    store: Store,
+    region: str,
+    mount_point: Path,
+    read_only: bool,
+    sizes: Sequence[str],
+    metadata: bool = False,
 ) -> list[str]:
-    """The command line that mounts `store`; its keys go through the environment."""
+    """The command line that mounts `store`; its keys go through the environment.
+
+    `sizes` are its flags for memory (`memory_flags`). `metadata` shows objects' user metadata as extended
+    attributes, at the cost of a HEAD request for each.
+    """
     return [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
         *("--log-format", "json", "--no-log-color", "--print-stats", "0s"),
         *("--endpoint", store.endpoint, "--region", region),
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
-        "--disable-xattr",  # each listxattr is a HEAD request
-        *("--memory-limit", str(cache_mb), *read_ahead_flags(cache_mb)),
+        *(() if metadata else ("--disable-xattr",)),
+        *sizes,
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
     ]
+
+
+def memory_flags(settings: Settings, memory_mb: int, store: Store) -> list[str]:
+    """TigrisFS's flags for its cache, and for what it reads ahead."""
+    cache_mb = data_cache_mb(memory_mb, store, targets_at_once(settings, memory_mb))
+    return ["--memory-limit", str(cache_mb), *read_ahead_flags(store, memory_mb, cache_mb)]
 
 
 def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
@@ -1973,6 +2079,8 @@ class Mount:
     lease: Lease | None = None  # what allows writing to it
     asked_at: float = 0.0
     nudges: int = 0  # how often its flusher was woken
+    usable: bool = False  # it was listed
+    holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
 
     @property
     def is_alive(self) -> bool:
@@ -2024,44 +2132,41 @@ class Mount:
 def mounted(
     runtime: Runtime, store: Store, region: str, read_only: bool, lease: Lease | None = None
 ) -> Iterator[Mount]:
-    """`store` mounted at its mount point, usable; on leaving it is unmounted and everything is uploaded.
+    """`store` being mounted at its mount point; on leaving it is unmounted and everything is uploaded.
 
-    Raises BackupError when it cannot be mounted within MOUNT_SECONDS or not be unmounted cleanly. Where
-    Stuck is raised inside, tigrisfs is killed.
+    It is there when `wait_until_usable` returns. Raises BackupError when it cannot be unmounted cleanly.
+    Where Stuck is raised inside, or it was not usable, tigrisfs is killed.
     """
     path = prepare_mount_point(runtime, store)
     log = TigrisLog(store.name, runtime.console)
-    cache_mb = data_cache_mb(runtime.memory_mb, store)
-    argv = tigrisfs_command(store, region, path, read_only, cache_mb)
+    sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
+    metadata = runtime.settings.source_metadata and store.target is None
+    argv = tigrisfs_command(store, region, path, read_only, sizes, metadata)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
-    mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease)
-    try:
-        if lease:
-            lease.add(child)
-        wait_until_usable(runtime, mount)
-    except BaseException:  # nothing was written yet; tigrisfs may mount at any moment, so it must not go on
-        abandon(runtime, mount)
-        raise
-    runtime.console.debug(store.name, f"{store.location} is mounted at {path}")
+    mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease, holds_nothing=read_only)
     over = threading.Event()
+    if lease:
+        lease.add(child)
     if not read_only:
         in_background(lambda: keep_awake(mount, over))
     try:
         yield mount
-    except Stuck:
+    except BaseException as error:
+        over.set()
+        if isinstance(error, Stuck) or not mount.usable:
+            abandon(runtime, mount)
+        else:
+            try:
+                unmount(runtime, mount)
+            except BackupError as second:  # the first error is the one to raise
+                runtime.console.warning(store.name, str(second))
+        raise
+    over.set()
+    if mount.usable:
+        unmount(runtime, mount)
+    else:
         abandon(runtime, mount)
-        raise
-    except BaseException:
-        over.set()
-        try:
-            unmount(runtime, mount)
-        except BackupError as error:  # the first error is the one to raise
-            runtime.console.warning(store.name, str(error))
-        raise
-    finally:
-        over.set()
-    unmount(runtime, mount)
 
 
 def keep_awake(mount: Mount, over: threading.Event) -> None:
@@ -2141,7 +2246,7 @@ def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
 
 
 def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
-    """Returns when the mount is really there and can be listed."""
+    """Returns when the mount is really there and can be listed; raises BackupError after MOUNT_SECONDS."""
     name, deadline = mount.store.name, time.monotonic() + MOUNT_SECONDS
     while not mount_table().get(str(mount.path), "").startswith("fuse"):
         runtime.stop.check()
@@ -2158,6 +2263,9 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
         probe_mount(runtime, mount.store, mount.path)
     except OSError as error:
         raise BackupError(f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}") from None
+    if not mount.usable:
+        mount.usable = True
+        runtime.console.debug(name, f"{mount.store.location} is mounted at {mount.path}")
 
 
 def warm_up(runtime: Runtime, mount: Mount) -> None:
@@ -2202,6 +2310,8 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     if mount.lease and mount.lease.suspended and runtime.stop.requested:
         abandon(runtime, mount)
         raise BackupError(f"{mount.store.name}: the upload was cut off, as its lease could not be renewed")
+    if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
+        mount.child.kill()
     deadline = time.monotonic() + BUSY_SECONDS
     while str(mount.path) in mount_table() and mount.child.wait(0) is None:
         lazy = runtime.stop.hurried or time.monotonic() > deadline
@@ -2216,7 +2326,7 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     finally:
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
             detach(runtime, mount.path, lazy=True)
-    if code != 0:
+    if code != 0 and not mount.holds_nothing:
         raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}")
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
@@ -2263,6 +2373,280 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
     return code
 
 
+# ----------------------------------------------------------------------------------------------- Read-ahead
+# borg reads one object after the other, and waits for S3 at each. So threads read what it is going to read
+# through the same mount, and TigrisFS keeps it until borg comes. The objects that borg will read, in its
+# order, are taken as one stream; what is read ahead is a window of it that begins where the slowest borg is.
+
+
+@dataclass(frozen=True)
+class Place:
+    """An object's place in the stream."""
+
+    path: str
+    start: int  # in bytes, as all that follows
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Where the next object begins. A small one counts for more, which bounds how many are ahead."""
+        return self.start + max(self.size, SMALLEST_PLACE_BYTES)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a thread reads at a time: `size` bytes of an object from `offset` on."""
+
+    place: Place
+    offset: int
+    size: int
+
+
+@dataclass(eq=False)
+class Reader:
+    """One borg on its way through the source."""
+
+    since: float = -math.inf  # what was last modified before that, it knows and does not read
+    child: Child | None = None  # None: it has not begun yet
+    position: int = 0  # how much of the stream is behind it
+    began: float = 0.0
+    held_at: float = 0.0  # 0: it is not held
+    held_seconds: float = 0.0
+
+    def held_for(self, now: float) -> float:
+        """How long it was held until now."""
+        return self.held_seconds + (now - self.held_at if self.held_at else 0.0)
+
+
+def in_borgs_order(folder: str) -> Iterator[os.DirEntry[str]]:
+    """The files below `folder` in the order in which borg archives them.
+
+    Each folder's entries by inode number, subfolders at once (`scandir_inorder` and `Archiver._rec_walk` of
+    borg 1.4).
+    """
+    stack = [by_inode(folder)]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+        elif entry.is_dir(follow_symlinks=False):
+            stack.append(by_inode(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            yield entry
+
+
+def by_inode(folder: str) -> Iterator[os.DirEntry[str]]:
+    """A folder's entries by inode number, or nearly so where there are more than SORTED_AT_ONCE.
+
+    TigrisFS numbers them as it lists them, so that they come nearly sorted: no need to hold a million.
+    """
+    heap: list[tuple[int, str, os.DirEntry[str]]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            item = entry.inode(), entry.name, entry
+            if len(heap) < SORTED_AT_ONCE:
+                heapq.heappush(heap, item)
+            else:
+                yield heapq.heappushpop(heap, item)[-1]
+    yield from (item[-1] for item in sorted(heap))
+
+
+def file_position(pid: int, path: str) -> int:
+    """How far a process is in a file that it has open, /proc/PID/fdinfo of proc(5); 0 when it is not open."""
+    with contextlib.suppress(OSError, ValueError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == path:
+                text = Path(f"/proc/{pid}/fdinfo/{number}").read_text(encoding="ascii")
+                return int(text.partition("\n")[0].removeprefix("pos:"))
+    return 0
+
+
+def read_piece(piece: Piece, buffer: bytearray) -> None:
+    """Reads a piece into nowhere. Raises OSError."""
+    if not piece.size:
+        return
+    fd = os.open(piece.place.path, os.O_RDONLY)
+    try:
+        offset, end = piece.offset, piece.offset + piece.size
+        while offset < end and (got := os.preadv(fd, [memoryview(buffer)[: end - offset]], offset)):
+            offset += got
+    finally:
+        os.close(fd)
+
+
+class ReadAhead:
+    """Reads the source before one or more borgs do, and keeps these close enough together to share that.
+
+    It is a help only: what it cannot read, borg will report. A borg that is far ahead of another is held
+    (SIGSTOP); but not when that one does not move, and not for longer than it has worked itself. Then the
+    slower one is left to read by itself.
+    """
+
+    def __init__(self, runtime: Runtime, mount: Mount, readers: Sequence[Reader]) -> None:
+        """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
+        settings, threads = runtime.settings, runtime.settings.read_ahead_threads
+        window_bytes = read_ahead_bytes(runtime.memory_mb, settings.source)
+        self._folder, self._window, self._readers = str(mount.path), window_bytes, list(readers)
+        self._with_metadata = settings.source_metadata
+        self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
+        self._piece_bytes = piece_bytes(window_bytes)
+        self._lock = threading.RLock()
+        self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._ahead: deque[Place] = deque()
+        self._places: dict[str, Place] = {}
+        self._pieces: deque[Piece] = deque()
+        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
+        self._over = not threads
+        for work in (self._walk, self._watch, *[self._read] * threads) if threads else ():
+            threading.Thread(target=work, daemon=True).start()
+
+    def began(self, reader: Reader, since: float, child: Child) -> None:
+        """`child` is the borg of `reader`, and knows all objects last modified before `since`."""
+        with self._lock:
+            reader.since, reader.child = since, child
+            reader.began = self._moved_at = time.monotonic()
+            self._room.notify_all()
+
+    def passed(self, reader: Reader, path: str) -> None:
+        """`reader` is done with a file."""
+        with self._lock:
+            if place := self._places.get(path):
+                reader.position = max(reader.position, place.end)
+                self._slide()
+
+    def left(self, reader: Reader) -> None:
+        """`reader` is at its end, or goes on by itself."""
+        with self._lock:
+            if reader in self._readers:
+                self._readers.remove(reader)
+                self._let_go(reader)
+                self._slide()
+
+    def close(self) -> None:
+        """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
+        with self._lock:
+            self._over = True
+            for reader in self._readers:
+                self._let_go(reader)
+            self._room.notify_all()
+            self._work.notify_all()
+
+    def _slide(self) -> None:
+        """Moves the window to where the slowest reader is, and keeps the others near it."""
+        if not self._readers:
+            self.close()
+            return
+        floor = min(reader.position for reader in self._readers)
+        if floor > self._floor:
+            self._floor, self._moved_at = floor, time.monotonic()
+            while self._ahead and self._ahead[0].end <= floor:
+                del self._places[self._ahead.popleft().path]
+            self._room.notify_all()
+        for reader in self._readers:
+            lead = reader.position - self._floor
+            if lead > self._window * 3 // 4:
+                self._hold(reader)
+            elif lead < self._window // 2:
+                self._let_go(reader)
+
+    def _hold(self, reader: Reader) -> None:
+        if reader.child and not reader.held_at:
+            reader.held_at = time.monotonic()
+            reader.child.hold(HELD_BACK)
+
+    def _let_go(self, reader: Reader) -> None:
+        if reader.child and reader.held_at:
+            reader.held_seconds, reader.held_at = reader.held_for(time.monotonic()), 0.0
+            reader.child.let_go(HELD_BACK)
+
+    def _walk(self) -> None:
+        """The life of the thread that looks for objects to read."""
+        with self._lock:
+            while not self._over and not self._all_began():
+                self._room.wait(WATCH_SECONDS)
+        with contextlib.suppress(OSError):
+            for entry in in_borgs_order(self._folder):
+                if self._over:
+                    return
+                status = entry.stat(follow_symlinks=False)
+                self._take(entry.path, status.st_size, status.st_mtime)
+
+    def _all_began(self) -> bool:
+        """Whether it is known what is to be read. Who takes too long to begin is left behind."""
+        begun = [reader.began for reader in self._readers if reader.began]
+        late = [reader for reader in self._readers if not reader.began]
+        if begun and time.monotonic() - max(begun) > JOIN_SECONDS:
+            for reader in late:
+                self.left(reader)
+        return not any(reader in self._readers for reader in late)
+
+    def _take(self, path: str, size_bytes: int, modified: float) -> None:
+        """Puts an object that somebody will read at the stream's end, piece by piece as there is room."""
+        with self._lock:
+            if not any(modified >= reader.since for reader in self._readers):
+                size_bytes = 0
+            if not (size_bytes or self._with_metadata):
+                return
+            place = Place(path, self._end, size_bytes)
+            self._end = place.end
+            self._ahead.append(place)
+            self._places[path] = place
+            for offset in range(0, size_bytes or 1, self._piece_bytes):
+                piece = Piece(place, offset, min(self._piece_bytes, size_bytes - offset))
+                while not self._over and place.start + offset + piece.size - self._floor > self._window:
+                    self._room.wait()
+                self._pieces.append(piece)
+                self._work.notify()
+
+    def _read(self) -> None:
+        """The life of a thread that reads."""
+        buffer = bytearray(READ_BYTES)
+        while piece := self._next():
+            with contextlib.suppress(OSError):
+                if self._with_metadata and not piece.offset:
+                    os.listxattr(piece.place.path)
+                read_piece(piece, buffer)
+
+    def _next(self) -> Piece | None:
+        """The next piece that borg has not passed yet; None at the end."""
+        with self._lock:
+            while not self._over:
+                while self._pieces:
+                    piece = self._pieces.popleft()
+                    if piece.place.start + piece.offset + piece.size > self._floor:
+                        return piece
+                self._work.wait()
+        return None
+
+    def _watch(self) -> None:
+        """The life of the thread that sees where in a large object borg is, and who waits for too long."""
+        while not self._over:
+            time.sleep(WATCH_SECONDS)
+            with self._lock:
+                for reader in self._readers:
+                    self._look(reader)
+                self._slide()
+                self._leave_behind()
+
+    def _look(self, reader: Reader) -> None:
+        """Where a reader is within an object of several pieces."""
+        place = next((place for place in self._ahead if place.end > reader.position), None)
+        if place and reader.child and place.size > self._piece_bytes:
+            position = place.start + min(file_position(reader.child.pid, place.path), place.size - 1)
+            reader.position = max(reader.position, position)
+
+    def _leave_behind(self) -> None:
+        """Leaves the slowest to itself when that has held up others for too long."""
+        now = time.monotonic()
+        held = [reader for reader in self._readers if reader.held_at]
+        stuck = now - self._moved_at > self._patience_seconds
+        if any(
+            stuck or reader.held_for(now) > max(HOLD_SECONDS, (now - reader.began) / 2) for reader in held
+        ):
+            for reader in [reader for reader in self._readers if reader.position == self._floor]:
+                self.left(reader)
+
+
 # ----------------------------------------------------------------------------------------------------- Borg
 
 
@@ -2299,19 +2683,22 @@ def borg_init(target: Target, repository: Path) -> list[str]:
     return ["init", "--encryption", target.encryption, str(repository)]
 
 
-def borg_newest(repository: Path) -> list[str]:
+def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
     """Shows the newest archive and the encryption mode; proves passphrase and key."""
-    return ["list", "--json", "--last", "1", str(repository)]
+    return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
 
 
-def borg_create(target: Target, label: str, repository: Path, source: Path) -> list[str]:
-    """Archives `source`, and names each object when it is done.
+def borg_create(
+    target: Target, label: str, repository: Path, source: Path, metadata: bool = False
+) -> list[str]:
+    """Archives `source`, and names each object when it is done; with `metadata` extended attributes, too.
 
     The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
-    numbers change with every mount. Extended attributes, ACLs and flags do not exist on S3, and asking
+    numbers change with every mount. ACLs and flags do not exist on S3; asking for extended attributes
     costs a request for each object.
     """
-    options = ["--files-cache", "ctime,size", "--noxattrs", "--noacls", "--noflags"]
+    options = ["--files-cache", "ctime,size", "--noacls", "--noflags"]
+    options += [] if metadata else ["--noxattrs"]
     archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
     return [
         "create",
@@ -2473,14 +2860,21 @@ class Borg:
         self, runtime: Runtime, target: Target, repository: Path, mounts: Sequence[Mount] = ()
     ) -> None:
         """Runs nothing yet; borg will work on `mounts`, first of all the repository's."""
-        self._runtime, self._target, self._repository = runtime, target, repository
+        self.repository = repository
+        self._runtime, self._target = runtime, target
         self._mounts = mounts
 
-    def run(self, arguments: Sequence[str], on_file: Callable[[str, str], None] | None = None) -> BorgResult:
+    def run(
+        self,
+        arguments: Sequence[str],
+        on_file: Callable[[str, str], None] | None = None,
+        on_start: Callable[[Child], None] = lambda child: None,
+        trusted_before: datetime | None = None,
+    ) -> BorgResult:
         """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
 
-        Raises BackupError when it fails, Stuck when its mounts are gone or nothing moves, Stopped on a stop
-        signal.
+        `on_start` is given the process; see TRUST_OLD about `trusted_before`. Raises BackupError when it
+        fails, Stuck when its mounts are gone or nothing moves, Stopped on a stop signal.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -2490,9 +2884,12 @@ class Borg:
         runtime.stop.check()
         with contextlib.ExitStack() as stack:
             fd = stack.enter_context(passphrase_pipe(self._target.passphrase))
-            own = {"BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": stack.enter_context(patient_fsync())}
+            own = {"BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": stack.enter_context(borg_additions())}
+            if trusted_before:
+                own["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
             env = {**borg_environment(runtime, self._target), **own}
             child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
+            on_start(child)
             code = self._run_to_end(command, child)
         log.report_hidden()
         result = BorgResult(verdict(code), "\n".join(output), log)
@@ -2535,7 +2932,7 @@ class Borg:
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
         """The error for a failed command, in borg's own words."""
-        name, path = self._target.name, self._repository
+        name, path = self._target.name, self.repository
         if log.io_errors or code == IO_ERROR_CODE:
             return BackupError(
                 f"{self._target.store.name}: {count(log.io_errors or 1, 'object')} of the source could not be"
@@ -2553,7 +2950,7 @@ class Borg:
     def _lock_owner(self, reason: str) -> str:
         """Who holds the lock of the repository or of the cache, as borg writes it: host.pid-thread."""
         named = re.search(r" (/.*)/lock(\.exclusive)?\b", reason)
-        folder = Path(named[1]) if named else self._repository
+        folder = Path(named[1]) if named else self.repository
         try:
             names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(folder / "lock.exclusive"))
         except (OSError, BackupError):
@@ -2629,12 +3026,44 @@ def roster_owners(roster: bytes) -> list[str]:
         return []
 
 
-def cache_folder(environ: Mapping[str, str], repository_id: str) -> Path:
-    """Where borg keeps its cache of a repository ("Environment Variables" in its documentation)."""
+def borg_folder(environ: Mapping[str, str], kind: str, xdg_default: str) -> Path:
+    """Where borg keeps its `CACHE` or `CONFIG` ("Environment Variables" in its documentation)."""
     base = environ.get("BORG_BASE_DIR")
-    default = Path(base or environ.get("HOME") or Path.home(), ".cache")
-    cache = default if base else Path(environ.get("XDG_CACHE_HOME", default))
-    return Path(environ.get("BORG_CACHE_DIR", cache / "borg"), repository_id)
+    default = Path(base or environ.get("HOME") or Path.home(), xdg_default)
+    folder = default if base else Path(environ.get(f"XDG_{kind}_HOME", default))
+    return Path(environ.get(f"BORG_{kind}_DIR", folder / "borg"))
+
+
+def cache_folder(environ: Mapping[str, str], repository_id: str) -> Path:
+    """Where borg keeps its cache of a repository; it need not be there."""
+    return borg_folder(environ, "CACHE", ".cache") / repository_id
+
+
+# What borg notes of a repository that it has used, and what key types there are (crypto/key.py of borg 1.4).
+SECURITY_FILES = ("key-type", "location", "manifest-timestamp")
+KEY_TYPES = {
+    "0": "keyfile",
+    "2": "none",
+    "3": "repokey",
+    "4": "keyfile-blake2",
+    "5": "repokey-blake2",
+    "6": "authenticated-blake2",
+    "7": "authenticated",
+}
+
+
+def seen_encryption(environ: Mapping[str, str], repository_id: str) -> str | None:
+    """The encryption mode that a repository had when borg used it last; borg refuses any other.
+
+    None where borg has not seen it here (`SecurityManager.known` and `assert_key_type` of borg 1.4).
+    """
+    security = environ.get("BORG_SECURITY_DIR", borg_folder(environ, "CONFIG", ".config") / "security")
+    folder = Path(security, repository_id)
+    try:
+        texts = [(folder / name).read_text(encoding="ascii") for name in SECURITY_FILES]
+    except (OSError, ValueError):
+        return None
+    return KEY_TYPES.get(texts[0].strip())
 
 
 @contextlib.contextmanager
@@ -2686,11 +3115,40 @@ os.fsync, os.fdatasync = patient(os.fsync), patient(os.fdatasync)
 """
 
 
+# borg's files cache leaves out the newest files of a run: they might be written again within the resolution
+# of their time. On S3 these are all objects of the newest second, be it years ago, and each run would read
+# them again. But S3 sets that time itself, so that what it had written before the run began is certain to
+# get another time when it is overwritten. (LocalCache._newest_cmtime of borg 1.4; where that is called
+# otherwise, nothing is lost but the saving.)
+TRUST_OLD = """\
+
+def trust(until):
+    from borg.cache import LocalCache
+    memorize = LocalCache.memorize_file
+
+    def wrapper(self, *arguments):
+        memorize(self, *arguments)
+        if self._newest_cmtime:
+            self._newest_cmtime = max(self._newest_cmtime, until)
+
+    LocalCache.memorize_file = wrapper
+
+if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
+    try:
+        trust(int(os.environ["S3BORGBACKUP_TRUSTED_BEFORE"]))
+    except (ImportError, AttributeError):
+        pass
+"""
+
+
 @contextlib.contextmanager
-def patient_fsync() -> Iterator[str]:
-    """A folder for PYTHONPATH that has borg repeat an fsync that failed; the stall clock bounds that."""
+def borg_additions() -> Iterator[str]:
+    """A folder for PYTHONPATH, whose content borg's interpreter executes first.
+
+    An fsync that failed is repeated, which the stall clock bounds; and see TRUST_OLD.
+    """
     with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
-        Path(folder, "sitecustomize.py").write_text(PATIENT_FSYNC, encoding="ascii")
+        Path(folder, "sitecustomize.py").write_text(PATIENT_FSYNC + TRUST_OLD, encoding="ascii")
         yield folder
 
 
@@ -2771,18 +3229,20 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
 
 
 def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[str, int]) -> None:
-    """Waits until the bucket lists what borg left in the mount, where TigrisFS has complained.
+    """Waits for a while until the bucket lists what borg left in the mount: then tigrisfs holds nothing more.
 
-    At its end TigrisFS tries each upload and each deletion just once; until then it repeats those that
-    failed, some without a word. Raises Stuck when that makes no progress or the mount is gone.
+    What borg overwrites without changing its size, it does by renaming a file that was uploaded before. At
+    its end TigrisFS tries each upload and each deletion just once; until then it repeats those that failed,
+    some without a word. So where it has complained, this waits for as long as there is progress; it raises
+    Stuck when there is none, or the mount is gone.
     """
-    quiet_until = time.monotonic() + SETTLE_SECONDS
+    start = time.monotonic()
 
     def mistakes() -> list[str]:
-        unsure = mount.log.is_complaining or time.monotonic() < quiet_until
-        if not (mount.log.complaint_count and unsure):
-            return []
-        return upload_mistakes(expected, listed_files(runtime, client))
+        found = upload_mistakes(expected, listed_files(runtime, client))
+        mount.holds_nothing = not found
+        patience = SETTLE_SECONDS if mount.log.complaint_count else QUIET_SECONDS
+        return found if mount.log.is_complaining or time.monotonic() - start < patience else []
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -2811,7 +3271,7 @@ def names_after_data(client: S3Client) -> list[str]:
 
 def wait_until_listed(runtime: Runtime, mount: Mount, mistakes: Callable[[], list[str]]) -> None:
     """Waits until there are no mistakes in the bucket's listing. Raises Stuck when there is no progress."""
-    name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, POLL_SECONDS
+    name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, FIRST_PAUSE_SECONDS
     stall = StallClock(seconds, [mount.meter(seconds)])
     while found := mistakes():
         runtime.stop.check()
@@ -3121,27 +3581,63 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 
 def back_up_all(
-    runtime: Runtime, source: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
+    runtime: Runtime, found: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
 ) -> None:
-    """Backs up to one target after the other, and compares the archives with what the source lists.
+    """Backs up to several targets at a time, and compares the archives with what the source lists.
 
-    Mounts the source anew when it was lost on the way: that is the failure of one target only.
+    Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
     """
-    remaining = deque(work)
+    remaining, at_once = deque(work), targets_at_once(runtime.settings, runtime.memory_mb)
     while remaining:
         before = len(remaining)
         try:
-            with mounted(runtime, runtime.settings.source, source.region, read_only=True) as source_mount:
-                while remaining and source_mount.is_alive:
-                    attempt(runtime, *remaining.popleft(), source_mount, source)
+            with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
+                while remaining and (mount.is_alive or not mount.usable):
+                    batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
+                    back_up_batch(runtime, found, mount, batch)
+                    if not mount.usable:
+                        break
                 if not remaining and runtime.settings.audit:
-                    audit_archives(runtime, source_mount, source, [outcome for outcome, _ in work])
+                    audit_archives(runtime, mount, found, [outcome for outcome, _ in work])
         except Stopped:
             raise
         except BackupError as error:
             if len(remaining) == before:
                 raise
             runtime.console.warning("source", str(error))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The mounted source, as the borg of one target meets it."""
+
+    found: Preflight
+    mount: Mount
+    ahead: ReadAhead
+    reader: Reader
+
+
+def back_up_batch(
+    runtime: Runtime, found: Preflight, mount: Mount, batch: Sequence[tuple[Outcome, Preflight | BackupError]]
+) -> None:
+    """Backs up to some targets side by side; the source is read once for all. Raises Stopped."""
+    readers = [Reader() for _ in batch]
+    ahead = ReadAhead(runtime, mount, readers)
+    try:
+        futures = [
+            in_background(
+                lambda outcome=outcome, check=check, source=Source(found, mount, ahead, reader): attempt(
+                    runtime, outcome, check, source
+                )
+            )
+            for (outcome, check), reader in zip(batch, readers, strict=True)
+        ]
+        while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
+            pass  # each sees stop signals by itself, and has its own deadlines
+    finally:
+        ahead.close()
+    for future in futures:
+        future.result()
 
 
 def audit_archives(
@@ -3193,15 +3689,13 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     return side_by_side(checks, runtime.stop)
 
 
-def attempt(
-    runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source_mount: Mount, source: Preflight
-) -> None:
-    """Backs up to one target; a failure becomes its outcome, so that the others go on."""
+def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> None:
+    """Backs up to one target; a failure becomes its outcome, so that the others go on. Raises Stopped."""
     start, name = time.monotonic(), outcome.target.store.name
     try:
         if isinstance(check, BackupError):
             raise check
-        backup_target(runtime, outcome, check, source_mount, source)
+        backup_target(runtime, outcome, check, source)
     except Stopped:
         outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
         raise
@@ -3210,12 +3704,11 @@ def attempt(
         outcome.verdict, outcome.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
         runtime.console.error(name, str(error))
     finally:
+        source.ahead.left(source.reader)
         outcome.seconds = time.monotonic() - start
 
 
-def backup_target(
-    runtime: Runtime, outcome: Outcome, check: Preflight, source_mount: Mount, source: Preflight
-) -> None:
+def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: Source) -> None:
     """Backs up to one target, from taking its lease to giving it back.
 
     Fills in `outcome`; raises BackupError.
@@ -3225,18 +3718,26 @@ def backup_target(
     with held(runtime, client, "a backup") as lease:
         is_new = prepare_repository(runtime, target, client, lease)
         with mounted(runtime, target.store, check.region, read_only=False, lease=lease) as mount:
+            wait_until_usable(runtime, mount)
             warm_up(runtime, mount)
-            clear_cache_locks(runtime, mount)
-            borg = Borg(runtime, target, mount.path, [mount, source_mount])
-            if not is_new:
-                check_encryption(target, borg.run(borg_newest(mount.path)))
-            create_archive(runtime, outcome, borg, mount, source_mount, source)
+            identity = repository_id(runtime, mount)
+            cache = cache_folder(runtime.environ, identity)
+            clear_cache_locks(runtime, mount, cache)
+            wait_until_usable(runtime, source.mount)
+            borg = Borg(runtime, target, mount.path, [mount, source.mount])
+            if is_new:
+                note_known_objects(cache, 0)  # `borg init` made an empty one
+            else:
+                check_encryption(runtime, target, borg, identity, lease.enforced)
+                warn_of_missing_cache(runtime, target, cache)
+            create_archive(runtime, outcome, borg, cache, source)
             if target.prune and outcome.objects:
                 prune_and_compact(runtime, outcome, borg, mount, client)
             mount.check_alive()
             written = repository_files(runtime, target.store, mount.path)
             settle(runtime, mount, client, written)
-        audit_upload(runtime, client, written)
+        if not mount.holds_nothing:
+            audit_upload(runtime, client, written)
         if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
             remove_leftovers(runtime, target.store, lease, find_leftovers(client))
         outlast_name(outcome.archive)
@@ -3264,27 +3765,75 @@ def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
         yield lease
 
 
-def create_archive(
-    runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount, source_mount: Mount, source: Preflight
-) -> None:
+def create_archive(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, source: Source) -> None:
     """Makes a new archive and says what it holds. Raises BackupError, also when the source went away."""
-    target = outcome.target
+    target, settings = outcome.target, runtime.settings
     runtime.console.info(target.store.name, "borg create begins")
-    archived = ArchivedObjects(source_mount.path)
-    arguments = borg_create(target, runtime.settings.label, mount.path, source_mount.path)
-    created = borg.run(arguments, archived.take)
+    archived, known_until = ArchivedObjects(source.mount.path), known_objects(cache)
+
+    def on_file(status: str, path: str) -> None:
+        archived.take(status, path)
+        source.ahead.passed(source.reader, path)
+
+    arguments = borg_create(
+        target, settings.label, borg.repository, source.mount.path, settings.source_metadata
+    )
+    created = borg.run(
+        arguments,
+        on_file,
+        lambda child: source.ahead.began(source.reader, known_until, child),
+        source.found.clock - timedelta(seconds=RACE_SECONDS),
+    )
+    source.ahead.left(source.reader)
     outcome.archived = archived
     outcome.add(created)
     if created.verdict is Verdict.WARNING:  # some objects, or is the source gone, or its keys revoked?
-        examine(S3Client(runtime.settings.source, source.region, PROVEN), write=False)
-    record_archive(runtime, outcome, created, source)
-    report_shrunk(runtime, outcome, source_mount)
+        examine(S3Client(settings.source, source.found.region, PROVEN), write=False)
+    record_archive(runtime, outcome, created, source.found)
+    report_shrunk(runtime, outcome, source.mount)
+    note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
 
 
 def outlast_name(archive: str) -> None:
     """Waits until the second in an archive's name is over: whoever comes next needs another one."""
     over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
     time.sleep(min(1.0, max(0.0, over - time.time())))
+
+
+def repository_id(runtime: Runtime, mount: Mount) -> str:
+    """The id in a mounted repository's config. Raises BackupError."""
+    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
+    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
+    if not found:
+        raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
+    return found[1]
+
+
+def known_objects(cache: Path) -> float:
+    """Objects that were modified last before this time (Unix) borg knows, and will not read.
+
+    That is the time of borg's files cache, which `note_known_objects` sets. Without a cache it knows none.
+    """
+    try:
+        return (cache / "files").stat().st_mtime
+    except OSError:
+        return -math.inf
+
+
+def note_known_objects(cache: Path, before: float) -> None:
+    """Notes that borg knows all objects that were modified last before this time (Unix)."""
+    with contextlib.suppress(OSError):
+        os.utime(cache / "files", (before, before))
+
+
+def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None:
+    """Says what a run without borg's cache costs."""
+    if not (cache / "files").exists():
+        runtime.console.info(
+            target.store.name,
+            "borg's cache of this repository is not there: the whole source is read again, and the"
+            " repository's index. A volume keeps it: docker run --volume s3borgbackup-cache:/cache",
+        )
 
 
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
@@ -3377,14 +3926,9 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
 LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
 
 
-def clear_cache_locks(runtime: Runtime, mount: Mount) -> None:
+def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
     """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
-    if not (mount.lease and mount.lease.enforced):
-        return
-    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
-    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
-    folder = cache_folder(runtime.environ, found[1]) if found else None
-    if folder is None or not folder.is_dir():
+    if not (mount.lease and mount.lease.enforced and folder.is_dir()):
         return
     paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
     names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
@@ -3401,9 +3945,17 @@ def is_remnant(client: S3Client) -> bool:
     return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
 
 
-def check_encryption(target: Target, listed: BorgResult) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
-    if mistake := encryption_mistake(target, json.loads(listed.output)["encryption"]["mode"]):
+def check_encryption(runtime: Runtime, target: Target, borg: Borg, identity: str, alone: bool) -> None:
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
+
+    Where borg has seen the repository before, it refuses another mode itself. Else it is asked; where we are
+    `alone` it needs no lock for that.
+    """
+    mode = seen_encryption(runtime.environ, identity)
+    if not mode:
+        listed = borg.run(borg_newest(borg.repository, bypass_lock=alone))
+        mode = json.loads(listed.output)["encryption"]["mode"]
+    if mistake := encryption_mistake(target, mode):
         raise mistake
 
 
@@ -3668,6 +4220,7 @@ def keep_store(
         if lease.enforced:
             remove_leftovers(runtime, store, lease, find_leftovers(client))
     with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+        wait_until_usable(runtime, mount)
         if store.target:
             warm_up(runtime, mount)
         if store.target and not lease:

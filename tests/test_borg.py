@@ -15,7 +15,7 @@ TARGET = backup.Target("first", STORE, "pass-phrase", "repokey-blake2", False, "
 REPOSITORY, SOURCE = Path("/data/target-first"), Path("/data/source")
 COMMANDS = {
     "init": backup.borg_init(TARGET, REPOSITORY),
-    "list": backup.borg_newest(REPOSITORY),
+    "list": backup.borg_newest(REPOSITORY, bypass_lock=True),
     "create": backup.borg_create(TARGET, "label", REPOSITORY, SOURCE),
     "prune": backup.borg_prune(TARGET, "label", REPOSITORY),
     "compact": backup.borg_compact(TARGET, REPOSITORY),

@@ -60,7 +60,9 @@ def test_mount_points_are_read_from_the_table_as_they_are(escaped: str, mount_po
 @pytest.mark.parametrize("prefix", ["", "some/prefix"])
 def test_keys_reach_tigrisfs_by_its_environment_only(read_only: bool, prefix: str) -> None:
     store = backup.Store("first", "http://localhost:1", "bucket", prefix, "KEY-ID", "KEY-SECRET")
-    command = backup.tigrisfs_command(store, "eu-1", Path("/data/target-first"), read_only, 128)
+    command = backup.tigrisfs_command(
+        store, "eu-1", Path("/data/target-first"), read_only, ["--memory-limit", "128"]
+    )
     assert not [word for word in command if "KEY-" in word]
     assert command[-2:] == [f"bucket:{prefix}" if prefix else "bucket", "/data/target-first"]
     assert ("ro" in command) == read_only

@@ -117,13 +117,15 @@ def test_a_first_run_stopped_in_any_phase_leaves_nothing_and_can_be_repeated(
 def test_a_later_run_stopped_in_any_phase_keeps_the_archives_that_were_there(site: Site) -> None:
     """While the repository is looked at, pruned, compacted and unmounted."""
     run_backup(site.environment).expect(0)
-    for line, number in (
-        ("borg list", signal.SIGTERM),
-        ("borg prune", signal.SIGINT),
-        ("borg compact", signal.SIGTERM),
+    (site.folder / "new").mkdir()
+    elsewhere = {**site.environment, "XDG_CONFIG_HOME": str(site.folder / "new")}
+    for line, number, environment in (
+        ("borg list", signal.SIGTERM, elsewhere),  # where borg has not seen the repository yet
+        ("borg prune", signal.SIGINT, site.environment),
+        ("borg compact", signal.SIGTERM, site.environment),
     ):
         site.source.put({"folder/changes": os.urandom(1_000_000)})
-        result, seconds = stop_at(site, site.environment, line, number)
+        result, seconds = stop_at(site, environment, line, number)
         assert_stopped_cleanly(site, result, number)
         assert seconds < DOCKER_STOP_SECONDS
     assert_next_run_succeeds(site)

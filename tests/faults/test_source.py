@@ -67,15 +67,33 @@ def wait_for_the_middle(backup: Backup, target: str) -> None:
 # ----------------------------------------------------------------------------------------- A mount that dies
 
 
-@pytest.mark.parametrize("victim", ["source", "target-first"])
-def test_a_tigrisfs_that_dies_fails_one_target_at_once_and_the_next_is_backed_up(
-    server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table, victim: str
+@pytest.mark.leaves_lock
+@pytest.mark.parametrize(
+    ("victim", "at_once", "outcomes"),
+    [
+        ("source", 1, ["failed", "ok"]),
+        ("source", 2, ["failed", "failed"]),
+        ("target-first", 1, ["failed", "ok"]),
+        ("target-first", 2, ["failed", "ok"]),
+    ],
+)
+def test_a_tigrisfs_that_dies_fails_who_uses_it_at_once_and_the_others_are_backed_up(
+    server: SeaweedFS,
+    new_bucket: Callable[..., Bucket],
+    tmp_path: Path,
+    table: Table,
+    victim: str,
+    at_once: int,
+    outcomes: list[str],
 ) -> None:
-    """The source is mounted anew for it."""
+    """The source is mounted anew for targets that had not begun."""
     source, first, second = new_bucket("source"), new_bucket("first"), new_bucket("second")
     put_large(source)
     targets = {"first": first.name, "second": second.name}
-    environment = settings(server, tmp_path, source.name, targets, LEASE_TTL="10")
+    environment = settings(
+        server, tmp_path, source.name, targets, LEASE_TTL="10", PARALLEL_TARGETS=str(at_once)
+    )
+    environment = with_target(environment, "second", compression=SLOW)
     with table.attempt(f"tigrisfs of the {victim.partition('-')[0]} is killed"):
         with Backup(with_target(environment, "first", compression=SLOW)) as running:
             wait_for_the_middle(running, "first")
@@ -83,7 +101,7 @@ def test_a_tigrisfs_that_dies_fails_one_target_at_once_and_the_next_is_backed_up
             os.kill(child(running, f" {mount_point}"), signal.SIGKILL)
             running.wait_for_line(f"error: {victim}: tigrisfs ended with 137", NOTICED_SECONDS)
             result = running.wait().expect(2)
-        assert [outcome(result, name) for name in ("first", "second")] == ["failed", "ok"]
+        assert [outcome(result, name) for name in ("first", "second")] == outcomes
         for target in (first, second):
             prove_intact(environment, source, target, tmp_path)
 
@@ -149,7 +167,8 @@ def test_a_source_that_goes_away_in_mid_run_is_a_failure_that_names_it_and_nothi
     source, target = new_bucket("source", on=own_server), new_bucket("target", on=own_server)
     source.put({"before": b"before"})
     entry = {"path": target.name, "prune": "--keep-last=1"}
-    environment = settings(own_server, tmp_path, source.name, {"first": entry})
+    # Little memory, so that not all is read ahead before the source goes away.
+    environment = settings(own_server, tmp_path, source.name, {"first": entry}, MEMORY_LIMIT_MB="256")
     run_backup(environment).expect(0)
     [old] = Repository.download(target, tmp_path / "before").archives()
     put_large(source)
