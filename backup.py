@@ -94,6 +94,7 @@ TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to 
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
+LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
@@ -1519,6 +1520,7 @@ class Console:
         self._terminal = sys.stdout.isatty()
         self._progress_is_shown = False
         self._progress_due: dict[str, float] = {}
+        self._latest_progress: dict[str, tuple[float, str]] = {}
 
     def info(self, name: str, text: str) -> None:
         """Something that went as planned."""
@@ -1544,16 +1546,26 @@ class Console:
 
     def progress(self, name: str, text: str) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            with self._lock, contextlib.suppress(OSError):
-                print(f"\r\033[K{printable(f'[{name}] {text}')[:width]}", end="", flush=True)
-                self._progress_is_shown = True
-            return
         now = time.monotonic()
-        if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
+        if self._terminal:
+            self._show_live(now, name, text)
+        elif now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
             self._progress_due[name] = now + PROGRESS_SECONDS
             self.info(name, text)
+
+    def _show_live(self, now: float, name: str, text: str) -> None:
+        """One line for all that are at work; who has been silent for a while is at work no more."""
+        with self._lock, contextlib.suppress(OSError):
+            self._latest_progress[name] = now, text
+            shown = {
+                name: text
+                for name, (when, text) in self._latest_progress.items()
+                if now - when < LIVE_SECONDS
+            }
+            width = (shutil.get_terminal_size().columns - 1) // len(shown)
+            parts = [printable(f"[{name}] {text}")[: width - 1].ljust(width) for name, text in shown.items()]
+            print(f"\r\033[K{''.join(parts).rstrip()}", end="", flush=True)
+            self._progress_is_shown = True
 
     def _print(self, stream: IO[str], name: str, text: str) -> None:
         clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "

@@ -1,16 +1,20 @@
 """Processes: children are ended in order, their output is complete, and whatever hangs is given up."""
 
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
 import backup
-from helpers import is_running, wait_until
+from helpers import BACKUP, is_running, wait_until
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -116,3 +120,28 @@ def test_children_see_no_secrets_of_ours() -> None:
 def test_a_line_stays_one_line(text: str, shown: str) -> None:
     """Object keys may hold line ends and terminal control characters."""
     assert backup.printable(text) == shown
+
+
+def test_on_a_terminal_the_progress_of_all_that_are_at_work_is_on_one_line() -> None:
+    """The line of a target does not overwrite another's; an ordinary line ends it."""
+    script = (
+        "import backup\n"
+        "console = backup.Console(debug=False)\n"
+        "console.progress('first', '10 objects')\n"
+        "console.progress('second', '7 objects: ' + 'x' * 500)\n"
+        "console.info('first', 'done')\n"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(BACKUP.parent)}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=environment, stdout=theirs, stderr=theirs) as process:
+        assert process.wait(30) == 0
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode().split("\r\033[K")
+    os.close(ours)
+    assert shown[1].rstrip() == "[first] 10 objects"
+    assert shown[2].startswith("[first] 10 objects  ")
+    assert "[second] 7 objects: xxx" in shown[2]
+    assert len(shown[2].rstrip()) < 80
+    assert shown[-1].partition("\n")[0].strip() == "[first] done"
