@@ -1,6 +1,8 @@
 """Reading ahead: the source's bytes are fetched once and side by side, and the archives are the same."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,13 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import backup
 from faults.proof import newest_contents
 from faults.proxy import Action, FaultProxy, Request
-from helpers import Backup, Bucket, Repository, borg_environment, run_backup, sample_objects, settings
+from helpers import (
+    Backup,
+    Bucket,
+    Repository,
+    Result,
+    borg_environment,
+    run_backup,
+    sample_objects,
+    settings,
+    wait_until,
+)
 from servers import SeaweedFS
 
 MEBIBYTE = 1024 * 1024
@@ -54,6 +67,73 @@ def test_the_position_in_an_open_file_is_the_kernels(tmp_path: Path) -> None:
         assert backup.file_position(os.getpid(), f"{path}s") == 0
     assert backup.file_position(os.getpid(), str(path)) == 0
     assert backup.file_position(2**22 + 1, str(path)) == 0, "no such process"
+
+
+def state(child: backup.Child) -> str:
+    """The letter of a process's state, proc(5): T for one that was stopped."""
+    return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+def readers(tmp_path: Path) -> Iterator[Callable[[int], tuple[backup.ReadAhead, list[backup.Reader]]]]:
+    """A read-ahead of a folder with 40 files of 1 MiB for two readers, whose window is 16 MiB."""
+    folder, started = tmp_path / "source", []
+    folder.mkdir()
+    for number in range(40):
+        (folder / str(number)).write_bytes(bytes(MEBIBYTE))
+    made: list[backup.ReadAhead] = []
+
+    def make(stall_seconds: int) -> tuple[backup.ReadAhead, list[backup.Reader]]:
+        settings = SimpleNamespace(
+            source=SimpleNamespace(target=None),
+            read_ahead_threads=2,
+            source_metadata=False,
+            stall_seconds=stall_seconds,
+        )
+        runtime, mount = SimpleNamespace(settings=settings, memory_mb=256), SimpleNamespace(path=folder)
+        both = [backup.Reader(), backup.Reader()]
+        made.append(backup.ReadAhead(runtime, mount, both))
+        for reader in both:
+            started.append(backup.Child(["sleep", "60"], os.environ, print, print))
+            made[0].began(reader, -math.inf, started[-1])
+        return made[0], both
+
+    yield make
+    for ahead in made:
+        ahead.close()
+    for child in started:
+        child.kill()
+
+
+def pass_files(ahead: backup.ReadAhead, reader: backup.Reader, folder: Path, first: int, end: int) -> None:
+    """The reader is done with these of the files, with each as soon as it is in the window."""
+    for entry in itertools.islice(backup.in_borgs_order(str(folder)), first, end):
+        wait_until(lambda path=entry.path: path in ahead._places, 10, f"{entry.name} is in the window")
+        ahead.passed(reader, entry.path)
+
+
+def test_who_is_far_ahead_is_held_until_the_other_has_come_nearer(readers: Callable, tmp_path: Path) -> None:
+    """At three quarters of the window, until a half."""
+    ahead, (fast, slow) = readers(900)
+    pass_files(ahead, fast, tmp_path / "source", 0, 12)
+    assert state(fast.child) == "S"
+    pass_files(ahead, fast, tmp_path / "source", 12, 13)
+    wait_until(lambda: state(fast.child) == "T", 5, "it is held")
+    pass_files(ahead, slow, tmp_path / "source", 0, 5)
+    assert state(fast.child) == "T"
+    pass_files(ahead, slow, tmp_path / "source", 5, 6)
+    wait_until(lambda: state(fast.child) == "S", 5, "it goes on")
+    assert state(slow.child) == "S"
+
+
+def test_who_does_not_move_is_left_behind(readers: Callable, tmp_path: Path) -> None:
+    """After a third of STALL_TIMEOUT; the other is held no more, and what it reads is read ahead."""
+    ahead, (fast, _) = readers(6)
+    pass_files(ahead, fast, tmp_path / "source", 0, 13)
+    wait_until(lambda: state(fast.child) == "T", 5, "it is held")
+    wait_until(lambda: state(fast.child) == "S", 10, "it goes on")
+    pass_files(ahead, fast, tmp_path / "source", 13, 40)
+    assert state(fast.child) == "S"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +281,7 @@ def test_what_may_yet_be_overwritten_with_the_same_time_is_read_again(
     source.put({"old": b"old"})
     time.sleep(SETTLED_SECONDS)
     source.put({"young": b"young"})
-    made = environment()
+    made = environment(READ_AHEAD_THREADS="0")  # so that borg alone decides
     run_backup(made).expect(0)
     first = len(reads(proxy))
     run_backup(made).expect(0)
@@ -260,6 +340,11 @@ def outcomes(result_lines: Sequence[str], names: Sequence[str]) -> list[str]:
     return [next(line for line in result_lines if line.split()[:1] == [name]).split()[1] for name in names]
 
 
+def line_number(result: Result, text: str) -> int:
+    """Which line of the output has this."""
+    return next(number for number, line in enumerate(result.lines) if text in line)
+
+
 def test_two_targets_cost_one_read(
     environment: Make,
     source: Bucket,
@@ -268,8 +353,8 @@ def test_two_targets_cost_one_read(
     proxy: FaultProxy,
     tmp_path: Path,
 ) -> None:
-    """Side by side, one of them slow to compress, from a bucket larger than what can be ahead."""
-    objects = {**sample_objects(5, 200), **LARGE}
+    """Side by side, one of them slower to compress."""
+    objects = {**sample_objects(5, 200), **{key: os.urandom(len(body)) for key, body in LARGE.items()}}
     source.put(objects)
     second = new_bucket("target")
     made = environment({"second": second}, MEMORY_LIMIT_MB="1024")
@@ -305,10 +390,9 @@ def test_targets_run_one_after_the_other_on_demand(
 ) -> None:
     source.put({"one": b"1"})
     result = run_backup(environment({"second": new_bucket("target")}, PARALLEL_TARGETS="1")).expect(0)
-    steps = [
-        line.split("] ")[0].split("[")[1] for line in result.lines if "[first]" in line or "[second]" in line
-    ]
-    assert steps == sorted(steps), result.output
+    assert line_number(result, "[target-first] done") < line_number(
+        result, "[target-second] borg create begins"
+    )
 
 
 def is_tigrisfs_write(request: Request) -> bool:
@@ -325,8 +409,8 @@ def test_a_target_that_hangs_neither_stops_nor_holds_up_another(
     new_bucket: Callable[..., Bucket],
     tmp_path: Path,
 ) -> None:
-    """The one that goes on is held near the other at first, and then is not."""
-    objects = {**sample_objects(7, 50), **LARGE}
+    """The one that goes on is held near the other at first, and then is not, well before that one fails."""
+    objects = {f"large/{number}": os.urandom(11 * MEBIBYTE) for number in range(8)}
     source.put(objects)
     second = new_bucket("target")
     made = environment({"second": second}, MEMORY_LIMIT_MB="1024", STALL_TIMEOUT="20")
@@ -335,6 +419,7 @@ def test_a_target_that_hangs_neither_stops_nor_holds_up_another(
         hanging.add(is_tigrisfs_write, Action.HANG)
         result = run_backup(made).expect(2)
     assert outcomes(result.lines, ("first", "second")) == ["failed", "ok"], result.output
+    assert line_number(result, "[target-second] done") < line_number(result, "[target-first] error")
     assert newest_contents(second, tmp_path, made) == objects
 
 
