@@ -352,7 +352,6 @@ def measure(contender: Contender, place: Place, described: Measurement, new_byte
         except (RunFailed, subprocess.CalledProcessError) as error:
             failure = str(error)
         seconds = time.monotonic() - started
-    time.sleep(SAMPLE_SECONDS)  # a request is counted after it was answered
     traffic = count_traffic(place.server.metrics()) - before
     if not failure and not contender.is_local and traffic[place.source, "sent"] < new_bytes:
         failure = f"it read {traffic[place.source, 'sent']:,} of {new_bytes:,} new bytes"

@@ -27,6 +27,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -49,6 +50,7 @@ import botocore.exceptions
 
 START_TIMEOUT_SECONDS = 30
 POLL_SECONDS = 0.05
+_IN_FLIGHT = re.compile(r"^SeaweedFS_s3_in_flight_requests\{.*\} [^0]", re.MULTILINE)
 
 # Below Linux's range for outgoing connections (32768 and up), so that no connection can sit on a server's
 # port while the server is stopped.
@@ -306,7 +308,19 @@ class SeaweedFS(Server):
         Each answered S3 request is counted once in SeaweedFS_s3_request_total, with its bucket; but not those
         that are refused for want of a permission. HEAD counts as GET, as does whatever else asks about a
         bucket; LIST is listing objects; a deletion of many objects counts as one DELETE.
+
+        A request is counted after it was answered, but before it ceases to be in flight (`track` in
+        weed/s3api/stats.go). So this waits until none is, and TimeoutError says that one still was.
         """
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while _IN_FLIGHT.search(self._scrape()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("SeaweedFS still has requests in flight")
+            time.sleep(POLL_SECONDS)
+        # Once more: the counters of one answer may be older than its gauge.
+        return self._scrape()
+
+    def _scrape(self) -> str:
         assert self._has_metrics, "started without has_metrics"
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[8]}/metrics", timeout=30) as response:
             return response.read().decode()
