@@ -4,7 +4,7 @@
 server, through a proxy that adds the latency, and write to buckets of their own: first into an empty one,
 then with nothing changed, then with 1 % of the objects overwritten.
 
-Everything takes about 40 minutes on two cores. What it makes is in a temporary folder, which is removed at
+Everything takes about half an hour on two cores. What it makes is in a temporary folder, which is removed at
 the end, after Ctrl-C too.
 """
 
