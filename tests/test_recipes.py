@@ -1,0 +1,573 @@
+"""What the README has below "Scheduling" works as it stands, as far as that can be seen without a cluster."""
+
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+import backup
+from helpers import (
+    BACKUP,
+    Bucket,
+    Repository,
+    run_backup,
+    sample_objects,
+    settings,
+    skip_or_fail,
+    wait_until,
+)
+from readme import README, TOP, code_block, code_blocks, table
+from servers import Server
+from test_example import accepted, docker_env_file
+
+DOCKERFILE = (TOP / "Dockerfile").read_text(encoding="utf-8")
+SCRIPT = "/usr/local/bin/s3-backup"
+LARGE = "A bucket that is too large for one machine"
+STOP_SECONDS = 900  # what the Quick start grants after a stop signal
+
+
+def shellcheck(script: str, shell: str) -> None:
+    """Fail with what ShellCheck says, if anything."""
+    done = subprocess.run(
+        ["shellcheck", "--shell", shell, "-"], input=script, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def executable(path: Path, text: str) -> Path:
+    """Write a script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def replaced(text: str, replacements: Mapping[str, Path | str]) -> str:
+    """`text` with other paths; each one to be replaced must be there."""
+    for old in replacements:
+        assert old in text
+    # In one go: a new path may hold an old one.
+    return re.sub("|".join(map(re.escape, replacements)), lambda found: str(replacements[found[0]]), text)
+
+
+CRON_RANGES = (range(60), range(24), range(1, 32), range(1, 13), range(8))
+
+
+def check_schedule(schedule: str) -> None:
+    """Fail unless it is a crontab's five fields of numbers, ranges or `*`, all in their bounds."""
+    fields = schedule.split()
+    assert len(fields) == len(CRON_RANGES), schedule
+    for value, allowed in zip(fields, CRON_RANGES, strict=True):
+        for part in value.split(","):
+            assert re.fullmatch(r"(\*|\d+(-\d+)?)(/\d+)?", part), schedule
+            numbers = [int(number) for number in re.findall(r"\d+", part.partition("/")[0])]
+            assert [number for number in numbers if number not in allowed] == [], schedule
+
+
+# ------------------------------------------------------------------------------------------------------- cron
+
+
+def docker_run(block: str) -> list[str]:
+    """The words of the `docker run` command in a shell block, without an `exec` before it."""
+    lines = block.replace("\\\n", " ").splitlines()
+    (command,) = [words for line in lines if "docker" in (words := shlex.split(line, comments=True))]
+    return command[command.index("docker") :]
+
+
+def test_the_script_is_clean_shell_and_runs_the_quick_starts_command() -> None:
+    script = code_block("cron", "sh")
+    shellcheck(script, "sh")
+    quick_start = docker_run(code_block("Quick start", "shell", "--stop-timeout"))
+    assert docker_run(script) == quick_start
+    assert quick_start[quick_start.index("--stop-timeout") + 1] == str(STOP_SECONDS)
+
+
+def crontab() -> tuple[str, str]:
+    """Schedule and command of the crontab's only line."""
+    (line,) = code_block("cron", "crontab").splitlines()
+    found = re.fullmatch(r"((?:\S+ ){5})(.*)", line)
+    assert found
+    return found[1], found[2]
+
+
+def test_the_crontab_is_valid() -> None:
+    schedule, command = crontab()
+    check_schedule(schedule)
+    assert "%" not in command, "cron takes it for a line end"
+    shellcheck(f"{command}\n", "sh")
+
+
+@dataclass
+class CronJob:
+    """The crontab's command, with a script of ours in the place of the backup."""
+
+    folder: Path
+    script: str
+
+    def __post_init__(self) -> None:
+        """Write the script."""
+        self.starts = self.folder / "starts"
+        executable(self.folder / "s3-backup", f"#!/bin/sh\necho >>{self.starts}\n{self.script}\n")
+
+    def start(self) -> subprocess.Popen[str]:
+        """Run the line, as cron does."""
+        command = replaced(
+            crontab()[1],
+            {
+                "/run/lock/s3-backup": self.folder / "lock",
+                SCRIPT: self.folder / "s3-backup",
+                "/var/log/s3-backup.log": self.folder / "log",
+            },
+        )
+        return subprocess.Popen(
+            ["/bin/sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    @property
+    def count(self) -> int:
+        """How often the script was started."""
+        return len(self.starts.read_text().splitlines()) if self.starts.exists() else 0
+
+
+def test_a_cron_job_that_still_runs_is_not_started_again(tmp_path: Path) -> None:
+    go_on = tmp_path / "go-on"
+    job = CronJob(tmp_path, f"while ! [ -e {go_on} ]; do sleep 0.05; done")
+    first = job.start()
+    wait_until(lambda: job.count, 10, "the first run is at work")
+    assert job.start().communicate(timeout=10)[0].startswith("s3-backup ended with 75: ")
+    assert job.count == 1
+    go_on.touch()
+    assert first.communicate(timeout=10)[0] == ""
+    assert job.start().communicate(timeout=10)[0] == ""
+    assert job.count == 2
+
+
+def test_cron_mails_the_exit_code_and_logs_the_output(tmp_path: Path) -> None:
+    job = CronJob(tmp_path, "echo something failed >&2; exit 2")
+    assert job.start().communicate(timeout=10)[0] == f"s3-backup ended with 2: see {tmp_path / 'log'}\n"
+    assert (tmp_path / "log").read_text() == "something failed\n"
+
+
+# ---------------------------------------------------------------------------------------------------- systemd
+
+
+def units() -> dict[str, str]:
+    """The README's systemd units by their file names, which stand before each."""
+    names = re.findall(r"`/etc/systemd/system/([^`]+)`:\n", README)
+    return dict(zip(names, code_blocks("systemd", "ini"), strict=True))
+
+
+def unit(suffix: str) -> configparser.ConfigParser:
+    """The settings of the service or the timer."""
+    (text,) = [text for name, text in units().items() if name.endswith(suffix)]
+    parser = configparser.ConfigParser(interpolation=None, strict=True)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # systemd's keys have capitals
+    parser.read_string(text)
+    return parser
+
+
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        skip_or_fail("systemd-analyze is not on the PATH")
+    script = executable(tmp_path / "s3-backup", "#!/bin/sh\n")
+    for name, text in units().items():
+        (tmp_path / name).write_text(text.replace(SCRIPT, str(script)))
+    # Docker need not be installed here. systemd looks for other units beside those that it verifies.
+    (tmp_path / "docker.service").write_text("[Service]\nExecStart=/bin/true\n")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *(tmp_path / name for name in units())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # What it does not know it ignores, with a message.
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_service_runs_the_script_for_as_long_as_it_takes() -> None:
+    service = unit(".service")["Service"]
+    assert (service["Type"], service["ExecStart"]) == ("oneshot", SCRIPT)
+    assert service["TimeoutStartSec"] == "infinity"
+    assert service["TimeoutStopSec"] == f"{STOP_SECONDS // 60}min"
+    assert service["SuccessExitStatus"] == str(backup.EXIT_BUSY)
+
+
+def test_the_timer_belongs_to_the_service_and_makes_up_for_what_it_missed() -> None:
+    timer = unit(".timer")
+    assert "Unit" not in timer["Timer"]  # so it starts the service of its own name
+    assert [Path(name).stem for name in units()] == ["s3borgbackup"] * 2
+    assert timer["Timer"]["Persistent"] == "true"
+    assert timer["Timer"]["RandomizedDelaySec"]
+    assert timer["Install"]["WantedBy"] == "timers.target"
+    assert f"systemctl enable --now {next(name for name in units() if 'timer' in name)}" in README
+
+
+# ------------------------------------------------------------------------------------------------- Kubernetes
+
+
+def manifests(block: str) -> dict[str, dict[str, Any]]:
+    """The objects in a block of YAML by their kinds."""
+    documents = list(yaml.safe_load_all(block))
+    kinds = {document["kind"]: document for document in documents}
+    assert len(kinds) == len(documents)
+    return kinds
+
+
+NIGHTLY, FOLDERS = (manifests(block) for block in code_blocks("Kubernetes", "yaml"))
+BOTH = pytest.mark.parametrize("kinds", [NIGHTLY, FOLDERS], ids=["nightly", "folders"])
+
+
+def job(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The Job that a CronJob starts."""
+    return kinds["CronJob"]["spec"]["jobTemplate"]["spec"]
+
+
+def pod(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What its pods are."""
+    return job(kinds)["template"]["spec"]
+
+
+def container(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The only container of a pod."""
+    (only,) = pod(kinds)["containers"]
+    return only
+
+
+def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Kubernetes's lists of named things as a mapping."""
+    assert len({entry["name"] for entry in entries}) == len(entries)
+    return {entry["name"]: entry for entry in entries}
+
+
+def mount_of(kinds: Mapping[str, Any], volume: str) -> dict[str, Any]:
+    """Where a volume is mounted that is mounted once."""
+    (mount,) = [mount for mount in container(kinds)["volumeMounts"] if mount["name"] == volume]
+    return mount
+
+
+@dataclass(frozen=True)
+class Created:
+    """What the README's `kubectl create` commands make of `example.env`: kind and name → keys and values."""
+
+    objects: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def secret(self) -> dict[str, str]:
+        """The Secret."""
+        return self.objects["secret s3borgbackup"]
+
+    @property
+    def config_map(self) -> dict[str, str]:
+        """The ConfigMap."""
+        return self.objects["configmap s3borgbackup"]
+
+
+# Keeps what it is given, in a file that is called after the kind and the name.
+KUBECTL = """\
+#!/bin/sh
+case $* in
+"create secret generic s3borgbackup --from-env-file=/dev/stdin") cat >"$OUT/secret s3borgbackup" ;;
+"create configmap s3borgbackup --from-env-file=/dev/stdin") cat >"$OUT/configmap s3borgbackup" ;;
+*) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def created(tmp_path: Path) -> Created:
+    """The README's commands are run, kubectl only takes down what it gets."""
+    executable(tmp_path / "bin" / "kubectl", KUBECTL)
+    (tmp_path / "out").mkdir()
+    shutil.copy(TOP / "example.env", tmp_path / ".env")
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code_block("Kubernetes", "shell", "secret generic")],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")},
+        check=True,
+    )
+    # kubectl reads such a file as Docker does (pkg/util/env_file.go).
+    return Created({path.name: docker_env_file(path.read_text()) for path in (tmp_path / "out").iterdir()})
+
+
+def expanded(entries: list[dict[str, Any]], index: int) -> dict[str, str]:
+    """A container's own variables, in their order, as the kubelet makes them for the pod of this index."""
+    values: dict[str, str] = {}
+    for entry in entries:
+        if "valueFrom" in entry:
+            path = entry["valueFrom"]["fieldRef"]["fieldPath"]
+            assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+            values[entry["name"]] = str(index)
+        else:
+            values[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], entry["value"])
+    return values
+
+
+def environment_of_pod(
+    kinds: Mapping[str, Any], created: Created, folder: Path, index: int = 0
+) -> dict[str, str]:
+    """What a pod gives the program; its Secret's files are in `folder`."""
+    assert container(kinds)["envFrom"] == [{"configMapRef": {"name": "s3borgbackup"}}]
+    environment = {**created.config_map, **expanded(container(kinds)["env"], index)}
+    mount = mount_of(kinds, "secrets")["mountPath"]
+    assert by_name(pod(kinds)["volumes"])["secrets"]["secret"]["secretName"] == "s3borgbackup"
+    folder.mkdir()
+    for key, value in created.secret.items():
+        (folder / key).write_text(value)
+    return {name: value.replace(f"{mount}/", f"{folder}/") for name, value in environment.items()}
+
+
+@BOTH
+@pytest.mark.parametrize("version", ["1.33", kubernetes_validate.latest_version()])
+def test_kubernetes_knows_every_field(kinds: Mapping[str, Any], version: str) -> None:
+    for document in kinds.values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+@BOTH
+def test_the_cron_job_never_runs_twice_at_once_nor_again_and_again(kinds: Mapping[str, Any]) -> None:
+    spec = kinds["CronJob"]["spec"]
+    check_schedule(spec["schedule"])
+    assert spec["concurrencyPolicy"] == "Forbid"
+    assert pod(kinds)["restartPolicy"] == "Never"
+    assert pod(kinds)["terminationGracePeriodSeconds"] == STOP_SECONDS
+
+
+def test_a_run_that_failed_waits_for_the_next_night_and_ends_no_other() -> None:
+    assert job(NIGHTLY)["backoffLimit"] == 0
+    assert job(FOLDERS)["backoffLimitPerIndex"] == 0
+    assert "backoffLimit" not in job(FOLDERS)
+    assert "maxFailedIndexes" not in job(FOLDERS)
+
+
+@BOTH
+def test_the_secrets_are_files_and_nothing_else_is(kinds: Mapping[str, Any], created: Created) -> None:
+    assert set(created.secret) == {"SOURCE_ACCESS_KEY_ID", "SOURCE_SECRET_ACCESS_KEY", "TARGET_SECRETS"}
+    assert set(created.config_map) == set(docker_env_file((TOP / "example.env").read_text())) - set(
+        created.secret
+    )
+    mount = mount_of(kinds, "secrets")
+    assert mount["readOnly"] is True
+    files = {
+        entry["name"]: entry["value"] for entry in container(kinds)["env"] if entry["name"].endswith("_FILE")
+    }
+    assert files == {f"{key}_FILE": f"{mount['mountPath']}/{key}" for key in created.secret}
+    assert {name.removesuffix("_FILE") for name in files} <= set(backup.VARIABLES)
+    assert by_name(pod(kinds)["volumes"])["secrets"]["secret"]["defaultMode"] == 0o400
+
+
+@BOTH
+def test_the_program_accepts_what_a_pod_gives_it(
+    kinds: Mapping[str, Any], created: Created, tmp_path: Path
+) -> None:
+    given = accepted(environment_of_pod(kinds, created, tmp_path / "secrets"))
+    assert given == accepted(docker_env_file((TOP / "example.env").read_text()))
+
+
+@BOTH
+def test_a_pod_may_mount_and_write_where_it_has_to_and_nowhere_else(kinds: Mapping[str, Any]) -> None:
+    context = container(kinds)["securityContext"]
+    assert context == {"privileged": True, "readOnlyRootFilesystem": True}
+    assert pod(kinds)["automountServiceAccountToken"] is False
+    mounts = {mount["mountPath"]: mount for mount in container(kinds)["volumeMounts"]}
+    volumes = by_name(pod(kinds)["volumes"])
+    assert {mount["name"] for mount in mounts.values()} == set(volumes)
+    kept = json.loads(re.findall(r"^VOLUME (.*)$", DOCKERFILE, re.MULTILINE)[0])
+    for path in kept:
+        claim = volumes[mounts[path]["name"]]["persistentVolumeClaim"]["claimName"]
+        assert claim == kinds["PersistentVolumeClaim"]["metadata"]["name"]
+    assert f"WORKDIR {backup.DEFAULT_DATA_DIR}" in DOCKERFILE
+    for path in (backup.DEFAULT_DATA_DIR, "/tmp"):
+        assert "emptyDir" in volumes[mounts[path]["name"]]
+    # Two that share a volume do not see each other's files.
+    places = [(mount["name"], mount.get("subPath")) for mount in mounts.values()]
+    assert len(set(places)) == len(places)
+
+
+BYTES = {"Gi": 1024**3, "G": 10**9, "Mi": 1024**2, "M": 10**6}
+
+
+@BOTH
+def test_a_pod_has_the_memory_that_the_program_needs(kinds: Mapping[str, Any]) -> None:
+    resources = container(kinds)["resources"]
+    assert resources["requests"]["memory"] == resources["limits"]["memory"]
+    number, suffix = re.fullmatch(r"(\d+)(\w+)", resources["limits"]["memory"]).groups()
+    assert int(number) * BYTES[suffix] // 10**6 >= backup.MEMORY_MB[0]
+
+
+# -------------------------------------------------------------------------- A pod for each folder of a bucket
+
+
+def test_each_pod_has_an_index_and_all_folders_have_a_pod() -> None:
+    assert job(FOLDERS)["completionMode"] == "Indexed"
+    names = [entry["name"] for entry in container(FOLDERS)["env"]]
+    # Kubernetes adds its own JOB_COMPLETION_INDEX behind all others, where `$(…)` would not see it.
+    assert names.index("INDEX") < names.index("SOURCE_ACCESS_KEY_ID_FILE")
+    assert int(expanded(container(FOLDERS)["env"], 0)["FOLDERS"]) == job(FOLDERS)["completions"] - 1
+    assert job(FOLDERS)["parallelism"] < job(FOLDERS)["completions"]
+    assert FOLDERS["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    volumes = by_name(pod(FOLDERS)["volumes"])
+    assert volumes["folders"]["configMap"]["name"] in code_block(LARGE, "shell", "kubectl create configmap")
+
+
+def folder_script() -> str:
+    """What each pod runs."""
+    assert container(FOLDERS)["command"] == ["ash", "-euc"]
+    (script,) = container(FOLDERS)["args"]
+    return script
+
+
+def test_the_folder_script_is_clean_shell() -> None:
+    given = "".join(f"{name}=\n" for name in ("INDEX", "FOLDERS", "SOURCE_PATH", "TARGETS"))
+    shellcheck(given + folder_script(), "busybox")
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    """The pods of the Indexed Job, played one by one against a real server."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    def run(
+        self, index: int, folders: list[str], count: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The pod of this index to its end; `count` is what the manifest says that the list's length is."""
+        (self.folder / "folders").write_text("".join(f"{line}\n" for line in folders))
+        executable(self.folder / "bin" / "backup.py", f'#!/bin/sh\nexec {sys.executable} {BACKUP} "$@"\n')
+        script = replaced(
+            folder_script(),
+            {
+                "/data/source": self.folder / "data" / "source",
+                "/tmp/top": self.folder / "tmp" / "top",
+                "/folders/folders": self.folder / "folders",
+                '"/cache/': f'"{self.folder}/cache/',
+                '"/config/': f'"{self.folder}/config/',
+            },
+        )
+        return subprocess.run(
+            ["sh", "-euc", script],
+            env={
+                **self.environment,
+                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+                "INDEX": str(index),
+                "FOLDERS": str(len(folders) if count is None else count),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def unmount(self) -> None:
+        """What a container's end does."""
+        run_backup(self.environment, "umount", "source").expect(0)
+
+
+CONTENTS = {
+    **sample_objects(1, 3, prefix="photos/"),
+    **sample_objects(2, 3, prefix="two words/"),
+    "beside": b"1",
+}
+
+
+@pytest.fixture
+def folder_job(needs_fuse: None, tmp_path: Path, server: Server, source: Bucket, target: Bucket) -> FolderJob:
+    """A bucket with two folders and an object beside them."""
+    source.put(CONTENTS)
+    return FolderJob(tmp_path, settings(server, tmp_path, source.name, {"first": f"{target.name}:PREFIX"}))
+
+
+@pytest.mark.parametrize(
+    ("folders", "count", "missing"),
+    [
+        (["photos", "two words", "beside"], 3, []),
+        (["two words"], 1, ["beside", "photos"]),
+        # A line that was added to the list alone has no pod.
+        (["photos", "beside", "two words"], 2, ["two words"]),
+        (["photo", "two", "words", "beside"], 4, ["photos", "two words"]),
+        ([], 0, ["beside", "photos", "two words"]),
+    ],
+)
+def test_the_first_pod_names_what_no_other_takes(
+    folder_job: FolderJob, folders: list[str], count: int, missing: list[str]
+) -> None:
+    done = folder_job.run(0, folders, count)
+    folder_job.unmount()
+    printed = [line for line in done.stdout.splitlines() if line in ("beside", "photos", "two words")]
+    assert (done.returncode, sorted(printed)) == (1 if missing else 0, missing), done.stdout + done.stderr
+
+
+def test_each_further_pod_backs_up_its_folder_to_a_repository_of_its_own(
+    folder_job: FolderJob, target: Bucket, tmp_path: Path
+) -> None:
+    folders = ["photos", "two words"]
+    for index, name in enumerate(folders, 1):
+        done = folder_job.run(index, folders)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "cache" / name / "borg").is_dir()
+        repository = Repository.download(target, tmp_path / "downloaded" / name, prefix=name)
+        (archive,) = repository.archives()
+        archived = repository.contents(archive, tmp_path / "data" / "source", tmp_path / "extracted" / name)
+        prefix = f"{name}/"
+        assert archived == {
+            key.removeprefix(prefix): body for key, body in CONTENTS.items() if key.startswith(prefix)
+        }
+    assert {key.split("/")[0] for key in target.sizes()} == set(folders)
+
+
+def test_a_pod_without_a_line_fails(folder_job: FolderJob, target: Bucket) -> None:
+    done = folder_job.run(3, ["photos", "two words"])
+    assert done.returncode != 0
+    assert "has no line 3" in done.stderr
+    assert target.sizes() == {}
+
+
+def hours(cell: str) -> float:
+    """`8 hours`."""
+    found = re.fullmatch(r"([\d.]+) hours", cell)
+    assert found, cell
+    return float(found[1])
+
+
+def test_what_one_pod_manages_follows_from_what_was_measured() -> None:
+    measured = {row[0]: row[2] for row in table("What a run costs", "1 million objects")}
+    gigabytes = float(measured["memory, all processes"].split()[0])
+    for objects, memory, first, later in table(LARGE, "objects in the folder"):
+        share = int(objects.removesuffix(" million")) / 100
+        assert float(memory.removesuffix(" GB")) == pytest.approx(gigabytes * share, rel=0.1), objects
+        assert hours(first) == pytest.approx(hours(measured["first run"]) * share, rel=0.1), objects
+        assert hours(later) == pytest.approx(hours(measured["unchanged run"]) * share, rel=0.5), objects
+
+
+# ----------------------------------------------------------------------------------------------------- fly.io
+
+# Of flyctl's reference, those that take a value.
+FLY_FLAGS = {
+    "apps create": {"--org"},
+    "secrets import": {"--app"},
+    "volumes create": {"--app", "--region", "--size", "--count", "--snapshot-retention"},
+    "machine run": {"--app", "--region", "--schedule", "--restart", "--vm-memory", "--volume", "--env"},
+}
+
+
+def test_flyctl_knows_every_flag() -> None:
+    block = code_block("fly.io", "shell").replace("\\\n", " ")
+    for line in block.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "fly"
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= FLY_FLAGS[" ".join(words[:2])], line
+    assert "--restart no" in block  # the default for a scheduled machine repeats a run that failed
