@@ -290,14 +290,16 @@ def created(tmp_path: Path) -> Created:
     """The README's commands are run, kubectl only takes down what it gets."""
     executable(tmp_path / "bin" / "kubectl", KUBECTL)
     (tmp_path / "out").mkdir()
-    shutil.copy(TOP / "example.env", tmp_path / ".env")
+    # Docker takes a line that begins with a blank, too.
+    text = (TOP / "example.env").read_text().replace("\nTARGET_SECRETS=", "\n TARGET_SECRETS=")
+    (tmp_path / ".env").write_text(text)
     subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code_block("Kubernetes", "shell", "secret generic")],
         cwd=tmp_path,
         env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")},
         check=True,
     )
-    # kubectl reads such a file as Docker does (pkg/util/env_file.go).
+    # kubectl reads such a file as Docker does (its env_file.go).
     return Created({path.name: docker_env_file(path.read_text()) for path in (tmp_path / "out").iterdir()})
 
 
