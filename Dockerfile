@@ -33,16 +33,20 @@ LABEL org.opencontainers.image.title="s3borgbackup" \
 RUN apk add --no-cache borgbackup ca-certificates fuse3 tzdata \
     && case "$(borg --version)" in "borg 1."[4-9].* | "borg 1."[1-9][0-9].*) borg --version ;; *) exit 1 ;; esac
 
-COPY --from=tigrisfs /build/tigrisfs /usr/local/bin/
-COPY backup.py /usr/local/bin/
-
 # Where borg keeps what it knows about repositories (/config/borg) and its cache (/cache/borg).
 ENV XDG_CONFIG_HOME=/config \
     XDG_CACHE_HOME=/cache \
     PYTHONUNBUFFERED=1
-VOLUME ["/config", "/cache"]
-
-# The buckets are mounted below it: /data/source, /data/target-NAME.
+# The buckets are mounted below /data: /data/source, /data/target-NAME. As a volume it can be written to where the image
+# cannot (--read-only).
+VOLUME ["/config", "/cache", "/data"]
 WORKDIR /data
+
+# The file that changes most often is the last layer.
+COPY --from=tigrisfs /build/tigrisfs /usr/local/bin/
+COPY backup.py /usr/local/bin/
+
+# A container does one run and ends: its exit code tells how that went.
+HEALTHCHECK NONE
 
 ENTRYPOINT ["/usr/local/bin/backup.py"]
