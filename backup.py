@@ -109,7 +109,8 @@ PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
 # TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
-SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 64, 128, 1000
+SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
+LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
 METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
@@ -1907,10 +1908,10 @@ def targets_at_once(settings: Settings, memory_mb: int) -> int:
 def data_cache_mb(memory_mb: int, store: Store, at_once: int = 1) -> int:
     """How much tigrisfs may cache of a store's data, in MiB; with `at_once` targets at most the half in all.
 
-    Where memory is short, SMALLEST_CACHE_MB is more than that.
+    Where memory is short, the source gets what is left beside one target.
     """
     if store.target is None:
-        return max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4))
+        return max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4, memory_mb - LEAST_REST_MB))
     return max(SMALLEST_CACHE_MB, min(TARGET_CACHE_MB, memory_mb // (4 * max(2, at_once))))
 
 
@@ -2473,14 +2474,17 @@ def file_position(pid: int, path: str) -> int:
     return 0
 
 
-def read_piece(piece: Piece, buffer: bytearray) -> None:
+NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at it
+
+
+def read_piece(piece: Piece) -> None:
     """Reads a piece into nowhere. Raises OSError."""
     if not piece.size:
         return
     fd = os.open(piece.place.path, os.O_RDONLY)
     try:
         offset, end = piece.offset, piece.offset + piece.size
-        while offset < end and (got := os.preadv(fd, [memoryview(buffer)[: end - offset]], offset)):
+        while offset < end and (got := os.preadv(fd, [memoryview(NOWHERE)[: end - offset]], offset)):
             offset += got
     finally:
         os.close(fd)
@@ -2612,12 +2616,11 @@ class ReadAhead:
 
     def _read(self) -> None:
         """The life of a thread that reads."""
-        buffer = bytearray(READ_BYTES)
         while piece := self._next():
             with contextlib.suppress(OSError):
                 if self._with_metadata and not piece.offset:
                     os.listxattr(piece.place.path)
-                read_piece(piece, buffer)
+                read_piece(piece)
 
     def _next(self) -> Piece | None:
         """The next piece that borg has not passed yet; None at the end."""
@@ -4391,23 +4394,33 @@ def replace_ourselves(argv: Sequence[str], environ: Mapping[str, str]) -> None:
             os.execve(program, list(argv), dict(environ))
 
 
-def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """As PID 1: runs ourselves as a child, passes signals on, reaps orphans, returns the child's exit code.
+# What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25.
+INIT = """\
+import os, signal, sys
+
+child = int(sys.argv[1])
+for number in sys.argv[2:]:
+    signal.signal(int(number), lambda number, _: os.kill(child, number))
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+while True:
+    ended, status = os.waitpid(-1, 0)
+    if ended == child:
+        code = os.waitstatus_to_exitcode(status)
+        sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """As PID 1: runs ourselves as a child, passes signals on, reaps orphans, ends with the child's exit code.
 
     The kernel gives PID 1 no default signal actions, and every process whose parent has ended.
     """
     program = [sys.executable, os.path.abspath(__file__), *argv]
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until INIT can pass them on
     # A process group of its own: Ctrl-C must reach it once, through us, not twice.
     pid = os.posix_spawn(program[0], program, dict(environ), setpgroup=0, setsigmask=())
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, lambda number, _frame: os.kill(pid, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    while True:
-        ended, status = os.waitpid(-1, 0)
-        if ended == pid:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+    numbers = [str(signum.value) for signum in STOP_SIGNALS]
+    os.execve(sys.executable, [sys.executable, "-ISc", INIT, str(pid), *numbers], dict(environ))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -90,7 +90,9 @@ def stores(server: SeaweedFS, tmp_path: Path) -> tuple[backup.Store, backup.Stor
 @pytest.mark.parametrize(
     ("memory_mb", "source_mb", "target_mb"),
     [
-        (256, 64, 64),
+        (256, 48, 48),
+        (300, 64, 48),
+        (320, 80, 48),
         (512, 128, 64),
         (536, 134, 67),
         (1_000, 250, 125),
@@ -126,7 +128,7 @@ def test_a_limit_that_is_too_small_to_be_safe_or_no_number_is_refused(
 
 
 @pytest.mark.usefixtures("needs_fuse")
-@pytest.mark.parametrize(("text", "source_mb", "target_mb"), [("256", 64, 64), ("800", 200, 100)])
+@pytest.mark.parametrize(("text", "source_mb", "target_mb"), [("256", 48, 48), ("800", 200, 100)])
 def test_the_given_limit_sizes_the_caches_of_a_run(
     server: SeaweedFS,
     source: Bucket,

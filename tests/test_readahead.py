@@ -90,7 +90,7 @@ def readers(tmp_path: Path) -> Iterator[Callable[[int], tuple[backup.ReadAhead, 
             source_metadata=False,
             stall_seconds=stall_seconds,
         )
-        runtime, mount = SimpleNamespace(settings=settings, memory_mb=256), SimpleNamespace(path=folder)
+        runtime, mount = SimpleNamespace(settings=settings, memory_mb=300), SimpleNamespace(path=folder)
         both = [backup.Reader(), backup.Reader()]
         made.append(backup.ReadAhead(runtime, mount, both))
         for reader in both:
@@ -138,7 +138,7 @@ def test_who_does_not_move_is_left_behind(readers: Callable, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("memory_mb", "window_mib", "piece_mib"),
-    [(256, 16, 2), (400, 25, 3.125), (1024, 64, 8), (4000, 250, 8), (100_000, 250, 8)],
+    [(256, 12, 1.5), (300, 16, 2), (400, 25, 3.125), (1024, 64, 8), (4000, 250, 8), (100_000, 250, 8)],
 )
 def test_what_is_read_ahead_fits_in_a_quarter_of_the_cache(
     memory_mb: int, window_mib: float, piece_mib: float

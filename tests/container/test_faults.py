@@ -30,7 +30,7 @@ class Place:
     source: Bucket
     target: Bucket
 
-    def configure(self, **fields: str) -> None:
+    def configure(self, **fields: str | int) -> None:
         """Writes .env; `fields` are of the target."""
         target = {"path": self.target.name, "prune": "--keep-last=3", **fields}
         self.site.configure(self.source, {"first": target}, LEASE_TTL="10", LOG_LEVEL="debug")
@@ -223,12 +223,15 @@ def test_the_s3_server_is_restarted_in_mid_run(docker: Docker, image: str, tmp_p
 
 
 def test_256_mb_are_enough_for_a_source_that_is_far_larger(place: Place) -> None:
-    """One object and all together are larger than the memory."""
+    """One object and all together are larger than the memory, and so is what is pruned and compacted."""
+    place.configure(prune="--keep-last=1", compact=0)
     place.source.put({"large": os.urandom(300 * MEGABYTE)})
-    place.source.put({f"folder/{number}": os.urandom(2 * MEGABYTE) for number in range(60)})
-    container = place.site.start("--memory", "256m", "--memory-swap", "256m")
-    container.wait(240).expect(0)
-    assert container.inspect("{{.State.OOMKilled}}") == "false"
+    for _ in range(2):
+        place.source.put({f"folder/{number}": os.urandom(2 * MEGABYTE) for number in range(60)})
+        container = place.site.start("--memory", "256m", "--memory-swap", "256m")
+        container.wait(240).expect(0)
+        assert container.inspect("{{.State.OOMKilled}}") == "false"
+    assert sum(place.target.sizes().values()) < 430 * MEGABYTE, "what was pruned is gone"
 
 
 def test_too_little_memory_is_told(place: Place) -> None:
