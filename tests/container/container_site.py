@@ -228,6 +228,9 @@ class Container:
     def wait(self, timeout_seconds: float = 120) -> Result:
         """Waits for its end."""
         start = time.monotonic()
-        wait_until(lambda: not self.is_running, timeout_seconds, f"the end of {self.name}")
+        try:
+            wait_until(lambda: not self.is_running, timeout_seconds, f"the end of {self.name}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output}") from None
         code = int(self.inspect("{{.State.ExitCode}}"))
         return Result(code, self.output.splitlines(), time.monotonic() - start)

@@ -6,6 +6,7 @@ afterwards.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -89,10 +90,12 @@ def engine() -> Iterator[Docker]:
             "no Docker engine runs, and to start one takes root and dockerd (tests/setup container)"
         )
     with (
+        (CACHE / "docker.lock").open("w") as lock,
         tempfile.TemporaryDirectory(prefix="s3borgbackup-docker-") as folder,
-        started(Path(folder)) as docker,
     ):
-        yield docker
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two engines must not share one folder for their images
+        with started(Path(folder)) as docker:
+            yield docker
 
 
 @contextlib.contextmanager
@@ -141,6 +144,7 @@ def client_environment(folder: Path) -> dict[str, str]:
 
 def main(command: list[str]) -> int:
     """Runs a command with an engine; without one, too: its tests say that they are skipped."""
+    os.environ.pop("PYTHONPATH", None)  # it was for us
     try:
         with engine() as docker:
             environment = {**docker.environment, "DOCKER_CONFIG": str(CACHE / "docker")}

@@ -1,5 +1,6 @@
 """The image itself: what is in it, what it gets along without, and how it behaves as process 1."""
 
+import dataclasses
 import re
 import shutil
 import struct
@@ -8,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from container_site import Container, Site, wrapped
+from container_site import Container, Site, build, wrapped
 from docker_client import BaseImages, Docker
 from helpers import Bucket, sample_objects, wait_until
-from readme import TOP
+from readme import README, TOP
 from servers import SeaweedFS
 
 OBJECTS = sample_objects(8, 40)
 # The least that a mount takes, and nothing that can be written to but volumes.
-BARE = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+BARE = re.findall("`(--read-only .*?)`", README)[0].split()
 ELF_MACHINES = {"amd64": 62, "arm64": 183}  # e_machine of <elf.h>
 
 
@@ -104,6 +105,27 @@ def test_tigrisfs_is_built_for_the_platform_that_is_asked_for(
     docker("image", "rm", tag)
     with (tmp_path / "tigrisfs").open("rb") as program:
         assert struct.unpack_from("<H", program.read(20), 18)[0] == ELF_MACHINES["arm64"]
+
+
+def test_borgs_python_is_enough_where_the_base_has_none(
+    docker: Docker,
+    bases: BaseImages,
+    image: str,
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+) -> None:
+    """The smaller image that the README tells how to build."""
+    smaller = f"{image}-smaller"
+    build(docker, dataclasses.replace(bases, python=bases.alpine), smaller, tmp_path / "build")
+    source.put(OBJECTS)
+    with Site.opened(docker, smaller, server, tmp_path / "person") as site:
+        site.configure(source, {"first": target.name})
+        site.run().expect(0)
+    sizes = [int(docker("image", "inspect", "--format", "{{.Size}}", name)) for name in (smaller, image)]
+    docker("image", "rm", smaller)
+    assert bases.python == bases.alpine or sizes[0] < sizes[1] - 10_000_000
 
 
 def test_it_works_with_next_to_no_privileges_on_a_read_only_root(configured: Site) -> None:
