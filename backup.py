@@ -7,7 +7,8 @@ target, several side by side, takes the lease that excludes other runs, makes th
 new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
 of borg, prunes and compacts where asked, unmounts, which returns only when everything is uploaded, compares
 the bucket with what borg wrote, and gives the lease back. At the end what was archived is compared with what
-the source lists. One failing target does not stop the others. Nothing is waited for that makes no progress.
+the source lists, and whoever is to hear of the run is told. One failing target does not stop the others.
+Nothing is waited for that makes no progress.
 Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
 finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
 stopped by signal N.
@@ -3833,7 +3834,8 @@ class Reporter:
             self.console.info("run", result_name(code)[1], "run_finished", **numbers)
         if self._start:  # it must not arrive after the end
             self._start_is_over.set()
-            concurrent.futures.wait([self._start], timeout=TELL_STOPPED_SECONDS)
+            seconds = POLL_SECONDS if self.stop.requested else TELL_STOPPED_SECONDS
+            concurrent.futures.wait([self._start], timeout=seconds)
         jobs = {
             str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
             for message in self._end_messages(document)
@@ -4330,6 +4332,8 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
         if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
             remove_leftovers(runtime, target.store, lease, find_leftovers(client))
         outlast_name(outcome.archive)
+    if outcome.objects:  # what comes after an empty or a failed one is to be compared with the last good one
+        note_count(cache, runtime.settings.label, outcome.objects)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
@@ -4399,8 +4403,6 @@ def compare_with_last(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Pat
             f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
         )
         runtime.console.warning(name, outcome.reason, "shrunk", objects=outcome.objects, objects_before=last)
-    if outcome.objects:  # what comes after an empty one is to be compared with the last that was not
-        note_count(cache, settings.label, outcome.objects)
 
 
 def has_shrunk(objects: int, last: int, percent: int) -> bool:

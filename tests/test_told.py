@@ -6,17 +6,22 @@ import os
 import pty
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 import backup
 from helpers import (
@@ -64,6 +69,7 @@ class Receiver:
 
     statuses: list[int] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)  # how often a path is answered with 503 first
+    certificate: Path | None = None  # with its key: it speaks TLS
     silent: bool = False  # it takes requests and never answers
     heard: list[Heard] = field(default_factory=list)
 
@@ -89,6 +95,10 @@ class Receiver:
                 """Says nothing."""
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
@@ -106,7 +116,8 @@ class Receiver:
 
     def url(self, path: str) -> str:
         """An address of this server."""
-        return f"http://127.0.0.1:{self._server.server_port}{path}"
+        scheme, host = ("https", "localhost") if self.certificate else ("http", "127.0.0.1")
+        return f"{scheme}://{host}:{self._server.server_port}{path}"
 
     @property
     def requests(self) -> list[str]:
@@ -324,6 +335,37 @@ def test_a_server_that_speaks_no_http_is_not_quoted() -> None:
     assert "secret" not in str(raised.value)
 
 
+def own_certificate(path: Path) -> Path:
+    """A file with a new key and a certificate for localhost, signed by itself."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(pem, *form) + certificate.public_bytes(pem))
+    return path
+
+
+def test_a_certificate_is_checked_and_can_be_vouched_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Receiver(certificate=own_certificate(tmp_path / "own.pem")) as receiver:
+        start = time.monotonic()
+        with pytest.raises(backup.BackupError, match=r"https://localhost\).*CERTIFICATE_VERIFY_FAILED"):
+            deliver(receiver.url("/x"))
+        assert time.monotonic() - start < 2, "it was tried again"
+        assert receiver.heard == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+        deliver(receiver.url("/x"))
+        assert receiver.requests == ["POST /x"]
+
+
 def test_user_and_password_of_a_url_become_basic_authentication(receiver: Receiver) -> None:
     deliver(receiver.url("/x").replace("://", "://me:p%40ss@"))
     assert receiver.heard[0].headers["Authorization"] == "Basic bWU6cEBzcw=="
@@ -413,6 +455,16 @@ def test_a_wrong_configuration_is_told(
     document = heard_by(site, "/hook").json
     assert (document["exit_code"], document["result"]) == (78, "misconfigured")
     assert any(words in error for error in document["errors"])
+
+
+def test_uptime_kuma_is_told_up_and_down(site: Site) -> None:
+    url = site.receiver.url("/api/push/token?status=up&msg=OK&ping=")
+    site.run(HEALTHCHECK_URL=url, NOTIFY_ON="failure").expect(0)
+    site.run(HEALTHCHECK_URL=url, NOTIFY_ON="failure", SOURCE_PATH="no-such-bucket").expect(2)
+    up, down = (heard for heard in site.receiver.heard if heard.path != "/hook")
+    assert re.fullmatch(r"/api/push/token\?status=up&msg=Backup\+backup\+on\+.*&ping=\d{3,}", up.path)
+    assert re.fullmatch(r"/api/push/token\?status=down&msg=Backup\+.*NoSuchBucket.*&ping=\d+", down.path)
+    assert (up.method, down.method) == ("GET", "GET")
 
 
 def test_commands_of_a_person_are_not_told(site: Site) -> None:
@@ -844,6 +896,16 @@ def test_an_archive_that_lost_most_objects_warns_once_and_pushes_none_out(
 
     assert "the one before it" not in site.run().expect(0).output
     assert len(Repository.download(site.target, site.folder / "one").archives()) == 1
+
+
+def test_the_warning_comes_again_when_the_run_that_gave_it_did_not_reach_its_end(site: Site) -> None:
+    site.run(LEASE_TTL="10").expect(0)
+    site.source.delete(*(f"folder/{number}" for number in range(6)))
+    with Backup({**site.environment, "LEASE_TTL": "10"}) as run:
+        run.wait_for_line("the one before it 10")
+        run.send_signal(signal.SIGKILL)
+        run.wait(10).expect(128 + signal.SIGKILL)
+    assert "the one before it 10" in site.run(LEASE_TTL="10").expect(1).output
 
 
 def test_the_comparison_can_be_turned_off_and_is_by_label(site: Site) -> None:
