@@ -3664,13 +3664,14 @@ class NotTaken(Exception):
         self.may_pass = may_pass
 
 
-def send(message: Message, seconds: float) -> None:
-    """Sends a message once. Raises NotTaken. No redirect is followed, no proxy used."""
+def send_once(message: Message, seconds: float) -> None:
+    """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
     url = urllib.parse.urlsplit(message.url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port, timeout=seconds)
     try:
-        connection.request(message.method, request_target(url), message.body or None, headers(message, url))
+        own = message_headers(message, url)
+        connection.request(message.method, request_target(url), message.body or None, own)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException, ValueError) as fault:
         # A broken answer is not quoted: it may repeat what was asked for.
@@ -3690,7 +3691,7 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     return f"{path}?{query}" if query else path
 
 
-def headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
+def message_headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
     """The request's headers; a user and password in the URL become basic authentication (RFC 7617)."""
     found = {"User-Agent": f"s3borgbackup/{VERSION}"}
     if message.body:
@@ -3709,7 +3710,7 @@ def deliver(message: Message, deadline: float, over: threading.Event) -> None:
     pause = 1.0
     while True:
         try:
-            return send(message, min(TELL_TRY_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
+            return send_once(message, min(TELL_TRY_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
         except NotTaken as fault:
             late = time.monotonic() + pause > deadline
             if not fault.may_pass or late or over.wait(pause):
@@ -3899,7 +3900,12 @@ RUN_METRICS = {
     "run_exit_code": "The exit code of the last run.",
 }
 METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
-TARGET_CODES = {"ok": EXIT_OK, "warnings": EXIT_WARNINGS, "failed": EXIT_FAILURE, "busy": EXIT_BUSY}
+TARGET_CODES = {
+    Verdict.OK.value: EXIT_OK,
+    Verdict.WARNING.value: EXIT_WARNINGS,
+    Verdict.FAILURE.value: EXIT_FAILURE,
+    Verdict.BUSY.value: EXIT_BUSY,
+}
 
 
 def read_metrics(path: Path) -> dict[str, str]:
