@@ -7,7 +7,8 @@ target, several side by side, takes the lease that excludes other runs, makes th
 new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
 of borg, prunes and compacts where asked, unmounts, which returns only when everything is uploaded, compares
 the bucket with what borg wrote, and gives the lease back. At the end what was archived is compared with what
-the source lists. One failing target does not stop the others. Nothing is waited for that makes no progress.
+the source lists, and whoever is to hear of the run is told. One failing target does not stop the others.
+Nothing is waited for that makes no progress.
 Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
 finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
 stopped by signal N.
@@ -24,6 +25,7 @@ The sections of this file, each using only those above it:
     Read-ahead      threads that read the source before borg does, and keep several borgs together
     Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
     Audit           whether the bucket holds what borg wrote, and the archive what the source lists
+    Notifications   how a run went, for a health check, a webhook and Prometheus
     Backup          preflight, one target, a whole run, the summary
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import base64
 import bisect
 import concurrent.futures
 import contextlib
@@ -98,6 +101,9 @@ LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says 
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
+TELL_SECONDS = 20  # for all that is told of a run at its end, with all tries: it must not hold the next one
+TELL_STOPPED_SECONDS = 2  # the same after a stop signal: `docker stop` grants 10 s for everything
+TELL_TRY_SECONDS = 5  # for one try
 
 CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
 ANSWER_TIMEOUT_SECONDS = 30  # for one read from a connection: some servers take long to list
@@ -222,6 +228,7 @@ DEFAULT_LEASE_SECONDS = 60
 DEFAULT_STALL_SECONDS = 900
 DEFAULT_READ_AHEAD_THREADS = 32
 DEFAULT_PARALLEL_TARGETS = 4
+DEFAULT_SHRINK_PERCENT = 50
 
 LEASE_SECONDS = range(10, 3601)
 WAIT_SECONDS = range(7 * 86400 + 1)
@@ -230,8 +237,11 @@ STALL_SECONDS = range(5, 86401)
 MEMORY_MB = range(256, 1_000_001)
 READ_AHEAD_THREADS = range(257)
 PARALLEL_TARGETS = range(1, 65)
+SHRINK_PERCENT = range(100)
+NOTIFY_ON = ("failure", "warning", "always")
 ABOUT = {
     "READ_AHEAD_THREADS": "; 0 turns reading ahead off",
+    "SHRINK_WARNING": " (percent); 0 turns the warning off",
     "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
     "LEASE_TTL": " (seconds)",
     "LEASE_WAIT": " (seconds)",
@@ -258,6 +268,12 @@ VARIABLES = (
     "READ_AHEAD_THREADS",
     "PARALLEL_TARGETS",
     "SOURCE_METADATA",
+    "SHRINK_WARNING",
+    "HEALTHCHECK_URL",
+    "NOTIFY_URL",
+    "NOTIFY_ON",
+    "METRICS_FILE",
+    "LOG_FORMAT",
 )
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
@@ -313,6 +329,17 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Reporting:
+    """Who is told how a run went, and the form of the output."""
+
+    as_json: bool  # one JSON object a line
+    healthcheck_url: str = field(repr=False)  # empty: none; it is a secret
+    notify_url: str = field(repr=False)  # the same
+    notify_on: str  # one of NOTIFY_ON
+    metrics_file: str  # empty: none
+
+
+@dataclass(frozen=True)
 class Settings:
     """A configuration without mistakes."""
 
@@ -329,6 +356,7 @@ class Settings:
     read_ahead_threads: int  # 0: borg reads alone
     parallel_targets: int  # at most; fewer where memory is short
     source_metadata: bool  # whether objects' user metadata is archived
+    shrink_percent: int  # an archive that lost more of its objects than this is suspicious; 0: none is
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -347,7 +375,12 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     variables.
     """
     mistakes: list[str] = []
-    settings = parse_settings(read_variables(environ, mistakes), mistakes)
+    return checked_settings(read_variables(environ, mistakes), mistakes)
+
+
+def checked_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
+    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found."""
+    settings = parse_settings(values, mistakes)
     if mistakes:
         raise ConfigurationError(mistakes)
     return settings
@@ -387,6 +420,7 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
     label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
     mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
     level = parse_choice(values, "LOG_LEVEL", ("info", "debug"), mistakes)
+    parse_reporting(values, mistakes)
     data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
     if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
         mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
@@ -409,7 +443,41 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
         parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
         parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
         parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
+        parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
     )
+
+
+def parse_reporting(values: Mapping[str, str], mistakes: list[str]) -> Reporting:
+    """Who is to be told of a run. What is wrong counts as not given: the others must still hear of it."""
+    metrics_file = values.get("METRICS_FILE", "")
+    if metrics_file and not metrics_file.startswith("/"):
+        metrics_file = ""
+        if values["METRICS_FILE"] != UNREADABLE:
+            mistakes.append("METRICS_FILE: write an absolute path, such as /metrics/s3borgbackup.prom")
+    return Reporting(
+        parse_choice(values, "LOG_FORMAT", ("text", "json"), mistakes) == "json",
+        parse_url(values, "HEALTHCHECK_URL", mistakes),
+        parse_url(values, "NOTIFY_URL", mistakes),
+        parse_choice(values, "NOTIFY_ON", NOTIFY_ON, mistakes),
+        metrics_file,
+    )
+
+
+def parse_url(values: Mapping[str, str], name: str, mistakes: list[str]) -> str:
+    """An http(s) URL, empty where there is none. A mistake does not quote it: it is a secret as a whole."""
+    text = values.get(name, "")
+    if not text or text == UNREADABLE:
+        return ""
+    try:
+        url = urllib.parse.urlsplit(text)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        (url.hostname or "").encode("idna")
+    except ValueError:
+        usable = False
+    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
+        return text
+    mistakes.append(f"{name}: is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
+    return ""
 
 
 def parse_choice(values: Mapping[str, str], name: str, choices: Sequence[str], mistakes: list[str]) -> str:
@@ -1511,48 +1579,60 @@ Result = TypeVar("Result")
 class Console:
     """Prints one line an event, with the name of the store that it is about.
 
-    Safe to use from several threads.
+    As text for people, or as one JSON object each, with what an event has in numbers. Safe to use from
+    several threads.
     """
 
-    def __init__(self, debug: bool) -> None:
-        """`debug` shows the lines that are otherwise left out."""
+    def __init__(
+        self, debug: bool, as_json: bool = False, run_id: str = "", environ: Mapping[str, str] | None = None
+    ) -> None:
+        """`debug` shows the lines that are otherwise left out.
+
+        Without an `environ` that allows it there are no colours.
+        """
         self.debug_is_shown = debug
+        self.as_json = as_json
+        self.troubles = Troubles()
+        self._run_id = run_id
+        self._colours = not as_json and environ is not None and allows_colours(environ)
         self._lock = threading.Lock()
-        self._terminal = sys.stdout.isatty()
+        self._terminal = sys.stdout.isatty() and not as_json
         self._progress_is_shown = False
         self._progress_due: dict[str, float] = {}
         self._latest_progress: dict[str, tuple[float, str]] = {}
 
-    def info(self, name: str, text: str) -> None:
-        """Something that went as planned."""
-        self._print(sys.stdout, name, text)
+    def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
+        """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
+        self._print("info", name, text, event, numbers)
 
     def debug(self, name: str, text: str) -> None:
         """Something that only a search for a fault is interested in."""
         if self.debug_is_shown:
-            self._print(sys.stdout, name, text)
+            self._print("debug", name, text)
 
-    def warning(self, name: str, text: str) -> None:
+    def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """Something that did not go as planned and did not stop the work."""
-        self._print(sys.stderr, name, f"warning: {text}")
+        self.troubles.add("warning", name, text)
+        self._print("warning", name, text, event, numbers)
 
-    def error(self, name: str, text: str) -> None:
+    def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """A failure."""
-        self._print(sys.stderr, name, f"error: {text}")
+        self.troubles.add("error", name, text)
+        self._print("error", name, text, event, numbers)
 
     def plain(self, text: str) -> None:
         """Text of several lines, such as a table."""
         for line in text.splitlines():
-            self._print(sys.stdout, "", line)
+            self._print("info", "", line)
 
-    def progress(self, name: str, text: str) -> None:
+    def progress(self, name: str, text: str, /, **numbers: Any) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
         now = time.monotonic()
         if self._terminal:
             self._show_live(now, name, text)
         elif now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
             self._progress_due[name] = now + PROGRESS_SECONDS
-            self.info(name, text)
+            self.info(name, text, "progress", **numbers)
 
     def _show_live(self, now: float, name: str, text: str) -> None:
         """One line for all that are at work; who has been silent for a while is at work no more."""
@@ -1568,14 +1648,91 @@ class Console:
             print(f"\r\033[K{''.join(parts).rstrip()}", end="", flush=True)
             self._progress_is_shown = True
 
-    def _print(self, stream: IO[str], name: str, text: str) -> None:
-        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
-        line = f"{clock}[{name}] {printable(text)}" if name else printable(text)
+    def _print(
+        self,
+        level: str,
+        name: str,
+        text: str,
+        event: str = "message",
+        numbers: Mapping[str, Any] | None = None,
+    ) -> None:
+        stream = sys.stderr if level in COLOURS else sys.stdout
+        if self.as_json:
+            line = json_line(datetime.now(UTC), level, self._run_id, name, event, text, numbers or {})
+        else:
+            line = self._text_line(level, name, text, self._colours and stream.isatty())
         with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
             if self._progress_is_shown:
                 print("\r\033[K", end="", flush=True)
                 self._progress_is_shown = False
             print(line, file=stream, flush=True)
+
+    def _text_line(self, level: str, name: str, text: str, colours: bool) -> str:
+        """A line for people. Only the word `warning` or `error` is coloured."""
+        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
+        label = f"{level}: " if level in COLOURS else ""
+        if label and colours:
+            label = f"\033[{COLOURS[level]}m{level}:\033[0m "
+        return f"{clock}[{name}] {label}{printable(text)}" if name else f"{label}{printable(text)}"
+
+
+COLOURS = {"warning": 33, "error": 31}  # yellow and red (ECMA-48, "Select Graphic Rendition")
+
+
+def allows_colours(environ: Mapping[str, str]) -> bool:
+    """Whether colours are welcome on a terminal (https://no-color.org)."""
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def json_line(
+    when: datetime, level: str, run_id: str, name: str, event: str, text: str, numbers: Mapping[str, Any]
+) -> str:
+    """An event as one line of JSON. `about` is what text has in brackets; a target is a field, too."""
+    entry = {
+        "time": f"{when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03}Z",
+        "level": level,
+        "run_id": run_id,
+        "event": event,
+        "about": name,
+    }
+    if name.startswith("target-"):
+        entry["target"] = name.removeprefix("target-")
+    # A key that is not UTF-8 has lone surrogates, at which some readers of JSON stumble.
+    entry["message"] = text.encode("utf-8", "backslashreplace").decode()
+    return json.dumps({**entry, **numbers})
+
+
+class Troubles:
+    """The warnings and errors that were printed: the first of either kind, and how many more there are."""
+
+    def __init__(self) -> None:
+        """None."""
+        self.more = 0
+        self._named: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
+
+    def add(self, level: str, name: str, text: str) -> None:
+        """Takes in a line about `name`."""
+        if len(self._named[level]) < MAX_TROUBLES:
+            self._named[level].append((name, " ".join(text.split())))
+        else:
+            self.more += 1
+
+    def about(self, level: str, names: Iterable[str]) -> list[str]:
+        """The errors or warnings about one of `names`."""
+        names = set(names)
+        return [text for name, text in self._named[level] if name in names]
+
+    def names(self) -> list[str]:
+        """What there are any about."""
+        return list(dict.fromkeys(name for named in self._named.values() for name, _ in named))
+
+    def lines(self) -> list[str]:
+        """All of them, errors first."""
+        lines = [f"[{name}] {level}: {text}" for level, named in self._named.items() for name, text in named]
+        return [*lines, f"{self.more:,} more"] if self.more else lines
+
+
+MAX_TROUBLES = 100  # of each kind
 
 
 def printable(text: str) -> str:
@@ -1615,6 +1772,18 @@ class Stop:
 
 
 @dataclass
+class Report:
+    """What is told of a run at its end, filled in as it goes."""
+
+    run_id: str
+    label: str
+    started: datetime
+    targets: list[dict[str, Any]] = field(default_factory=list)  # how each went, as JSON has it
+    table: str = ""  # the same for people
+    configured: tuple[str, ...] | None = None  # all targets' names, once they are known
+
+
+@dataclass
 class Runtime:
     """What every part of a run needs."""
 
@@ -1623,7 +1792,12 @@ class Runtime:
     console: Console
     stop: Stop
     memory_mb: int  # what TigrisFS's caches are sized by
-    run_id: str = field(default_factory=lambda: secrets.token_hex(6))
+    report: Report
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from all others."""
+        return self.report.run_id
 
 
 class Child:
@@ -2703,6 +2877,12 @@ def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
     return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
 
 
+def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
+    """Shows the two newest archives of `label` with the number of their files."""
+    options = ["--glob-archives", archive_pattern(label), *(["--bypass-lock"] if bypass_lock else [])]
+    return ["info", "--json", "--last", "2", *options, str(repository)]
+
+
 def borg_create(
     target: Target, label: str, repository: Path, source: Path, metadata: bool = False
 ) -> list[str]:
@@ -2810,6 +2990,8 @@ class BorgLog:
             self._console.progress(
                 self._name,
                 f"{count(entry['nfiles'], 'object')}, {size(entry['original_size'])}: {entry['path']}",
+                objects=entry["nfiles"],
+                bytes=entry["original_size"],
             )
         elif kind in ("progress_message", "progress_percent") and entry.get("message"):
             self._console.progress(self._name, entry["message"])
@@ -3441,6 +3623,372 @@ def audit_source(
     return findings
 
 
+# -------------------------------------------------------------------------------------------- Notifications
+
+# Nobody reads the output of a backup that runs at night. So a health check (healthchecks.io or Uptime Kuma)
+# is told of start and end, a webhook gets the run as JSON, and Prometheus a file. None of this makes a run
+# fail, or holds it for long; and of the URLs, which are secrets, only scheme and host are ever printed.
+
+TOLD_COMMANDS = ("run",)  # what somebody is told of: what a schedule starts, not what a person types
+BODY_BYTES = 100_000  # what healthchecks.io keeps of a ping's body ("Pinging API" in its documentation)
+KUMA_PATH = "/api/push/"  # what the path of a push monitor's URL has
+KUMA_LETTERS = 300  # it takes the text in the URL
+RESULTS = {
+    EXIT_OK: ("ok", "all well"),
+    EXIT_WARNINGS: ("warnings", "finished with warnings"),
+    EXIT_FAILURE: ("failed", "something failed"),
+    EXIT_BUSY: ("busy", "another run was at work"),
+    EXIT_CONFIGURATION: ("misconfigured", "wrong configuration"),
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """A request that tells somebody how a run goes."""
+
+    variable: str  # where a user finds the address
+    method: str
+    url: str = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
+    content_type: str = "text/plain; charset=utf-8"
+
+    def __str__(self) -> str:
+        """What may be printed of it."""
+        url = urllib.parse.urlsplit(self.url)
+        return f"{self.variable} ({url.scheme}://{url.hostname})"
+
+
+class NotTaken(Exception):
+    """A message was not taken; `may_pass` tells whether it is worth another try."""
+
+    def __init__(self, reason: str, may_pass: bool) -> None:
+        """Takes the reason in a few words, without anything of the URL."""
+        super().__init__(reason)
+        self.may_pass = may_pass
+
+
+def send_once(message: Message, seconds: float) -> None:
+    """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
+    url = urllib.parse.urlsplit(message.url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname or "", url.port, timeout=seconds)
+    try:
+        own = message_headers(message, url)
+        connection.request(message.method, request_target(url), message.body or None, own)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException, ValueError) as fault:
+        # A broken answer is not quoted: it may repeat what was asked for.
+        reason = describe_fault(fault) if isinstance(fault, OSError) else f"no HTTP ({type(fault).__name__})"
+        raise NotTaken(reason, not isinstance(fault, ssl.SSLCertVerificationError)) from None
+    finally:
+        connection.close()
+    if not 200 <= status < 300:
+        hint = "; redirects are not followed: write the final URL" if 300 <= status < 400 else ""
+        raise NotTaken(f"{status} {http_reason(status)}{hint}", status in RETRIED_STATUSES)
+
+
+def request_target(url: urllib.parse.SplitResult) -> str:
+    """Path and query as HTTP has them; what is escaped already stays as it is."""
+    path = urllib.parse.quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
+    query = urllib.parse.quote(url.query, safe="/%:@!$&'()*+,;=~?")
+    return f"{path}?{query}" if query else path
+
+
+def message_headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
+    """The request's headers; a user and password in the URL become basic authentication (RFC 7617)."""
+    found = {"User-Agent": f"s3borgbackup/{VERSION}"}
+    if message.body:
+        found["Content-Type"] = message.content_type
+    if url.username is not None:
+        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+        found["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    return found
+
+
+def deliver(message: Message, deadline: float, over: threading.Event) -> None:
+    """Sends a message, again while the fault may pass, until `deadline` (monotonic) or `over`.
+
+    What is sent again may arrive twice. Raises BackupError.
+    """
+    pause = 1.0
+    while True:
+        try:
+            return send_once(message, min(TELL_TRY_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
+        except NotTaken as fault:
+            late = time.monotonic() + pause > deadline
+            if not fault.may_pass or late or over.wait(pause):
+                raise BackupError(f"{message} was not told how the run goes: {fault}") from None
+        pause *= 2
+
+
+def healthcheck_message(url: str, signal_name: str, text: str, seconds: float) -> Message | None:
+    """What a health check is sent for `start`, `success`, `fail` or `log`; None where it knows no such thing.
+
+    healthchecks.io takes the text as body, and `log` without changing its mind. It is given no run id
+    (`rid`): a success with one does not end a start with another, so that a run which ends with 75 would
+    leave a start behind that becomes an alarm, although the run that was at work succeeds (`Check.ping` of
+    healthchecks). Uptime Kuma has a query: up or down, a line, and a number, here the run's milliseconds.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if KUMA_PATH not in parts.path:
+        path = parts.path.rstrip("/") + ("" if signal_name == "success" else f"/{signal_name}")
+        return Message("HEALTHCHECK_URL", "POST", parts._replace(path=path).geturl(), cut(text, BODY_BYTES))
+    if signal_name not in ("success", "fail"):
+        return None
+    given = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    query = [pair for pair in given if pair[0] not in ("status", "msg", "ping")]
+    query += [
+        ("status", "up" if signal_name == "success" else "down"),
+        ("msg", " ".join(cut(text, BODY_BYTES).decode().split())[:KUMA_LETTERS]),
+        ("ping", str(round(seconds * 1000))),
+    ]
+    return Message("HEALTHCHECK_URL", "GET", parts._replace(query=urllib.parse.urlencode(query)).geturl())
+
+
+def cut(text: str, limit_bytes: int) -> bytes:
+    """As much of the text's beginning as `limit_bytes` of UTF-8 take."""
+    whole = text.encode("utf-8", "backslashreplace")[:limit_bytes]
+    return whole.decode("utf-8", "ignore").encode()
+
+
+def end_signal(code: int) -> str:
+    """What a health check is told of a run that ended with `code`.
+
+    With warnings the archive is there. A run that found another one at work leaves the word to that one.
+    """
+    if code in (EXIT_OK, EXIT_WARNINGS):
+        return "success"
+    return "log" if code == EXIT_BUSY else "fail"
+
+
+def is_to_be_notified(code: int, notify_on: str) -> bool:
+    """Whether NOTIFY_ON asks for a message about a run that ended with `code`."""
+    quiet = {"always": (), "warning": (EXIT_OK,)}.get(notify_on, (EXIT_OK, EXIT_WARNINGS, EXIT_BUSY))
+    return code not in quiet
+
+
+def result_name(code: int) -> tuple[str, str]:
+    """What an exit code is called in JSON, and for people."""
+    if code > 128:
+        return "stopped", f"stopped by {signal.Signals(code - 128).name}"
+    return RESULTS.get(code, RESULTS[EXIT_FAILURE])
+
+
+def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
+    """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
+    stores = {f"target-{target['name']}" for target in report.targets}
+    others = [name for name in troubles.names() if name not in stores]
+    targets = [
+        {
+            **target,
+            "errors": troubles.about("error", [f"target-{target['name']}"]),
+            "warnings": troubles.about("warning", [f"target-{target['name']}"]),
+        }
+        for target in report.targets
+    ]
+    return {
+        "run_id": report.run_id,
+        "version": VERSION,
+        "host": socket.gethostname(),
+        "label": report.label,
+        "started": f"{report.started:%Y-%m-%dT%H:%M:%SZ}",
+        "finished": f"{finished:%Y-%m-%dT%H:%M:%SZ}",
+        "seconds": round((finished - report.started).total_seconds(), 3),
+        "exit_code": code,
+        "result": result_name(code)[0],
+        "targets": targets,
+        "errors": troubles.about("error", others),
+        "warnings": troubles.about("warning", others),
+        "more": troubles.more,
+        "text": run_text(report, code, troubles),
+    }
+
+
+def run_text(report: Report, code: int, troubles: Troubles) -> str:
+    """The same for people: a line, the table, the errors and warnings."""
+    head = f"Backup {report.label} on {socket.gethostname()}: {result_name(code)[1]} (exit code {code})"
+    reasons = [f"{target['name']}: {target['reason']}" for target in report.targets if target["reason"]]
+    # One that is the end of another line says nothing new.
+    lines = [line for line in troubles.lines() if not any(line.endswith(reason) for reason in reasons)]
+    return "\n".join(part for part in (head, report.table, "\n".join(lines)) if part)
+
+
+class Reporter:
+    """Tells those that the configuration names of a run's start and end."""
+
+    def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
+        """Tells nothing yet; `report` is filled in while the run goes on."""
+        self.console, self.stop, self.report = console, stop, report
+        self._reporting = reporting
+        self._start_is_over = threading.Event()
+        self._start: concurrent.futures.Future[None] | None = None
+
+    def start(self) -> None:
+        """Tells the health check that a run begins, in the background: nobody waits for that."""
+        url, over = self._reporting.healthcheck_url, self._start_is_over
+        if message := healthcheck_message(url, "start", "", 0) if url else None:
+            self._start = in_background(lambda: self._tell(message, over))
+
+    def end(self, code: int) -> None:
+        """Tells everybody how the run went, within TELL_SECONDS, or TELL_STOPPED_SECONDS."""
+        finished = datetime.now(UTC)
+        document = run_document(self.report, code, finished, self.console.troubles)
+        if self.console.as_json:
+            numbers = {name: document[name] for name in ("exit_code", "result", "seconds")}
+            self.console.info("run", result_name(code)[1], "run_finished", **numbers)
+        if self._start:  # it must not arrive after the end
+            self._start_is_over.set()
+            seconds = POLL_SECONDS if self.stop.requested else TELL_STOPPED_SECONDS
+            concurrent.futures.wait([self._start], timeout=seconds)
+        jobs = {
+            str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
+            for message in self._end_messages(document)
+        }
+        if path := self._reporting.metrics_file:
+            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(Path(path), code, finished))
+        self._wait(jobs)
+
+    def _end_messages(self, document: Mapping[str, Any]) -> Iterator[Message]:
+        """What is sent at the end of a run."""
+        reporting, code, seconds = self._reporting, document["exit_code"], document["seconds"]
+        if url := reporting.healthcheck_url:
+            message = healthcheck_message(url, end_signal(code), document["text"], seconds)
+            yield from [message] if message else []
+        if reporting.notify_url and is_to_be_notified(code, reporting.notify_on):
+            body = json.dumps(document).encode()
+            yield Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json")
+
+    def _tell(self, message: Message, over: threading.Event) -> None:
+        """Sends a message, and says so where that fails."""
+        try:
+            deliver(message, time.monotonic() + TELL_SECONDS, over)
+            self.console.debug("run", f"{message} was told how the run goes")
+        except BackupError as error:
+            self.console.warning("run", str(error))
+
+    def _write_metrics(self, path: Path, code: int, finished: datetime) -> None:
+        """Writes METRICS_FILE, and says so where that fails."""
+        try:
+            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
+        except OSError as error:
+            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
+
+    def _wait(self, jobs: Mapping[str, concurrent.futures.Future[None]]) -> None:
+        """Waits until all are done, not for long where the run is stopped, and names those that are not."""
+        start = time.monotonic()
+        while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
+            # A try that ends at its deadline has something to say about it.
+            limit = TELL_STOPPED_SECONDS if self.stop.requested else TELL_SECONDS + 2 * POLL_SECONDS
+            if time.monotonic() - start > limit:
+                break
+        for name, job in jobs.items():
+            if not job.done():
+                self.console.warning("run", f"{name}: no answer in {time.monotonic() - start:.0f} s")
+            elif error := job.exception():
+                self.console.warning("run", f"{name}: a defect of the program, please report it: {error!r}")
+
+
+METRICS = {
+    "last_run_timestamp_seconds": "When the last run ended, as Unix time.",
+    "last_run_duration_seconds": "How long the last run took for this target.",
+    "last_run_exit_code": "How the last run went for this target: 0 well, 1 warnings, 2 failed, 75 busy.",
+    "last_success_timestamp_seconds": "When the last run ended that made an archive, as Unix time.",
+    "last_archive_objects": "Objects in the last archive.",
+    "last_archive_bytes": "Bytes of the objects in the last archive.",
+    "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
+}
+RUN_METRICS = {
+    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
+    "run_duration_seconds": "How long the last run took.",
+    "run_exit_code": "The exit code of the last run.",
+}
+METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
+TARGET_CODES = {
+    Verdict.OK.value: EXIT_OK,
+    Verdict.WARNING.value: EXIT_WARNINGS,
+    Verdict.FAILURE.value: EXIT_FAILURE,
+    Verdict.BUSY.value: EXIT_BUSY,
+}
+
+
+def read_metrics(path: Path) -> dict[str, str]:
+    """The samples in the file of an earlier run: name and labels as written -> value."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    return {found[1]: found[2] for line in lines if (found := METRIC_LINE.fullmatch(line))}
+
+
+def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str, str]) -> str:
+    """The run in Prometheus' text format ("Exposition formats" in its documentation).
+
+    What this run does not tell anew stays: a success before it, and targets that were not its turn.
+    """
+    now = round(finished.timestamp(), 3)
+    new = {metric("run_timestamp_seconds", report.label): now, metric("run_exit_code", report.label): code}
+    seconds = (finished - report.started).total_seconds()
+    new[metric("run_duration_seconds", report.label)] = round(seconds, 3)
+    for target in report.targets:
+        for name, value in target_metrics(target, now).items():
+            new[metric(name, report.label, target["name"])] = value
+    known = report.configured
+    lines = []
+    for name, text in {**RUN_METRICS, **METRICS}.items():
+        start = f"s3borgbackup_{name}{{"
+        wanted = None if known is None else {metric(name, report.label, target) for target in known}
+        kept = [key for key in old if key.startswith(start) and (wanted is None or key in wanted)]
+        found = dict.fromkeys([*kept, *(key for key in new if key.startswith(start))])
+        lines += [f"# HELP s3borgbackup_{name} {text}", f"# TYPE s3borgbackup_{name} gauge"]
+        lines += [f"{key} {new.get(key, old.get(key))}" for key in found]
+    return "\n".join(lines) + "\n"
+
+
+def target_metrics(target: Mapping[str, Any], now: float) -> dict[str, float]:
+    """What a run has to tell of one target."""
+    code = TARGET_CODES[target["result"]]
+    found = {
+        "last_run_timestamp_seconds": now,
+        "last_run_duration_seconds": target["seconds"],
+        "last_run_exit_code": code,
+    }
+    if code in (EXIT_OK, EXIT_WARNINGS):
+        found["last_success_timestamp_seconds"] = now
+    if target["archive"]:
+        found |= {f"last_archive_{name}": target[name] for name in ("objects", "bytes", "new_bytes")}
+    return found
+
+
+def metric(name: str, label: str, target: str | None = None) -> str:
+    """A sample's name and labels, as the format wants them."""
+    labels = {"label": label} if target is None else {"label": label, "target": target}
+    pairs = ",".join(f'{key}="{escape_label(value)}"' for key, value in labels.items())
+    return f"s3borgbackup_{name}{{{pairs}}}"
+
+
+def escape_label(value: str) -> str:
+    """A label's value, in which backslash, double quote and line feed are escaped."""
+    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return escaped.encode("utf-8", "replace").decode()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one go: who reads it finds the old one or the new one, whole. Raises OSError.
+
+    Everybody may read it, as the umask allows: node_exporter is another user.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 # --------------------------------------------------------------------------------------------------- Backup
 
 
@@ -3562,6 +4110,20 @@ class Outcome:
     archived_bytes: int = 0
     stored_bytes: int = 0
     seconds: float = 0.0
+    is_suspicious: bool = False  # the archive may not be worth what pruning would delete for it
+
+    def as_json(self) -> dict[str, Any]:
+        """How it went, in JSON."""
+        return {
+            "name": self.target.name,
+            "result": self.verdict.value,
+            "reason": self.reason,
+            "archive": self.archive,
+            "objects": self.objects,
+            "bytes": self.archived_bytes,
+            "new_bytes": self.stored_bytes,
+            "seconds": round(self.seconds, 3),
+        }
 
     def add(self, result: BorgResult) -> None:
         """Takes a command's warnings into account."""
@@ -3576,7 +4138,11 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
     undone.
     """
     runtime.console.info(
-        "run", f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
+        "run",
+        f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}",
+        "run_started",
+        version=VERSION,
+        targets=[target.name for target in targets],
     )
     outcomes = [Outcome(target) for target in targets]
     try:
@@ -3589,10 +4155,27 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         for outcome in outcomes:
             if not outcome.seconds:
                 outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
-        runtime.console.plain(summary(outcomes))
+        conclude(runtime, outcomes)
         raise
-    runtime.console.plain(summary(outcomes))
+    conclude(runtime, outcomes)
     return overall(outcomes)
+
+
+def conclude(runtime: Runtime, outcomes: Sequence[Outcome]) -> None:
+    """Prints how it went with each target, and notes it for those who are told."""
+    report, console = runtime.report, runtime.console
+    report.targets = [outcome.as_json() for outcome in outcomes]
+    report.table = summary(outcomes)
+    if not console.as_json:
+        console.plain(report.table)
+        return
+    for outcome in outcomes:
+        console.info(
+            outcome.target.store.name,
+            outcome.reason or outcome.verdict.value,
+            "target_finished",
+            **outcome.as_json(),
+        )
 
 
 def back_up_all(
@@ -3742,11 +4325,13 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
             borg = Borg(runtime, target, mount.path, [mount, source.mount])
             if is_new:
                 note_known_objects(cache, 0)  # `borg init` made an empty one
+                note_count(cache, runtime.settings.label, 0)
             else:
                 check_encryption(runtime, target, borg, identity, lease.enforced)
                 warn_of_missing_cache(runtime, target, cache)
             create_archive(runtime, outcome, borg, cache, source)
-            if target.prune and outcome.objects:
+            compare_with_last(runtime, outcome, borg, cache, lease.enforced)
+            if target.prune and outcome.objects and not outcome.is_suspicious:
                 prune_and_compact(runtime, outcome, borg, mount, client)
             mount.check_alive()
             written = repository_files(runtime, target.store, mount.path)
@@ -3756,6 +4341,8 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
         if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
             remove_leftovers(runtime, target.store, lease, find_leftovers(client))
         outlast_name(outcome.archive)
+    if outcome.objects:  # what comes after an empty or a failed one is to be compared with the last good one
+        note_count(cache, runtime.settings.label, outcome.objects)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
@@ -3807,6 +4394,65 @@ def create_archive(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, 
     record_archive(runtime, outcome, created, source.found)
     report_shrunk(runtime, outcome, source.mount)
     note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
+
+
+def compare_with_last(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, alone: bool) -> None:
+    """Warns of an archive that has far fewer objects than the one before: the source may be wrong.
+
+    Warns once: the next archive is compared with this one. Where we are `alone`, borg needs no lock.
+    """
+    settings, name = runtime.settings, outcome.target.store.name
+    last = noted_count(cache, settings.label)
+    if last is None and settings.shrink_percent:
+        last = ask_count(runtime, outcome, borg, alone)
+    if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
+        outcome.is_suspicious, outcome.verdict = True, Verdict.WARNING
+        outcome.reason = (
+            f"the archive has {count(outcome.objects, 'object')}, the one before it {last or 0:,}:"
+            f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
+        )
+        runtime.console.warning(name, outcome.reason, "shrunk", objects=outcome.objects, objects_before=last)
+
+
+def has_shrunk(objects: int, last: int, percent: int) -> bool:
+    """Whether more than `percent` of the objects are gone. None at all is somebody else's business."""
+    return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
+
+
+COUNTS_NAME = "s3borgbackup-objects"
+
+
+def noted_count(cache: Path, label: str) -> int | None:
+    """How many objects the last archive of `label` had, as noted beside borg's cache; None: not noted."""
+    try:
+        found = json.loads((cache / COUNTS_NAME).read_text(encoding="utf-8")).get(label)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def note_count(cache: Path, label: str, objects: int) -> None:
+    """Notes how many objects the last archive of `label` has. Several labels may share a repository."""
+    path = cache / COUNTS_NAME
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        counts = {}
+    with contextlib.suppress(OSError):  # then borg is asked the next time
+        replace_file(path, json.dumps({**(counts if isinstance(counts, dict) else {}), label: objects}))
+
+
+def ask_count(runtime: Runtime, outcome: Outcome, borg: Borg, alone: bool) -> int | None:
+    """How many objects the archive before this one has. borg reads both archives' metadata for that."""
+    try:
+        shown = borg.run(borg_last_two(borg.repository, runtime.settings.label, alone))
+    except (Stopped, Stuck):
+        raise
+    except BackupError as error:  # the archive that was just made is worth more than this
+        runtime.console.warning(outcome.target.store.name, str(error))
+        return None
+    archives = json.loads(shown.output)["archives"]
+    return next((each["stats"]["nfiles"] for each in archives if each["name"] != outcome.archive), None)
 
 
 def outlast_name(archive: str) -> None:
@@ -3987,6 +4633,12 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, sour
         name,
         f"archive {outcome.archive}: {count(outcome.objects, 'object')}, {size(outcome.archived_bytes)},"
         f" {size(stats['compressed_size'])} compressed, {size(outcome.stored_bytes)} new in the repository",
+        "archive_created",
+        archive=outcome.archive,
+        objects=outcome.objects,
+        bytes=outcome.archived_bytes,
+        compressed_bytes=stats["compressed_size"],
+        new_bytes=outcome.stored_bytes,
     )
     if outcome.objects:
         return
@@ -4017,7 +4669,8 @@ def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mou
     outcome.add(pruned)
     gone = sum(line.startswith("Pruning archive") for line in pruned.log.infos)
     kept = sum(line.startswith("Keeping archive") for line in pruned.log.infos)
-    runtime.console.info(target.store.name, f"pruned {count(gone, 'archive')}, kept {kept:,}")
+    text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
+    runtime.console.info(target.store.name, text, "pruned", pruned=gone, kept=kept)
     if target.compact_percent is None:
         return
     settle_index(runtime, mount, client)
@@ -4434,16 +5087,38 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     replace_ourselves(argv, environ)
     if os.getpid() == 1:
         return be_init(argv, environ)
-    console = Console(debug=False)
+    mistakes: list[str] = []
+    values = read_variables(environ, mistakes)
+    reporting = parse_reporting(values, [])
+    report = Report(secrets.token_hex(6), label_for_reports(values), datetime.now(UTC))
+    console = Console(False, reporting.as_json, report.run_id, environ)
     stop = Stop()
     stop.install()
+    reporter = Reporter(reporting, console, stop, report)
+    code = perform(argv, environ, lambda: checked_settings(values, mistakes), reporter)
+    if not argv or argv[0] in TOLD_COMMANDS:
+        reporter.end(code)
+    return code
+
+
+def perform(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    read_settings: Callable[[], Settings],
+    reporter: Reporter,
+) -> int:
+    """Does what the command line says; prints errors and returns the exit code."""
+    console, report = reporter.console, reporter.report
     arguments = Arguments("s3borgbackup")
     try:
         arguments = parse_arguments(argv)
-        settings = load_settings(environ)
+        settings = read_settings()
         console.debug_is_shown = settings.debug
+        report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
-        return dispatch(Runtime(settings, environ, console, stop, memory_mb), arguments)
+        if arguments.command in TOLD_COMMANDS:
+            reporter.start()
+        return dispatch(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
@@ -4452,9 +5127,19 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         console.error(arguments.command, str(error))
         return error.exit_code
     except Exception:  # Python's own exit code for it, 1, means warnings here
-        console.error(arguments.command, "this is a defect of the program, please report it")
-        traceback.print_exc()
+        trace = traceback.format_exc()
+        console.error(
+            arguments.command, "this is a defect of the program, please report it", "defect", traceback=trace
+        )
+        if not console.as_json:
+            print(trace, end="", file=sys.stderr)
         return EXIT_FAILURE
+
+
+def label_for_reports(values: Mapping[str, str]) -> str:
+    """What a run is called towards others, also where the configuration is wrong."""
+    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
+    return DEFAULT_LABEL if label == UNREADABLE else label
 
 
 if __name__ == "__main__":
