@@ -26,7 +26,7 @@ The sections of this file, each using only those above it:
     Audit           whether the bucket holds what borg wrote, and the archive what the source lists
     Repository      preflight, the lease, leftovers; a repository opened for writing, or to read from
     Backup          one target, a whole run, the summary
-    Operations      what a person does with backups: any borg command
+    Operations      what a person does with backups: list, info, maintain, key-export, any borg command
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import base64
 import bisect
 import concurrent.futures
 import contextlib
@@ -46,6 +47,7 @@ import email.utils
 import enum
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import heapq
 import hmac
@@ -146,6 +148,10 @@ EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE = 0, 1, 2
 EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits.h>
 
 # --------------------------------------------------------------------------------------------------- Errors
+
+
+TRY_AGAIN = "Run it again; LOG_LEVEL=debug tells more."
+TRY_LATER = "The server is in trouble: run it again later."
 
 
 class BackupError(Exception):
@@ -983,7 +989,12 @@ class S3Client:
         return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
 
     def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
-        """Writes an object, under the condition that `headers` may name; returns its ETag."""
+        """Writes an object, under the condition that `headers` may name; returns its ETag.
+
+        A bucket with object lock takes no object without its MD5.
+        """
+        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        headers = {"Content-MD5": md5, **(headers or {})}
         return self.request("PUT", key, headers=headers, body=body).headers.get("etag", "")
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
@@ -1081,7 +1092,7 @@ class S3Client:
     def _error(self, status: int, code: str, message: str) -> S3Error:
         """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
-        hint = S3_HINTS.get(code, "").format(**settings)
+        hint = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN).format(**settings)
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
@@ -1141,6 +1152,8 @@ def describe_fault(fault: Exception) -> str:
 OWN_PREFIX = ".s3borgbackup-"  # what the names of our objects in a repository begin with; borg ignores them
 LEASE_NAME = f"{OWN_PREFIX}lease"
 PROBE_NAME = f"{OWN_PREFIX}probe-"
+KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
+CHECKED_NAME = f"{OWN_PREFIX}checked"
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -1188,7 +1201,10 @@ class DeadMansSwitch:
         self._timer = ctypes.c_void_p()
         event = SignalEvent(None, signal.SIGKILL, 0)
         if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
-            raise BackupError(f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}")
+            raise BackupError(
+                f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
+                "Let the container's seccomp profile allow it.",
+            )
 
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
@@ -1243,6 +1259,19 @@ class Sighting:
     def has_expired(self) -> bool:
         """Whether anybody may take it."""
         return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
+
+
+def look_at_lease(client: S3Client) -> Sighting | None:
+    """The lease object as it is now; None where there is none. Raises S3Error."""
+    try:
+        answer = client.request("GET", f"{client.store.key_prefix}{LEASE_NAME}")
+    except S3Error as error:
+        if error.code == "NoSuchKey":
+            return None
+        raise
+    now, then = answer.time("Date"), answer.time("Last-Modified")
+    age = (now - then).total_seconds() if now and then else 0.0
+    return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
 
 
 class Member(Protocol):
@@ -1338,7 +1367,7 @@ class Lease:
                     raise
                 self.enforced = False
                 return None
-            current = self._look(self._client)
+            current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
             if self._adopt(current, sent):
@@ -1347,7 +1376,9 @@ class Lease:
                 self._notice(f"an expired lease is taken over: {current.holder}")
                 return None
             return current
-        raise BackupError(f"{self._client.store.name}: {self._key} can neither be written nor read")
+        raise BackupError(
+            f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
+        )
 
     def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
         """Writes the object under a condition; False when that is not met."""
@@ -1364,18 +1395,6 @@ class Lease:
             raise
         self._etag, self._valid_until = etag, sent + self._holder.ttl_seconds
         return True
-
-    def _look(self, client: S3Client) -> Sighting | None:
-        """The object as it is now; None where there is none."""
-        try:
-            answer = client.request("GET", self._key)
-        except S3Error as error:
-            if error.code == "NoSuchKey":
-                return None
-            raise
-        now, then = answer.time("Date"), answer.time("Last-Modified")
-        age = (now - then).total_seconds() if now and then else 0.0
-        return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
 
     def _adopt(self, current: Sighting, sent: float) -> bool:
         """Whether the object is ours: a write from after `sent` succeeded, and its answer was lost."""
@@ -1437,7 +1456,10 @@ class Lease:
                     if self.suspended and not self._own_writes:
                         self._switch.arm(0)
             if time.monotonic() > give_up:
-                raise Stuck(f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}")
+                raise Stuck(
+                    f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}",
+                    "Run it again.",
+                )
             self._pause(GUARD_SECONDS)
 
     def check(self) -> None:
@@ -1459,7 +1481,7 @@ class Lease:
     def _renew(self) -> None:
         sent = boot_seconds()
         if not self._write(self._hasty_client, {"If-Match": self._etag}):
-            current = self._look(self._hasty_client)
+            current = look_at_lease(self._hasty_client)
             if current is None or not self._adopt(current, sent):
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
@@ -1925,7 +1947,7 @@ def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop
             return future.result()
         if stop:
             stop.check()
-    raise BackupError(f"{what}: no answer within {seconds:.0f} s")
+    raise BackupError(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
 
 
 def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
@@ -2321,7 +2343,10 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
             remove_dead_mount(runtime, store, path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BackupError(f"{store.name}: cannot use {path} as mount point: {error.strerror}") from None
+        raise BackupError(
+            f"{store.name}: cannot use {path} as mount point: {error.strerror}",
+            "Make its folder writable, or set DATA_DIR to one that is.",
+        ) from None
     return path
 
 
@@ -2360,14 +2385,18 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
             permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
             raise BackupError(
                 f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
-                FUSE_HELP if permission else "",
+                FUSE_HELP if permission else TRY_AGAIN,
             )
         if time.monotonic() > deadline:
-            raise BackupError(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}")
+            raise BackupError(
+                f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN
+            )
     try:
         probe_mount(runtime, mount.store, mount.path)
     except OSError as error:
-        raise BackupError(f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}") from None
+        raise BackupError(
+            f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}", TRY_AGAIN
+        ) from None
     if not mount.usable:
         mount.usable = True
         runtime.console.debug(name, f"{mount.store.location} is mounted at {mount.path}")
@@ -2414,7 +2443,9 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     """
     if mount.lease and mount.lease.suspended and runtime.stop.requested:
         abandon(runtime, mount)
-        raise BackupError(f"{mount.store.name}: the upload was cut off, as its lease could not be renewed")
+        raise BackupError(
+            f"{mount.store.name}: the upload was cut off, as its lease could not be renewed", "Run it again."
+        )
     if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
         mount.child.kill()
     deadline = time.monotonic() + BUSY_SECONDS
@@ -2432,7 +2463,7 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
             detach(runtime, mount.path, lazy=True)
     if code != 0 and not mount.holds_nothing:
-        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}")
+        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}", TRY_AGAIN)
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
 
@@ -2793,6 +2824,16 @@ def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
     return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
 
 
+def borg_archives(repository: Path) -> list[str]:
+    """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
+    return ["list", "--json", "--format", "{archive}{time}{end}{nfiles}{size}", str(repository)]
+
+
+def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
+    """Shows the key, in the form that `form`, an option, asks for."""
+    return ["key export", *form, str(repository)]
+
+
 def borg_create(
     target: Target, label: str, repository: Path, source: Path, metadata: bool = False
 ) -> list[str]:
@@ -2884,8 +2925,9 @@ BORG_HINTS = {
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
     " remove /cache and /config/borg/security.",
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
-    "RepoKeyNotFoundError": "Import your exported key: backup.py mount target-{name}"
-    " && borg key import {path} FILE",
+    "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
+    "UnencryptedRepo": "Without encryption there is no key, and none to lose.",
+    "NoManifestError": "The repository is damaged: backup.py borg {name} check",
 }
 
 
@@ -2939,7 +2981,7 @@ class BorgLog:
         elif "you will need both KEY AND PASSPHRASE" in text:
             self._console.info(
                 self._name,
-                "keep the passphrase and a copy of the key (`borg key export`) in a safe place",
+                "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place",
             )
         elif level in ("ERROR", "CRITICAL"):
             self.errors.append((msgid, text))
@@ -3012,11 +3054,12 @@ class Borg:
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
-        argv = ["borg", command, "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
+        argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
         log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
-        with self._environment({"BORG_EXIT_CODES": "modern"}) as (env, fd):
+        own = {"BORG_EXIT_CODES": "modern", **({"S3BORGBACKUP_SIZES": "yes"} if command == "list" else {})}
+        with self._environment(own) as (env, fd):
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
             child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
@@ -3091,7 +3134,7 @@ class Borg:
                 "The archive holds the others. Run it again; if it stays so, look at those objects.",
             )
         msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
-        hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else "")
+        hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
         owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
         return BackupError(
             f"{self._target.store.name}: borg {command}: {reason}{owner}",
@@ -3297,6 +3340,31 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 """
 
 
+# `borg list` knows two more keys for --format: `nfiles` and `size`, which borg notes in each archive. `borg
+# info` has them, too, but reads all of each archive's metadata, and needs the cache. (ArchiveFormatter of
+# borg 1.4; where that is called otherwise, they are missing.)
+LIST_SIZES = """\
+
+def list_sizes():
+    from borg.helpers.parseformat import ArchiveFormatter
+    start = ArchiveFormatter.__init__
+
+    def wrapper(self, format, *arguments, **options):
+        start(self, format, *arguments, **options)
+        for key in {"nfiles", "size"} & self.format_keys:
+            self.call_keys[key] = lambda key=key: self.get_meta(key, rs=False)
+        self.used_call_keys = set(self.call_keys) & self.format_keys
+
+    ArchiveFormatter.__init__ = wrapper
+
+if "S3BORGBACKUP_SIZES" in os.environ:
+    try:
+        list_sizes()
+    except (ImportError, AttributeError):
+        pass
+"""
+
+
 # What a person types after `backup.py borg NAME` needs no repository: where borg wants REPOSITORY::ARCHIVE, a
 # word without a slash is an archive of BORG_REPO, so that `diff A B` and `list A` mean what they say. And a
 # new passphrase is asked for: Passphrase.new of borg 1.4 would read BORG_PASSPHRASE_FD again, which is closed
@@ -3339,10 +3407,11 @@ if "S3BORGBACKUP_HANDED_OVER" in os.environ:
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    An fsync that failed is repeated, which the stall clock bounds; and see TRUST_OLD and HANDED_OVER.
+    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES and HANDED_OVER do
+    what they are asked for by variables.
     """
     with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
-        additions = PATIENT_FSYNC + TRUST_OLD + HANDED_OVER
+        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
 
@@ -3638,6 +3707,10 @@ class Preflight:
             {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
         )
 
+    def holds(self, store: Store, name: str) -> bool:
+        """Whether a note is there; our names sort before all of borg's."""
+        return any(entry.key == f"{store.key_prefix}{name}" for entry in self.keys)
+
     def others(self, store: Store) -> list[str]:
         """The keys of what is not ours: the lease, probes and notes are."""
         return [
@@ -3735,7 +3808,7 @@ def probe_write(client: S3Client) -> None:
             if client.get(key) == body:
                 return
             what = f"{client.store.name}: an object that was just written reads back differently"
-            raise S3Error(what, "", 200, "Stale")
+            raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
         except S3Error as error:
             if error.status != 404 or last:
                 raise
@@ -3747,8 +3820,9 @@ def probe_write(client: S3Client) -> None:
 def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
     """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
-    since = f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    holder = Holder(runtime.run_id, socket.gethostname(), purpose, since, settings.lease_ttl_seconds)
+    holder = Holder(
+        runtime.run_id, socket.gethostname(), purpose, utc_now(client), settings.lease_ttl_seconds
+    )
 
     def pause(seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -3828,6 +3902,8 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
     with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(borg_init(target, repository))
+        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
+        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
             key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
@@ -3910,6 +3986,29 @@ def check_encryption(runtime: Runtime, repository: Repository) -> None:
         mode = json.loads(listed.output)["encryption"]["mode"]
     if mistake := encryption_mistake(repository.target, mode):
         raise mistake
+
+
+def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
+    """What was noted beside the repository; None where nothing was. Raises S3Error."""
+    try:
+        noted = json.loads(client.get(f"{client.store.key_prefix}{name}"))
+    except S3Error as error:
+        if error.status != 404:
+            raise
+        return None
+    except ValueError:
+        noted = {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def write_note(client: S3Client, name: str, **facts: object) -> None:
+    """Notes something beside the repository. Raises S3Error."""
+    client.put(f"{client.store.key_prefix}{name}", json.dumps(facts).encode())
+
+
+def utc_now(client: S3Client) -> str:
+    """The time by the server's clock."""
+    return f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 @dataclass(frozen=True)
@@ -4093,6 +4192,15 @@ class Outcome:
         if result.verdict is Verdict.WARNING:
             self.verdict = Verdict.WARNING
 
+    def warn(self, reason: str) -> None:
+        """It ends with a warning."""
+        self.verdict, self.reason = Verdict.WARNING, reason
+
+    def fail(self, error: Exception) -> None:
+        """It has failed, or it is not our turn."""
+        busy = isinstance(error, StillRunning)
+        self.verdict, self.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
+
 
 def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
     """One backup of the source to `targets`; prints what happens and returns the exit code.
@@ -4240,8 +4348,7 @@ def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, 
         outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
         raise
     except (BackupError, OSError) as error:
-        busy = isinstance(error, StillRunning)
-        outcome.verdict, outcome.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
+        outcome.fail(error)
         runtime.console.error(name, str(error))
     finally:
         source.ahead.left(source.reader)
@@ -4266,9 +4373,23 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
                 warn_of_missing_cache(runtime, target, repository.cache)
             create_archive(runtime, outcome, repository, source)
             if target.prune and outcome.objects:
-                prune_and_compact(runtime, outcome, repository)
+                prune(runtime, outcome, repository)
+                if target.compact_percent is not None:
+                    compact(runtime, outcome, repository)
         outlast_name(outcome.archive)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
+    if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
+        remind_of_key(runtime, target)
+
+
+def remind_of_key(runtime: Runtime, target: Target) -> None:
+    """Says that the key was never exported."""
+    if target.encryption != "none":
+        runtime.console.warning(
+            target.store.name,
+            "its key was never exported; if that is lost, so is the backup:"
+            f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase",
+        )
 
 
 def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, source: Source) -> None:
@@ -4369,16 +4490,14 @@ def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> No
         )
 
 
-def prune_and_compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    """Prunes this label's archives and frees their space where asked."""
-    target, mount = outcome.target, repository.mount
-    pruned = repository.borg.run(borg_prune(target, runtime.settings.label, mount.path))
+def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
+    """Deletes old archives of this label."""
+    target = outcome.target
+    pruned = repository.borg.run(borg_prune(target, runtime.settings.label, repository.mount.path))
     outcome.add(pruned)
     gone = sum(line.startswith("Pruning archive") for line in pruned.log.infos)
     kept = sum(line.startswith("Keeping archive") for line in pruned.log.infos)
     runtime.console.info(target.store.name, f"pruned {count(gone, 'archive')}, kept {kept:,}")
-    if target.compact_percent is not None:
-        compact(runtime, outcome, repository)
 
 
 def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
@@ -4470,6 +4589,330 @@ def describe(store: Store, result: Preflight) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- Operations
+
+
+def emit(text: str) -> None:
+    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
+    with contextlib.suppress(OSError):
+        for line in text.splitlines():
+            print(printable(line), flush=True)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive as `borg list` shows it; borg before 1.2 noted neither objects nor bytes."""
+
+    name: str
+    start: datetime
+    end: datetime
+    objects: int | None
+    archived_bytes: int | None
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Archive:
+        """From an entry of borg's JSON, whose times are local."""
+        start, end = (datetime.fromisoformat(entry[key]).astimezone() for key in ("time", "end"))
+        numbers = [
+            number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
+        ]
+        return cls(entry["name"], start, end, *numbers)
+
+    def belongs_to(self, label: str) -> bool:
+        """Whether it is one of `label`, and no checkpoint."""
+        return fnmatch.fnmatchcase(self.name, archive_pattern(label)) and not self.name.endswith(
+            ".checkpoint"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "name": self.name,
+            "start": self.start.isoformat(),
+            "end": self.end.isoformat(),
+            "objects": self.objects,
+            "bytes": self.archived_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What borg says about a repository."""
+
+    encryption: str
+    archives: tuple[Archive, ...]  # oldest first
+
+    def newest(self, label: str) -> Archive | None:
+        """The last archive of a label."""
+        return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
+
+
+def contents(repository: Repository) -> Contents:
+    """Lists a repository's archives: a request for each. Raises BackupError."""
+    listed = json.loads(repository.borg.run(borg_archives(repository.borg.repository)).output)
+    archives = tuple(Archive.parse(entry) for entry in listed["archives"])
+    return Contents(listed["encryption"]["mode"], archives)
+
+
+def for_each(
+    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Result]
+) -> dict[Target, Result | BackupError]:
+    """What `ask` says about each target; an error is printed, and is that target's answer. Raises Stopped."""
+    answers: dict[Target, Result | BackupError] = {}
+    for target in targets:
+        try:
+            answers[target] = ask(target)
+        except Stopped:
+            raise
+        except BackupError as error:
+            runtime.console.error(target.store.name, str(error))
+            answers[target] = error
+    return answers
+
+
+def worst_code(answers: Iterable[object]) -> int:
+    """The exit code where some of these answers are errors."""
+    return max((answer.exit_code for answer in answers if isinstance(answer, BackupError)), default=EXIT_OK)
+
+
+def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
+    """Prints the archives of some targets; returns the exit code."""
+
+    def ask(target: Target) -> Contents:
+        with opened_for_reading(runtime, target) as repository:
+            return contents(repository)
+
+    answers = for_each(runtime, targets, ask)
+    if as_json:
+        document = {
+            target.name: {"error": str(answer)}
+            if isinstance(answer, BackupError)
+            else {"archives": [archive.as_json() for archive in answer.archives]}
+            for target, answer in answers.items()
+        }
+        emit(json.dumps(document, indent=2))
+    else:
+        found = {target: answer for target, answer in answers.items() if isinstance(answer, Contents)}
+        emit("\n".join(table(archive_rows(found))) if found else "")
+    return worst_code(answers.values())
+
+
+def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
+    """The rows of the table of archives."""
+    rows = [("target", "archive", "time", "objects", "size")]
+    for target, known in found.items():
+        rows += [
+            (
+                target.name,
+                archive.name,
+                f"{archive.start:%Y-%m-%d %H:%M:%S}",
+                "-" if archive.objects is None else f"{archive.objects:,}",
+                "-" if archive.archived_bytes is None else size(archive.archived_bytes),
+            )
+            for archive in known.archives
+        ]
+        if not known.archives:
+            rows.append((target.name, "-", "-", "-", "-"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `info` tells about a target."""
+
+    target: Target
+    label: str
+    identity: str
+    encryption: str
+    archives: tuple[Archive, ...]
+    newest: Archive | None  # of our label
+    stored_objects: int
+    stored_bytes: int
+    key_exported: str  # when; empty: never
+    checked: str
+    lease: str  # who works on the repository; empty: nobody
+
+    @property
+    def archived_bytes(self) -> int:
+        """What the archives would take one by one, without deduplication and compression."""
+        return sum(archive.archived_bytes or 0 for archive in self.archives)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "target": self.target.name,
+            "endpoint": self.target.store.endpoint,
+            "location": self.target.store.location,
+            "repository_id": self.identity,
+            "encryption": self.encryption,
+            "key_exported": self.key_exported or None,
+            "archives": len(self.archives),
+            "archived_bytes": self.archived_bytes,
+            "stored_objects": self.stored_objects,
+            "stored_bytes": self.stored_bytes,
+            "last_archive": self.newest.as_json() if self.newest else None,
+            "last_check": self.checked or None,
+            "in_use": self.lease or None,
+        }
+
+    def as_text(self) -> str:
+        """For people."""
+        rows = [
+            ("target", self.target.name),
+            ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
+            ("repository", self.identity),
+            (
+                "encryption",
+                f"{self.encryption}: {KEY_PLACES.get(self.encryption, 'the key is in the repository')}",
+            ),
+            ("key exported", self.key_exported or self._never_exported()),
+            ("archives", f"{len(self.archives):,}, {size(self.archived_bytes)} in all"),
+            (
+                "in the bucket",
+                f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
+            ),
+            (f"last {self.label}", self._last_run()),
+            ("last check", self.checked or "never, as far as is known"),
+            ("in use", self.lease or "no"),
+        ]
+        return "\n".join(table(rows))
+
+    def _never_exported(self) -> str:
+        if self.encryption == "none":
+            return "there is none"
+        return f"never: backup.py key-export {shlex.quote(self.target.name)}"
+
+    def _saved(self) -> str:
+        if self.archived_bytes <= self.stored_bytes:
+            return ""
+        share = 1 - self.stored_bytes / self.archived_bytes
+        return f": deduplication and compression save {share:.1%}"
+
+    def _last_run(self) -> str:
+        if not self.newest:
+            return "no archive has this label"
+        seconds = (self.newest.end - self.newest.start).total_seconds()
+        what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
+        return f"{self.newest.start:%Y-%m-%d %H:%M:%S %z}: {what}, in {duration(seconds)}"
+
+
+KEY_PLACES = {
+    "none": "whoever can read the bucket can read the backup",
+    "keyfile": "the key is in /config only",
+    "keyfile-blake2": "the key is in /config only",
+    "authenticated": "not encrypted; the key, which authenticates, is in the repository",
+    "authenticated-blake2": "not encrypted; the key, which authenticates, is in the repository",
+}
+
+
+def gather_facts(runtime: Runtime, target: Target) -> Facts:
+    """Asks borg and S3 about a target. Raises BackupError."""
+    with opened_for_reading(runtime, target) as repository:
+        known, client = contents(repository), repository.client
+        lease = look_at_lease(client)
+        return Facts(
+            target,
+            runtime.settings.label,
+            repository.identity,
+            known.encryption,
+            known.archives,
+            known.newest(runtime.settings.label),
+            len(repository.files),
+            sum(repository.files.values()),
+            str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
+            str((read_note(client, CHECKED_NAME) or {}).get("checked", "")),
+            str(lease.holder) if lease and not lease.has_expired else "",
+        )
+
+
+def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
+    """Prints what is known about some targets; returns the exit code."""
+    answers = for_each(runtime, targets, lambda target: gather_facts(runtime, target))
+    if as_json:
+        document = {
+            target.name: {"error": str(answer)} if isinstance(answer, BackupError) else answer.as_json()
+            for target, answer in answers.items()
+        }
+        emit(json.dumps(document, indent=2))
+    else:
+        found = [answer.as_text() for answer in answers.values() if isinstance(answer, Facts)]
+        emit("\n\n".join(found))
+    return worst_code(answers.values())
+
+
+def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
+    """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
+    with opened_for_reading(runtime, target) as repository:
+        exported = repository.borg.run(borg_key_export(repository.borg.repository, form))
+        try:
+            print(exported.output, flush=True)
+        except OSError as error:
+            raise BackupError(
+                f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
+            ) from None
+        try:
+            write_note(repository.client, KEY_EXPORTED_NAME, exported=utc_now(repository.client))
+        except S3Error as error:
+            runtime.console.warning(
+                target.store.name,
+                f"that the key was exported cannot be noted, and runs go on to warn: {error}",
+            )
+    runtime.console.info(
+        target.store.name,
+        "keep this key where the passphrase is, and not with the backups: a restore takes both",
+    )
+    return EXIT_OK
+
+
+def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
+    """Prunes and compacts repositories without their source; returns the exit code. Raises Stopped."""
+    outcomes = [Outcome(target) for target in targets]
+    for outcome in outcomes:
+        start = time.monotonic()
+        try:
+            maintain_target(runtime, outcome)
+        except Stopped:
+            raise
+        except (BackupError, OSError) as error:
+            outcome.fail(error)
+            runtime.console.error(outcome.target.store.name, str(error))
+        finally:
+            outcome.seconds = time.monotonic() - start
+    rows = [("target", "result", "archives", "duration")]
+    rows += [
+        (outcome.target.name, outcome.verdict.value, outcome.archive or "-", duration(outcome.seconds))
+        for outcome in outcomes
+    ]
+    reasons = [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+    runtime.console.plain("\n".join([*table(rows), *reasons]))
+    return overall(outcomes)
+
+
+def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
+    """Prunes and compacts one repository. Raises BackupError."""
+    target, label = outcome.target, runtime.settings.label
+    with opened_for_writing(runtime, target, "maintenance") as repository:
+        check_encryption(runtime, repository)
+        known = contents(repository)
+        if reason := why_not_prune(target, label, known):
+            outcome.warn(reason)
+            runtime.console.warning(target.store.name, reason)
+        elif target.prune:
+            prune(runtime, outcome, repository)
+        if target.compact_percent is not None:
+            compact(runtime, outcome, repository)
+        outcome.archive = f"{len(contents(repository).archives):,} of {len(known.archives):,}"
+    runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
+
+
+def why_not_prune(target: Target, label: str, known: Contents) -> str:
+    """Why pruning now would be a mistake; empty where it would not."""
+    newest = known.newest(label)
+    if target.prune and not newest:
+        return f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+    if target.prune and newest and newest.objects == 0:
+        return f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
+    return ""
+
 
 # borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
 READING_COMMANDS = ("list", "diff", "extract", "export-tar")
@@ -4569,7 +5012,7 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
-            raise BackupError(f"{store.name}: cannot be mounted in time")
+            raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
     runtime.console.plain(advice(store, path, read_write))
     return EXIT_OK
 
@@ -4594,7 +5037,7 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     path = state_file(runtime, store)
     stream = lock_file(path)
     if stream is None:
-        raise BackupError(f"{store.name}: another `backup.py mount` is at it")
+        raise BackupError(f"{store.name}: another `backup.py mount` is at it", "Let it finish.")
     with stream:
         stream.truncate(0)
         try:
@@ -4736,6 +5179,21 @@ def declare_read_write(parser: OptionParser) -> None:
     )
 
 
+def declare_json(parser: OptionParser) -> None:
+    """The option of what can answer to a program."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def declare_key_forms(parser: OptionParser) -> None:
+    """The options of `key-export`."""
+    forms = parser.add_mutually_exclusive_group()
+    for option, what in (
+        ("--paper", "to print, and to type in again"),
+        ("--qr-html", "as HTML with a QR code"),
+    ):
+        forms.add_argument(option, dest="form", action="store_const", const=[option], default=[], help=what)
+
+
 def mount_mistake(arguments: Arguments) -> str:
     """What is wrong with `mount NAME --read-write`: targets are always mounted so."""
     wrong = arguments.options["read_write"] and arguments.names != ("source",)
@@ -4760,6 +5218,28 @@ def command_umount(runtime: Runtime, arguments: Arguments) -> int:
     return umount_manually(runtime, chosen_store(runtime.settings, arguments.names[0]))
 
 
+def command_list(runtime: Runtime, arguments: Arguments) -> int:
+    """The archives."""
+    targets = chosen_targets(runtime.settings, arguments.names)
+    return list_archives(runtime, targets, arguments.options["json"])
+
+
+def command_info(runtime: Runtime, arguments: Arguments) -> int:
+    """What is known about targets."""
+    return show_info(runtime, chosen_targets(runtime.settings, arguments.names), arguments.options["json"])
+
+
+def command_maintain(runtime: Runtime, arguments: Arguments) -> int:
+    """What repositories need now and then."""
+    return maintain(runtime, chosen_targets(runtime.settings, arguments.names))
+
+
+def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
+    """A repository's key."""
+    target = chosen_target(runtime.settings, arguments.names[0])
+    return export_key(runtime, target, arguments.options["form"])
+
+
 def command_borg(runtime: Runtime, arguments: Arguments) -> int:
     """Any command of borg."""
     name, *words = arguments.names
@@ -4781,6 +5261,36 @@ COMMANDS = {
         lambda runtime, _: check_config(runtime),
         needs_source=True,
     ),
+    "list": Command(
+        "[NAME...] [--json]",
+        "show the archives of all targets, or of the named ones",
+        TARGETS,
+        command_list,
+        declare_json,
+        prints_data=True,
+    ),
+    "info": Command(
+        "[NAME...] [--json]",
+        "show size, last run, key and last check of all targets, or of the named ones",
+        TARGETS,
+        command_info,
+        declare_json,
+        prints_data=True,
+    ),
+    "maintain": Command(
+        "[NAME...]",
+        "prune and compact all targets, or the named ones; needs no source",
+        TARGETS,
+        command_maintain,
+    ),
+    "key-export": Command(
+        "NAME [--paper|--qr-html]",
+        "print the key of a repository: keep it, with the passphrase, elsewhere",
+        A_TARGET,
+        command_key_export,
+        declare_key_forms,
+        prints_data=True,
+    ),
     "borg": Command(
         "NAME ARGS...",
         "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
@@ -4799,6 +5309,19 @@ COMMANDS = {
     "umount": Command("NAME", "unmount it; returns when everything is uploaded", A_STORE, command_umount),
 }
 HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
+
+GREETING = """\
+s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
+Environment variables configure it, and none of them is set. (Was `--env-file .env` forgotten?) Three steps:
+
+  1. cp example.env .env     and put in your buckets, keys and passphrases
+  2. docker run --rm --env-file .env s3borgbackup check-config
+  3. docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
+         --security-opt apparmor:unconfined -v s3borgbackup-cache:/cache -v s3borgbackup-config:/config \\
+         s3borgbackup
+
+README.md, beside example.env, explains everything; `backup.py --help` shows all commands. What is missing:
+"""
 
 HELP = """\
 Backs up an S3 bucket to one or more S3 buckets with BorgBackup.
@@ -4969,6 +5492,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         command = {**COMMANDS, **HIDDEN_COMMANDS}[arguments.command]
         if command.prints_data:
             console.leave_standard_output()
+        if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
+            console.plain(GREETING)
         settings = load_settings(environ, command.needs_source)
         console.debug_is_shown = settings.debug
         memory_mb = settings.memory_limit_mb or container_memory_mb()

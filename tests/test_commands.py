@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+import pexpect
 import pytest
 
 import backup
@@ -18,6 +23,7 @@ from helpers import (
     Bucket,
     Repository,
     Result,
+    borg_environment,
     run_backup,
     settings,
     wait_until,
@@ -272,3 +278,231 @@ def test_a_new_passphrase_is_asked_for(site: Site) -> None:
     assert changed.returncode == 0, changed.stderr
     run_backup(site.environment).expect(2)
     run_backup(with_target_secrets(site.environment, "first", borg_passphrase="another")).expect(0)
+
+
+# ---------------------------------------------------------------------------------------------- At a terminal
+
+
+def at_terminal(site: Site, *words: str) -> pexpect.spawn:
+    """Runs backup.py at a terminal of its own."""
+    return pexpect.spawn(
+        sys.executable, [str(BACKUP), *words], env=site.environment, encoding="utf-8", timeout=60, echo=False
+    )
+
+
+def test_borg_may_ask_at_the_terminal(site: Site) -> None:
+    """Whoever deletes a repository has to type YES."""
+    run_backup(site.environment).expect(0)
+    with at_terminal(site, "borg", "first", "delete") as terminal:
+        terminal.expect("Type 'YES' if you understand")
+        terminal.sendline("no")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 2
+    assert Repository.download(site.target, site.folder / "copy").archives()
+    with at_terminal(site, "borg", "first", "key", "change-passphrase") as terminal:
+        for prompt in ("Enter new passphrase: ", "Enter same passphrase again: "):
+            terminal.expect(prompt)
+            terminal.sendline("typed by hand")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 0
+    assert "typed by hand" not in (terminal.before or "")
+    run_backup(with_target_secrets(site.environment, "first", borg_passphrase="typed by hand")).expect(0)
+
+
+def test_ctrl_c_at_the_terminal_reaches_borg_alone_and_what_it_wrote_is_uploaded(site: Site) -> None:
+    """And the lease is given back; a question that is left unanswered is no reason to be stuck either."""
+    run_backup(site.environment).expect(0)
+    environment = {**site.environment, "STALL_TIMEOUT": "5"}
+    with at_terminal(
+        Site(environment, site.source, site.target, site.folder), "borg", "first", "delete"
+    ) as it:
+        it.expect("Type 'YES' if you understand")
+        assert it.expect([pexpect.TIMEOUT, pexpect.EOF], timeout=9) == 0, "it was taken for stuck"
+        for pause_seconds in (0.1, 0):  # borg ends at the second one; two at the same moment it takes for one
+            it.sendintr()
+            time.sleep(pause_seconds)
+        it.expect(pexpect.EOF)
+    assert it.exitstatus == 130
+    assert "stopped by" not in it.before
+    assert (LEASE in site.target.sizes(), site.target.locks()) == (False, [])
+
+
+@pytest.mark.parametrize("words", [["borg", "first", "create", "::late", "/proc/self/environ", "-"]])
+def test_a_stop_signal_ends_borg_in_order(site: Site, words: list[str]) -> None:
+    """`docker stop`: borg waits for its standard input, and is told to end; its lock is released."""
+    run_backup(site.environment).expect(0)
+    with at_terminal(site, *words) as terminal:
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
+        terminal.kill(signal.SIGTERM)
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 143
+    assert "stopped by SIGTERM" in terminal.before
+    assert (LEASE in site.target.sizes(), site.target.locks()) == (False, [])
+
+
+# ---------------------------------------------------------------------------------- list, info and key-export
+
+
+def test_list_shows_name_time_objects_and_size_of_every_archive(site: Site) -> None:
+    """Also with keys that may only read, and without a source."""
+    first = archive_of(run_backup(site.environment).expect(0))
+    site.source.put({"more": b"x" * 5000})
+    second = archive_of(run_backup(site.environment).expect(0))
+    keys = site.as_reader()["TARGET_SECRETS"]
+    result = site.call("list", environment={**site.without_source(), "TARGET_SECRETS": keys})
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows[0] == ["target", "archive", "time", "objects", "size"]
+    assert [row[:2] for row in rows[1:]] == [["first", first], ["first", second]]
+    assert [row[4:] for row in rows[1:]] == [["10", "10", "kB"], ["11", "15", "kB"]]
+    assert all(row[1].endswith("T".join(row[2:4])) or row[3] for row in rows[1:])
+    document = json.loads(site.call("list", "target-first", "--json").stdout)
+    archives = document["first"]["archives"]
+    assert [(entry["name"], entry["objects"], entry["bytes"]) for entry in archives] == [
+        (first, 10, 10_000),
+        (second, 11, 15_000),
+    ]
+    assert all(datetime.fromisoformat(entry["start"]).tzinfo for entry in archives)
+
+
+def test_one_target_that_cannot_be_listed_does_not_keep_the_others_from_it(
+    site: Site, server: SeaweedFS, tmp_path: Path
+) -> None:
+    archive = archive_of(run_backup(site.environment).expect(0))
+    environment = settings(
+        server, tmp_path, site.source.name, {"gone": "no-such-bucket", "first": site.target.name}
+    )
+    result = site.call("list", environment=environment)
+    assert result.returncode == 2
+    assert archive in result.stdout
+    assert "NoSuchBucket" in result.stderr
+    document = json.loads(site.call("list", "--json", environment=environment).stdout)
+    assert "NoSuchBucket" in document["gone"]["error"]
+    assert len(document["first"]["archives"]) == 1
+
+
+def test_info_tells_what_a_repository_takes_and_what_is_known_of_it(site: Site) -> None:
+    site.source.put({"twice": b"same" * 100_000, "again": b"same" * 100_000})
+    archive = archive_of(run_backup(site.environment).expect(0))
+    run_backup({**site.environment, "BACKUP_LABEL": "other"}).expect(0)
+    document = json.loads(site.call("info", "first", "--json").stdout)["first"]
+    sizes = {key: size for key, size in site.target.sizes().items() if not key.startswith(("lock.", ".s3"))}
+    assert document["stored_bytes"] == sum(sizes.values())
+    assert document["archived_bytes"] == 2 * 810_000
+    assert (document["archives"], document["last_archive"]["name"]) == (2, archive)
+    assert document["encryption"] == "repokey-blake2"
+    assert (document["key_exported"], document["last_check"], document["in_use"]) == (None, None, None)
+    text = site.call("info").stdout
+    assert "deduplication and compression save 9" in text
+    assert "never: backup.py key-export first" in text
+    site.target.put({".s3borgbackup-checked": b'{"checked": "2026-01-02T03:04:05Z"}'})
+    assert "2026-01-02T03:04:05Z" in site.call("info").stdout
+
+
+def test_info_names_who_works_on_the_repository(site: Site) -> None:
+    run_backup(site.environment).expect(0)
+    with long_backup(site):
+        assert "a backup on " in json.loads(site.call("info", "--json").stdout)["first"]["in_use"]
+
+
+@pytest.mark.parametrize("form", [[], ["--paper"]])
+def test_an_exported_key_can_be_imported_again(site: Site, form: list[str]) -> None:
+    """And each run asks for the export until it was done, without changing its exit code."""
+    result = run_backup(site.environment).expect(0)
+    assert "its key was never exported" in result.output
+    exported = site.call("key-export", "first", *form)
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stdout.startswith("To restore key use" if form else "BORG_KEY ")
+    assert ".s3borgbackup-key-exported" in site.target.sizes()
+    assert "never exported" not in run_backup(site.environment).expect(0).output
+    copy = Repository.download(site.target, site.folder / "copy")
+    config = copy.folder / "config"
+    config.write_text(re.sub(r"(?m)^key = (.*\n)(\t.*\n)*", "", config.read_text()))
+    (site.folder / "key").write_text(exported.stdout)
+    if form:
+        lines = re.findall(r"^ *(?:id|\d+): .*", exported.stdout, re.MULTILINE)
+        typed = "\n".join(line.partition(":")[2].strip() for line in lines)
+        environment = borg_environment(site.folder / "copy.borg")
+        command = ["borg", "key", "import", "--paper", str(copy.folder)]
+        (site.folder / "copy.borg").mkdir(exist_ok=True)
+        subprocess.run(
+            command, env=environment, input=typed + "\n\n", text=True, check=True, capture_output=True
+        )
+    else:
+        copy.borg("key", "import", str(copy.folder), str(site.folder / "key"))
+    assert len(copy.archives()) == 2
+
+
+def test_a_key_is_exported_with_keys_that_may_only_read(site: Site) -> None:
+    run_backup(site.environment).expect(0)
+    result = site.call("key-export", "first", "--qr-html", environment=site.as_reader())
+    assert result.returncode == 0
+    assert "<html" in result.stdout
+    assert "cannot be noted" in result.stderr
+    assert "AccessDenied" in result.stderr
+
+
+def test_a_key_that_nobody_reads_is_not_taken_for_exported(site: Site) -> None:
+    run_backup(site.environment).expect(0)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(BACKUP), "key-export", "first"]
+        done = subprocess.run(command, env=site.environment, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert ".s3borgbackup-key-exported" not in site.target.sizes()
+
+
+def test_without_encryption_there_is_no_key_to_export_and_nobody_is_asked_to(site: Site) -> None:
+    environment = with_target(site.environment, "first", encryption="none")
+    assert "never exported" not in run_backup(environment).expect(0).output
+    result = site.call("key-export", "first", environment=environment)
+    assert result.returncode == 2
+    assert "no key" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_new_repository_has_a_key_that_was_never_exported(site: Site) -> None:
+    """What was noted of an older one there does not count for it."""
+    site.target.put({".s3borgbackup-key-exported": b"{}", ".s3borgbackup-checked": b"{}"})
+    assert "never exported" in run_backup(site.environment).expect(0).output
+    assert not [key for key in site.target.sizes() if key.startswith(".s3borgbackup-")]
+
+
+# --------------------------------------------------------------------------------------------------- maintain
+
+
+def test_maintain_prunes_and_compacts_without_a_source(site: Site) -> None:
+    site.source.put({"big": os.urandom(4_000_000)})
+    run_backup(site.environment).expect(0)
+    site.source.delete("big")
+    archive = archive_of(run_backup(site.environment).expect(0))
+    assert sum(site.target.sizes().values()) > 4_000_000
+    environment = with_target(site.without_source(), "first", prune="--keep-last=1")
+    result = run_backup(environment, "maintain").expect(0)
+    assert "pruned 1 archive, kept 1" in result.output
+    assert "compaction freed" in result.output
+    assert sum(site.target.sizes().values()) < 1_000_000
+    assert LEASE not in site.target.sizes()
+    copy = Repository.download(site.target, site.folder / "copy")
+    copy.check()
+    assert copy.archives() == [archive]
+    run_backup(site.environment).expect(0)
+
+
+def test_maintain_prunes_nothing_where_that_would_be_a_mistake(site: Site) -> None:
+    """The newest archive is empty, or none has the label."""
+    run_backup(site.environment).expect(0)
+    site.source.clear()
+    run_backup(site.environment).expect(1)
+    environment = with_target(site.environment, "first", prune="--keep-last=1")
+    result = run_backup(environment, "maintain", "first").expect(1)
+    assert "is empty; look at the source first" in result.output
+    result = run_backup({**environment, "BACKUP_LABEL": "another"}, "maintain").expect(1)
+    assert "no archive is called another-" in result.output
+    assert len(Repository.download(site.target, site.folder / "copy").archives()) == 2
+
+
+def test_maintain_waits_its_turn(site: Site) -> None:
+    run_backup(site.environment).expect(0)
+    with long_backup(site):
+        result = run_backup(site.environment, "maintain").expect(75)
+        assert "another run works on this repository: a backup" in result.output
