@@ -1217,6 +1217,19 @@ class DeadMansSwitch:
         LIBC.timer_delete(self._timer)
 
 
+class NoSwitch(DeadMansSwitch):
+    """For who only reads under a lease: going on late harms nobody."""
+
+    def __init__(self) -> None:
+        """Makes no timer."""
+
+    def arm(self, at_boot_seconds: float) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """Who holds a lease, as its object says."""
@@ -1301,10 +1314,11 @@ class Lease:
         patience_seconds: float,
         notice: Callable[[str], None],
         pause: Callable[[float], None],
+        switch: DeadMansSwitch | None = None,
     ) -> None:
         """Takes nothing yet; `notice` is told what a user should know, `pause(seconds)` waits.
 
-        `patience_seconds` is how long `write` tries.
+        `patience_seconds` is how long `write` tries; `switch` kills us where we would go on too late.
         """
         ttl = holder.ttl_seconds
         # Connecting and waiting for the answer together end before a lease that is suspended can expire.
@@ -1321,7 +1335,7 @@ class Lease:
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
         self._members: list[Member] = []
         self._lock, self._over = threading.RLock(), threading.Event()
-        self._switch = DeadMansSwitch()
+        self._switch = switch or DeadMansSwitch()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
         ]
@@ -1543,9 +1557,10 @@ def leased(
     patience_seconds: float,
     notice: Callable[[str], None],
     pause: Callable[[float], None],
+    switch: DeadMansSwitch | None = None,
 ) -> Iterator[Lease]:
     """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, patience_seconds, notice, pause)
+    lease = Lease(client, holder, patience_seconds, notice, pause, switch)
     try:
         lease.acquire(wait_seconds)
         yield lease
@@ -1803,21 +1818,24 @@ class ForegroundChild(Child):
             yield
             return
         try:
-            set_foreground(self.pid)
+            set_terminal(self.pid)
             self.send(signal.SIGCONT)  # it may have asked for the terminal too early
             yield
         finally:
-            set_foreground(before)
-            with contextlib.suppress(termios.error):
-                termios.tcsetattr(0, termios.TCSADRAIN, settings)
+            set_terminal(before, settings)
 
 
-def set_foreground(process_group: int) -> None:
-    """Makes a process group the terminal's foreground one; it may be gone already."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])  # or this would stop us, where we are not it
+def set_terminal(process_group: int, settings: list[Any] | None = None) -> None:
+    """Makes a process group the terminal's foreground one, and sets the terminal up.
+
+    Without the block, SIGTTOU would stop us where we are in the background: below a PID 1, for instance.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     try:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, termios.error):  # the group may be gone already
             os.tcsetpgrp(0, process_group)
+            if settings:
+                termios.tcsetattr(0, termios.TCSADRAIN, settings)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
 
@@ -3368,7 +3386,8 @@ if "S3BORGBACKUP_SIZES" in os.environ:
 # What a person types after `backup.py borg NAME` needs no repository: where borg wants REPOSITORY::ARCHIVE, a
 # word without a slash is an archive of BORG_REPO, so that `diff A B` and `list A` mean what they say. And a
 # new passphrase is asked for: Passphrase.new of borg 1.4 would read BORG_PASSPHRASE_FD again, which is closed
-# by then. (Where borg's parts are called otherwise, `::ARCHIVE` still works.)
+# by then. And who deletes the repository deletes neither its mount nor the lease. (Where borg's parts are
+# called otherwise, `::ARCHIVE` still works.)
 HANDED_OVER = """\
 
 def take_archives_by_name():
@@ -3394,10 +3413,32 @@ def ask_for_new_passphrase():
 
     Passphrase.new = classmethod(wrapper)
 
+def spare_what_is_ours():
+    import shutil
+    from borg.repository import Repository
+    destroy, remove = Repository.destroy, shutil.rmtree
+
+    def empty(path):
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                remove(entry.path)
+            elif not entry.name.startswith(".s3borgbackup-"):
+                os.unlink(entry.path)
+
+    def wrapper(self):
+        shutil.rmtree = empty
+        try:
+            destroy(self)
+        finally:
+            shutil.rmtree = remove
+
+    Repository.destroy = wrapper
+
 if "S3BORGBACKUP_HANDED_OVER" in os.environ:
     try:
         take_archives_by_name()
         ask_for_new_passphrase()
+        spare_what_is_ours()
     except (ImportError, AttributeError):
         pass
 """
@@ -3817,7 +3858,13 @@ def probe_write(client: S3Client) -> None:
 
 
 @contextlib.contextmanager
-def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
+def held(
+    runtime: Runtime,
+    client: S3Client,
+    purpose: str,
+    notice: Callable[[str], None] | None = None,
+    switch: DeadMansSwitch | None = None,
+) -> Iterator[Lease]:
     """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
     holder = Holder(
@@ -3830,11 +3877,12 @@ def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
             runtime.stop.check()
             time.sleep(POLL_SECONDS)
 
-    def notice(text: str) -> None:
+    def warn(text: str) -> None:
         runtime.console.warning(name, text)
 
     patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    with leased(client, holder, settings.lease_wait_seconds, patience_seconds, notice, pause) as lease:
+    waits = settings.lease_wait_seconds
+    with leased(client, holder, waits, patience_seconds, notice or warn, pause, switch) as lease:
         yield lease
 
 
@@ -4073,6 +4121,7 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
 # read-only: there it may take its lock, and rebuild an index that does not fit. And it keeps what it knows
 # beside that folder, as a run may have locked the cache. Only what a run removes meanwhile can be missed.
 
+VIEW_PREFIX = "s3borgbackup-view-"
 READING_IS_NOT_ALONE = (
     "reading goes on without the lease, and fails if somebody compacts the repository meanwhile"
 )
@@ -4091,11 +4140,9 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     with contextlib.ExitStack() as undo:
         if purpose:
             hold_if_possible(runtime, client, purpose, undo)
-        folder = Path(
-            undo.enter_context(
-                tempfile.TemporaryDirectory(prefix="s3borgbackup-", ignore_cleanup_errors=True)
-            )
-        )
+        remove_dead_views(runtime)
+        temporary = tempfile.TemporaryDirectory(prefix=VIEW_PREFIX, ignore_cleanup_errors=True)
+        folder = Path(undo.enter_context(temporary))
         private = dataclasses.replace(
             runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
         )
@@ -4123,13 +4170,37 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
 
 
 def hold_if_possible(runtime: Runtime, client: S3Client, purpose: str, undo: contextlib.ExitStack) -> None:
-    """Has `undo` hold the lease, unless somebody else does, or S3 does not let us."""
-    settings = dataclasses.replace(runtime.settings, lease_wait_seconds=0)
+    """Has `undo` hold the lease, unless somebody else does, or S3 does not let us.
+
+    Should it be lost later, reading goes on all the same.
+    """
+    name, settings = client.store.name, dataclasses.replace(runtime.settings, lease_wait_seconds=0)
     hasty = client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+    impatient = dataclasses.replace(runtime, settings=settings)
+
+    def notice(text: str) -> None:
+        runtime.console.debug(name, text)
+
     try:
-        undo.enter_context(held(dataclasses.replace(runtime, settings=settings), hasty, purpose))
+        undo.enter_context(held(impatient, hasty, purpose, notice, NoSwitch()))
     except (StillRunning, S3Error) as error:
-        runtime.console.info(client.store.name, f"{error.message}: {READING_IS_NOT_ALONE}")
+        runtime.console.info(name, f"{error.message}: {READING_IS_NOT_ALONE}")
+
+
+def remove_dead_views(runtime: Runtime) -> None:
+    """Unmounts what readers that were killed have left, where nobody serves it any more."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    for mount_point in map(Path, mount_table()):
+        folder = mount_point.parent
+        if folder.parent != temporary or not folder.name.startswith(VIEW_PREFIX):
+            continue
+        try:
+            within(KILL_SECONDS, str(mount_point), lambda path=mount_point: next(os.scandir(path), None))
+        except BackupError:
+            pass  # somebody serves it, slowly
+        except OSError:
+            detach(runtime, mount_point, lazy=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_files(mounted_at: Path, files: Iterable[str], view: Path) -> Path:
@@ -4385,7 +4456,7 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
 def remind_of_key(runtime: Runtime, target: Target) -> None:
     """Says that the key was never exported."""
     if target.encryption != "none":
-        runtime.console.warning(
+        runtime.console.info(
             target.store.name,
             "its key was never exported; if that is lost, so is the backup:"
             f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from helpers import (
     Repository,
     Result,
     borg_environment,
+    mounts_below,
+    processes_with,
     run_backup,
     settings,
+    skip_or_fail,
     wait_until,
     with_target,
     with_target_secrets,
@@ -247,6 +251,49 @@ def test_where_no_repository_is_a_command_says_so(site: Site) -> None:
     assert site.target.sizes() == {}
 
 
+@pytest.mark.leaves_lock
+def test_a_killed_reader_is_in_nobodys_way(site: Site) -> None:
+    """The next one removes the dead mount that it left; what it read was not changed."""
+    run_backup(site.environment).expect(0)
+    with Backup(site.environment, "borg", "first", "export-tar", "none", "-") as reader:
+        mounts = wait_until(lambda: mounts_below(site.folder), 30, "the repository is mounted")
+        reader.send_signal(signal.SIGKILL)
+        reader.wait().expect(128 + signal.SIGKILL)
+    wait_until(lambda: not processes_with(str(site.folder)), 10, "borg and tigrisfs are gone")
+    assert mounts_below(site.folder) == mounts
+    site.target.delete(LEASE)
+    assert site.call("list").returncode == 0
+    assert not [mount for mount in mounts if mount.parent.exists()]
+
+
+def test_a_reader_is_told_that_a_compaction_took_away_what_it_needed(site: Site) -> None:
+    """As if another run had removed a segment after the reader has looked."""
+    site.source.put({"big": os.urandom(100_000)})
+    run_backup(site.environment).expect(0)
+    loaded = backup.load_settings(site.environment)
+    runtime = backup.Runtime(loaded, site.environment, backup.Console(debug=False), backup.Stop(), 1000)
+    with (
+        pytest.raises(backup.BackupError, match="another run changed the repository while it was read"),
+        backup.opened_for_reading(runtime, loaded.targets[0]) as repository,
+    ):
+        site.target.delete(*[key for key in site.target.sizes() if key.startswith(("data/", "index."))])
+        backup.contents(repository)
+
+
+def test_a_borg_that_waits_for_a_pipe_for_too_long_is_stuck(site: Site) -> None:
+    """Where there is no terminal, nobody could end it; the lease and borg's lock are given back."""
+    run_backup(site.environment).expect(0)
+    command = [sys.executable, str(BACKUP), "borg", "first", "create", "late", "-"]
+    environment = {**site.environment, "STALL_TIMEOUT": "5"}
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.wait(60) == 2
+        assert waiting.stderr
+        assert "borg create hangs" in waiting.stderr.read()
+    assert run_backup(site.environment).expect(0)
+
+
 def test_a_reader_that_goes_away_is_no_defect(site: Site) -> None:
     """`backup.py borg first list | head -1`."""
     run_backup(site.environment).expect(0)
@@ -309,6 +356,34 @@ def test_borg_may_ask_at_the_terminal(site: Site) -> None:
     run_backup(with_target_secrets(site.environment, "first", borg_passphrase="typed by hand")).expect(0)
 
 
+def test_borg_may_ask_in_a_container_too(site: Site) -> None:
+    """There we are PID 1, whose child is no foreground process group until it is made one.
+
+    And with the repository go neither the lease nor the mount.
+    """
+    unshare = shutil.which("unshare")
+    if os.geteuid() != 0 or not unshare:
+        skip_or_fail("a PID namespace takes root and unshare(1)")
+    run_backup(site.environment).expect(0)
+    words = [
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+        sys.executable,
+        str(BACKUP),
+        "borg",
+        "first",
+        "delete",
+    ]
+    with pexpect.spawn(str(unshare), words, env=site.environment, encoding="utf-8", timeout=60) as terminal:
+        terminal.expect("Type 'YES' if you understand")
+        terminal.sendline("YES")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 0
+    assert not [key for key in site.target.sizes() if not key.startswith(".s3borgbackup-")]
+
+
 def test_ctrl_c_at_the_terminal_reaches_borg_alone_and_what_it_wrote_is_uploaded(site: Site) -> None:
     """And the lease is given back; a question that is left unanswered is no reason to be stuck either."""
     run_backup(site.environment).expect(0)
@@ -327,11 +402,10 @@ def test_ctrl_c_at_the_terminal_reaches_borg_alone_and_what_it_wrote_is_uploaded
     assert (LEASE in site.target.sizes(), site.target.locks()) == (False, [])
 
 
-@pytest.mark.parametrize("words", [["borg", "first", "create", "::late", "/proc/self/environ", "-"]])
-def test_a_stop_signal_ends_borg_in_order(site: Site, words: list[str]) -> None:
+def test_a_stop_signal_ends_borg_in_order(site: Site) -> None:
     """`docker stop`: borg waits for its standard input, and is told to end; its lock is released."""
     run_backup(site.environment).expect(0)
-    with at_terminal(site, *words) as terminal:
+    with at_terminal(site, "borg", "first", "create", "late", "-") as terminal:
         wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
         terminal.kill(signal.SIGTERM)
         terminal.expect(pexpect.EOF)
