@@ -4,6 +4,7 @@ The policy and the program that rescues an older state are the README's, word fo
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from helpers import (
     BACKUP,
     Bucket,
     Repository,
+    mounted,
     run_backup,
     settings,
     wait_until,
@@ -253,3 +255,20 @@ def test_backups_prune_and_compact_in_a_bucket_with_object_lock(
     assert {refusal(admin.delete_object, **this) for this in locked} == {"AccessDenied"}
     site.attack()
     assert_rescued(site, moment, rescued, objects)
+
+
+def test_a_default_retention_asks_for_checksums_and_gets_them(moto: Moto, tmp_path: Path) -> None:
+    """S3 takes no object without one then: what we write ourselves has it, and what TigrisFS uploads."""
+    admin = moto.client(ADMIN)
+    source, target = Bucket(moto, "source-default").create(), Bucket(moto, "locked-default")
+    admin.create_bucket(Bucket=target.name, ObjectLockEnabledForBucket=True)
+    rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    configuration = {"ObjectLockEnabled": "Enabled", "Rule": rule}
+    admin.put_object_lock_configuration(Bucket=target.name, ObjectLockConfiguration=configuration)
+    site = make_site(moto, source, target, tmp_path)
+    run_backup(site.environment, "check-config").expect(0)
+    content = os.urandom(30_000_000)
+    with mounted(target, tmp_path / "mount") as folder:
+        (folder / "small").write_bytes(b"small")
+        (folder / "large").write_bytes(content)
+    assert target.contents() == {"small": b"small", "large": content}
