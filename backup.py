@@ -26,7 +26,9 @@ The sections of this file, each using only those above it:
     Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
     Audit           whether the bucket holds what borg wrote, and the archive what the source lists
     Notifications   how a run went, for a health check, a webhook and Prometheus
-    Backup          preflight, one target, a whole run, the summary
+    Repository      preflight, the lease, leftovers; a repository opened for writing, or to read from
+    Backup          one target, a whole run, the summary
+    Operations      what a person does with backups: list, info, maintain, key-export, any borg command
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -47,6 +49,7 @@ import email.utils
 import enum
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import heapq
 import hmac
@@ -64,6 +67,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -150,6 +154,10 @@ EXIT_OK, EXIT_WARNINGS, EXIT_FAILURE = 0, 1, 2
 EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits.h>
 
 # --------------------------------------------------------------------------------------------------- Errors
+
+
+TRY_AGAIN = "Run it again; LOG_LEVEL=debug tells more."
+TRY_LATER = "The server is in trouble: run it again later."
 
 
 class BackupError(Exception):
@@ -363,24 +371,31 @@ class Settings:
         """The source and all targets' stores."""
         return (self.source, *(target.store for target in self.targets))
 
+    def require_source(self) -> None:
+        """Raises ConfigurationError where a source is needed, and the configuration has none."""
+        if mistakes := missing_settings(self.source):
+            raise ConfigurationError(mistakes)
+
     def mount_point(self, store: Store) -> Path:
         """Where `store` is mounted: `/data/source` or `/data/target-NAME`."""
         return self.data_dir / store.name
 
 
-def load_settings(environ: Mapping[str, str]) -> Settings:
+def load_settings(environ: Mapping[str, str], needs_source: bool = True) -> Settings:
     """The settings that `environ` and the files it points to describe.
 
-    Raises ConfigurationError with every mistake found. Touches nothing but the files named by `*_FILE`
-    variables.
+    Raises ConfigurationError with every mistake found; that the source's settings are missing is none unless
+    it is needed. Touches nothing but the files named by `*_FILE` variables.
     """
     mistakes: list[str] = []
-    return checked_settings(read_variables(environ, mistakes), mistakes)
+    return checked_settings(read_variables(environ, mistakes), mistakes, needs_source)
 
 
-def checked_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
+def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
     """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found."""
     settings = parse_settings(values, mistakes)
+    if needs_source:
+        mistakes[:0] = missing_settings(settings.source)
     if mistakes:
         raise ConfigurationError(mistakes)
     return settings
@@ -522,10 +537,6 @@ def label_mistakes(label: str) -> list[str]:
 def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
     """A store from its settings by their lower-case names."""
     bare = Store(target, "", "", "", "", "")
-    missing = [
-        key for key in ("endpoint", "path", "access_key_id", "secret_access_key") if not given.get(key)
-    ]
-    mistakes += [f"{bare.setting(key)}: is missing; {STORE_HELP[key]}" for key in missing]
     endpoint = given.get("endpoint", "")
     if endpoint and endpoint != UNREADABLE:
         mistakes += [f"{bare.setting('endpoint')}: {mistake}" for mistake in endpoint_mistakes(endpoint)]
@@ -541,6 +552,19 @@ def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str
         given.get("secret_access_key", ""),
         given.get("region") or None,
     )
+
+
+def missing_settings(store: Store) -> list[str]:
+    """A mistake for each setting that a store cannot do without and lacks."""
+    given = {
+        "endpoint": store.endpoint,
+        "path": store.location,
+        "access_key_id": store.access_key_id,
+        "secret_access_key": store.secret_access_key,
+    }
+    return [
+        f"{store.setting(key)}: is missing; {STORE_HELP[key]}" for key, value in given.items() if not value
+    ]
 
 
 STORE_HELP = {
@@ -701,6 +725,7 @@ def parse_target(
     prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
     compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
     store = parse_store(name, texts, mistakes)
+    mistakes += missing_settings(store)
     return Target(name, store, passphrase, encryption, "encryption" in texts, compression, prune, compact)
 
 
@@ -739,12 +764,24 @@ def compression_mistake(specification: str) -> str | None:
     return None
 
 
-class PruneParser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
+    """Parses options; raises ValueError with what is wrong."""
+
+    def __init__(self) -> None:
+        """Knows no options yet."""
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError where argparse would end the program."""
+        raise ValueError(message)
+
+
+class PruneParser(OptionParser):
     """The options of `borg prune` that a target's `prune` may hold."""
 
     def __init__(self) -> None:
         """Declares the options as borg 1.4 has them."""
-        super().__init__(add_help=False, allow_abbrev=False)
+        super().__init__()
         for names in KEEP_OPTIONS:
             self.add_argument(*names, type=int, dest=names[-1], metavar="N")
         self.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
@@ -753,10 +790,6 @@ class PruneParser(argparse.ArgumentParser):
             self.add_argument(
                 *({"--stats": ["-s"], "--verbose": ["-v"]}.get(flag, [])), flag, action="store_true"
             )
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ValueError where argparse would end the program."""
-        raise ValueError(message)
 
 
 KEEP_OPTIONS = (
@@ -1024,7 +1057,12 @@ class S3Client:
         return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
 
     def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
-        """Writes an object, under the condition that `headers` may name; returns its ETag."""
+        """Writes an object, under the condition that `headers` may name; returns its ETag.
+
+        A bucket with object lock takes no object without its MD5.
+        """
+        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        headers = {"Content-MD5": md5, **(headers or {})}
         return self.request("PUT", key, headers=headers, body=body).headers.get("etag", "")
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
@@ -1122,7 +1160,7 @@ class S3Client:
     def _error(self, status: int, code: str, message: str) -> S3Error:
         """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
-        hint = S3_HINTS.get(code, "").format(**settings)
+        hint = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN).format(**settings)
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
@@ -1179,8 +1217,11 @@ def describe_fault(fault: Exception) -> str:
 # clock, may be taken over. A clock of ours tells only how long ago the last renewal was sent, and so how long
 # the holder itself may still write.
 
-LEASE_NAME = ".s3borgbackup-lease"
-PROBE_NAME = ".s3borgbackup-probe-"
+OWN_PREFIX = ".s3borgbackup-"  # what the names of our objects in a repository begin with; borg ignores them
+LEASE_NAME = f"{OWN_PREFIX}lease"
+PROBE_NAME = f"{OWN_PREFIX}probe-"
+KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
+CHECKED_NAME = f"{OWN_PREFIX}checked"
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -1228,7 +1269,10 @@ class DeadMansSwitch:
         self._timer = ctypes.c_void_p()
         event = SignalEvent(None, signal.SIGKILL, 0)
         if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
-            raise BackupError(f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}")
+            raise BackupError(
+                f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
+                "Let the container's seccomp profile allow it.",
+            )
 
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
@@ -1239,6 +1283,19 @@ class DeadMansSwitch:
     def close(self) -> None:
         """Removes the timer."""
         LIBC.timer_delete(self._timer)
+
+
+class NoSwitch(DeadMansSwitch):
+    """For who only reads under a lease: going on late harms nobody."""
+
+    def __init__(self) -> None:
+        """Makes no timer."""
+
+    def arm(self, at_boot_seconds: float) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -1285,6 +1342,19 @@ class Sighting:
         return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
 
 
+def look_at_lease(client: S3Client) -> Sighting | None:
+    """The lease object as it is now; None where there is none. Raises S3Error."""
+    try:
+        answer = client.request("GET", f"{client.store.key_prefix}{LEASE_NAME}")
+    except S3Error as error:
+        if error.code == "NoSuchKey":
+            return None
+        raise
+    now, then = answer.time("Date"), answer.time("Last-Modified")
+    age = (now - then).total_seconds() if now and then else 0.0
+    return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
+
+
 class Member(Protocol):
     """What works under a lease: a child process."""
 
@@ -1312,10 +1382,11 @@ class Lease:
         patience_seconds: float,
         notice: Callable[[str], None],
         pause: Callable[[float], None],
+        switch: DeadMansSwitch | None = None,
     ) -> None:
         """Takes nothing yet; `notice` is told what a user should know, `pause(seconds)` waits.
 
-        `patience_seconds` is how long `write` tries.
+        `patience_seconds` is how long `write` tries; `switch` kills us where we would go on too late.
         """
         ttl = holder.ttl_seconds
         # Connecting and waiting for the answer together end before a lease that is suspended can expire.
@@ -1332,7 +1403,7 @@ class Lease:
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
         self._members: list[Member] = []
         self._lock, self._over = threading.RLock(), threading.Event()
-        self._switch = DeadMansSwitch()
+        self._switch = switch or DeadMansSwitch()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
         ]
@@ -1378,7 +1449,7 @@ class Lease:
                     raise
                 self.enforced = False
                 return None
-            current = self._look(self._client)
+            current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
             if self._adopt(current, sent):
@@ -1387,7 +1458,9 @@ class Lease:
                 self._notice(f"an expired lease is taken over: {current.holder}")
                 return None
             return current
-        raise BackupError(f"{self._client.store.name}: {self._key} can neither be written nor read")
+        raise BackupError(
+            f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
+        )
 
     def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
         """Writes the object under a condition; False when that is not met."""
@@ -1404,18 +1477,6 @@ class Lease:
             raise
         self._etag, self._valid_until = etag, sent + self._holder.ttl_seconds
         return True
-
-    def _look(self, client: S3Client) -> Sighting | None:
-        """The object as it is now; None where there is none."""
-        try:
-            answer = client.request("GET", self._key)
-        except S3Error as error:
-            if error.code == "NoSuchKey":
-                return None
-            raise
-        now, then = answer.time("Date"), answer.time("Last-Modified")
-        age = (now - then).total_seconds() if now and then else 0.0
-        return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
 
     def _adopt(self, current: Sighting, sent: float) -> bool:
         """Whether the object is ours: a write from after `sent` succeeded, and its answer was lost."""
@@ -1477,7 +1538,10 @@ class Lease:
                     if self.suspended and not self._own_writes:
                         self._switch.arm(0)
             if time.monotonic() > give_up:
-                raise Stuck(f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}")
+                raise Stuck(
+                    f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}",
+                    "Run it again.",
+                )
             self._pause(GUARD_SECONDS)
 
     def check(self) -> None:
@@ -1499,7 +1563,7 @@ class Lease:
     def _renew(self) -> None:
         sent = boot_seconds()
         if not self._write(self._hasty_client, {"If-Match": self._etag}):
-            current = self._look(self._hasty_client)
+            current = look_at_lease(self._hasty_client)
             if current is None or not self._adopt(current, sent):
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
@@ -1561,9 +1625,10 @@ def leased(
     patience_seconds: float,
     notice: Callable[[str], None],
     pause: Callable[[float], None],
+    switch: DeadMansSwitch | None = None,
 ) -> Iterator[Lease]:
     """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, patience_seconds, notice, pause)
+    lease = Lease(client, holder, patience_seconds, notice, pause, switch)
     try:
         lease.acquire(wait_seconds)
         yield lease
@@ -1596,10 +1661,16 @@ class Console:
         self._run_id = run_id
         self._colours = not as_json and environ is not None and allows_colours(environ)
         self._lock = threading.Lock()
+        self._stream = sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
         self._progress_is_shown = False
         self._progress_due: dict[str, float] = {}
         self._latest_progress: dict[str, tuple[float, str]] = {}
+
+    def leave_standard_output(self) -> None:
+        """From now on prints to standard error only: standard output is for what a program may read."""
+        self._stream = sys.stderr
+        self._terminal = sys.stderr.isatty() and not self.as_json
 
     def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
@@ -1645,7 +1716,7 @@ class Console:
             }
             width = (shutil.get_terminal_size().columns - 1) // len(shown)
             parts = [printable(f"[{name}] {text}")[: width - 1].ljust(width) for name, text in shown.items()]
-            print(f"\r\033[K{''.join(parts).rstrip()}", end="", flush=True)
+            print(f"\r\033[K{''.join(parts).rstrip()}", end="", file=self._stream, flush=True)
             self._progress_is_shown = True
 
     def _print(
@@ -1656,14 +1727,14 @@ class Console:
         event: str = "message",
         numbers: Mapping[str, Any] | None = None,
     ) -> None:
-        stream = sys.stderr if level in COLOURS else sys.stdout
+        stream = sys.stderr if level in COLOURS else self._stream
         if self.as_json:
             line = json_line(datetime.now(UTC), level, self._run_id, name, event, text, numbers or {})
         else:
             line = self._text_line(level, name, text, self._colours and stream.isatty())
         with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
             if self._progress_is_shown:
-                print("\r\033[K", end="", flush=True)
+                print("\r\033[K", end="", file=self._stream, flush=True)
                 self._progress_is_shown = False
             print(line, file=stream, flush=True)
 
@@ -1806,6 +1877,8 @@ class Child:
     Its output is read to the end by threads that hand every line to `on_output` or `on_error`.
     """
 
+    is_watched = True  # whether it is stuck when nothing moves for long
+
     def __init__(
         self,
         argv: Sequence[str],
@@ -1816,26 +1889,37 @@ class Child:
         dies_with_us: bool = True,
     ) -> None:
         """Starts the process. Raises BackupError when it cannot be started."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **pipes)
+        self._look_after((self._process.stdout, on_output), (self._process.stderr, on_error))
+
+    def _start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        pass_fds: Sequence[int],
+        dies_with_us: bool,
+        **how: Any,
+    ) -> None:
         try:
             self._process = subprocess.Popen(
                 argv,
                 env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
                 pass_fds=pass_fds,
-                start_new_session=True,
                 # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
                 preexec_fn=die_with_parent if dies_with_us else None,
+                **how,
             )
         except OSError as error:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
+
+    def _look_after(self, *streams: tuple[IO[bytes], Callable[[str], None]]) -> None:
+        """Reads these streams, and waits for the end."""
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
-        streams = ((self._process.stdout, on_output), (self._process.stderr, on_error))
         self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
         for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
             thread.start()
@@ -1880,6 +1964,54 @@ class Child:
         """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
         self.send(signal.SIGKILL)
         return self.wait(KILL_SECONDS) is not None
+
+
+class ForegroundChild(Child):
+    """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
+
+    It is the terminal's foreground process group, as a shell's command would be: it may read from the
+    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on.
+    """
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
+        """Starts the process. Raises BackupError when it cannot be started. Only for the main thread."""
+        self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
+        before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
+        try:
+            self._start(argv, env, pass_fds, dies_with_us=True, process_group=0)
+        finally:
+            signal.signal(signal.SIGTSTP, before)
+        self._look_after()
+
+    @contextlib.contextmanager
+    def in_foreground(self) -> Iterator[None]:
+        """The terminal is the child's; afterwards it is again as it was, its settings included."""
+        try:
+            before, settings = os.tcgetpgrp(0), termios.tcgetattr(0)
+        except (OSError, termios.error):  # no terminal, or not that of our session
+            yield
+            return
+        try:
+            set_terminal(self.pid)
+            self.send(signal.SIGCONT)  # it may have asked for the terminal too early
+            yield
+        finally:
+            set_terminal(before, settings)
+
+
+def set_terminal(process_group: int, settings: list[Any] | None = None) -> None:
+    """Makes a process group the terminal's foreground one, and sets the terminal up.
+
+    Without the block, SIGTTOU would stop us where we are in the background: below a PID 1, for instance.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+    try:
+        with contextlib.suppress(OSError, termios.error):  # the group may be gone already
+            os.tcsetpgrp(0, process_group)
+            if settings:
+                termios.tcsetattr(0, termios.TCSADRAIN, settings)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
 
 
 def die_with_parent() -> None:
@@ -2007,7 +2139,7 @@ def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop
             return future.result()
         if stop:
             stop.check()
-    raise BackupError(f"{what}: no answer within {seconds:.0f} s")
+    raise BackupError(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
 
 
 def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
@@ -2403,7 +2535,10 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
             remove_dead_mount(runtime, store, path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BackupError(f"{store.name}: cannot use {path} as mount point: {error.strerror}") from None
+        raise BackupError(
+            f"{store.name}: cannot use {path} as mount point: {error.strerror}",
+            "Make its folder writable, or set DATA_DIR to one that is.",
+        ) from None
     return path
 
 
@@ -2442,14 +2577,18 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
             permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
             raise BackupError(
                 f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
-                FUSE_HELP if permission else "",
+                FUSE_HELP if permission else TRY_AGAIN,
             )
         if time.monotonic() > deadline:
-            raise BackupError(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}")
+            raise BackupError(
+                f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN
+            )
     try:
         probe_mount(runtime, mount.store, mount.path)
     except OSError as error:
-        raise BackupError(f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}") from None
+        raise BackupError(
+            f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}", TRY_AGAIN
+        ) from None
     if not mount.usable:
         mount.usable = True
         runtime.console.debug(name, f"{mount.store.location} is mounted at {mount.path}")
@@ -2496,7 +2635,9 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     """
     if mount.lease and mount.lease.suspended and runtime.stop.requested:
         abandon(runtime, mount)
-        raise BackupError(f"{mount.store.name}: the upload was cut off, as its lease could not be renewed")
+        raise BackupError(
+            f"{mount.store.name}: the upload was cut off, as its lease could not be renewed", "Run it again."
+        )
     if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
         mount.child.kill()
     deadline = time.monotonic() + BUSY_SECONDS
@@ -2514,7 +2655,7 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
             detach(runtime, mount.path, lazy=True)
     if code != 0 and not mount.holds_nothing:
-        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}")
+        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}", TRY_AGAIN)
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
 
@@ -2883,6 +3024,16 @@ def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
     return ["info", "--json", "--last", "2", *options, str(repository)]
 
 
+def borg_archives(repository: Path) -> list[str]:
+    """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
+    return ["list", "--json", "--format", "{archive}{time}{end}{nfiles}{size}", str(repository)]
+
+
+def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
+    """Shows the key, in the form that `form`, an option, asks for."""
+    return ["key export", *form, str(repository)]
+
+
 def borg_create(
     target: Target, label: str, repository: Path, source: Path, metadata: bool = False
 ) -> list[str]:
@@ -2918,19 +3069,40 @@ def borg_compact(target: Target, repository: Path) -> list[str]:
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
 
 
+BORG_FOLDERS = (
+    "XDG_CONFIG_HOME",
+    "XDG_CACHE_HOME",
+    "BORG_BASE_DIR",
+    "BORG_CONFIG_DIR",
+    "BORG_CACHE_DIR",
+    "BORG_KEYS_DIR",
+    "BORG_SECURITY_DIR",
+)
+# A person may tell borg how to behave (BORG_EXIT_CODES, BORG_NEW_PASSPHRASE, the answers to its questions);
+# which repository it is and how to open it is our matter.
+BORG_SECRETS = ("BORG_REPO", "BORG_PASSPHRASE", "BORG_PASSPHRASE_FD", "BORG_PASSCOMMAND")
+TERMINAL_VARIABLES = ("TERM", "COLUMNS", "LINES")
+
+
+def personal_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of a person's environment a borg gets to see that they call themselves."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in TERMINAL_VARIABLES or (name.startswith("BORG_") and name not in BORG_SECRETS)
+    }
+
+
 def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
     """What borg gets to see, but for the passphrase's file descriptor."""
-    folders = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "BORG_BASE_DIR", "BORG_CONFIG_DIR", "BORG_CACHE_DIR")
     own = {
-        "BORG_EXIT_CODES": "modern",
         "BORG_HOST_ID": f"{OWN_HOST}{runtime.run_id}",  # host names and PIDs repeat
         "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
         "BORG_DISPLAY_PASSPHRASE": "no",
     }
     if target.encryption == "none":
         own["BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK"] = "yes"
-    names = (*folders, "BORG_KEYS_DIR", "BORG_SECURITY_DIR")
-    return minimal_environment(runtime.environ, names, **own)
+    return minimal_environment(runtime.environ, BORG_FOLDERS, **own)
 
 
 BREAK_LOCK_HELP = (
@@ -2953,8 +3125,9 @@ BORG_HINTS = {
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
     " remove /cache and /config/borg/security.",
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
-    "RepoKeyNotFoundError": "Import your exported key: backup.py mount target-{name}"
-    " && borg key import {path} FILE",
+    "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
+    "UnencryptedRepo": "Without encryption there is no key, and none to lose.",
+    "NoManifestError": "The repository is damaged: backup.py borg {name} check",
 }
 
 
@@ -3010,7 +3183,7 @@ class BorgLog:
         elif "you will need both KEY AND PASSPHRASE" in text:
             self._console.info(
                 self._name,
-                "keep the passphrase and a copy of the key (`borg key export`) in a safe place",
+                "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place",
             )
         elif level in ("ERROR", "CRITICAL"):
             self.errors.append((msgid, text))
@@ -3054,12 +3227,20 @@ class Borg:
     """Runs borg on one target's repository in the folder `repository`."""
 
     def __init__(
-        self, runtime: Runtime, target: Target, repository: Path, mounts: Sequence[Mount] = ()
+        self,
+        runtime: Runtime,
+        target: Target,
+        repository: Path,
+        mounts: Sequence[Mount] = (),
+        folders: Mapping[str, str] | None = None,
     ) -> None:
-        """Runs nothing yet; borg will work on `mounts`, first of all the repository's."""
+        """Runs nothing yet; borg will work on `mounts`, first of all the repository's.
+
+        `folders` are variables that tell borg to keep what it knows elsewhere than usual.
+        """
         self.repository = repository
         self._runtime, self._target = runtime, target
-        self._mounts = mounts
+        self._mounts, self._folders = mounts, folders or {}
 
     def run(
         self,
@@ -3075,16 +3256,14 @@ class Borg:
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
-        argv = ["borg", command, "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
+        argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
         log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
-        with contextlib.ExitStack() as stack:
-            fd = stack.enter_context(passphrase_pipe(self._target.passphrase))
-            own = {"BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": stack.enter_context(borg_additions())}
+        own = {"BORG_EXIT_CODES": "modern", **({"S3BORGBACKUP_SIZES": "yes"} if command == "list" else {})}
+        with self._environment(own) as (env, fd):
             if trusted_before:
-                own["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            env = {**borg_environment(runtime, self._target), **own}
+                env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
             child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
             on_start(child)
             code = self._run_to_end(command, child)
@@ -3094,12 +3273,32 @@ class Borg:
             raise self._failure(command, code, log)
         return result
 
+    def hand_over(self, arguments: Sequence[str]) -> int:
+        """Runs what a person typed, with our standard streams and terminal; returns borg's exit code.
+
+        The repository is in BORG_REPO; see HANDED_OVER. Raises Stuck when its mounts are gone, or nothing
+        moves and no terminal is there, Stopped on a stop signal.
+        """
+        own = {"BORG_REPO": str(self.repository), "S3BORGBACKUP_HANDED_OVER": "yes"}
+        self._runtime.stop.check()
+        with self._environment({**personal_environment(self._runtime.environ), **own}) as (env, fd):
+            child = ForegroundChild(["borg", *arguments], env, pass_fds=(fd,))
+            with child.in_foreground():
+                return self._run_to_end(arguments[0] if arguments else "", child)
+
+    @contextlib.contextmanager
+    def _environment(self, own: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]]:
+        """The environment for one command, and the file descriptor of the passphrase that it names."""
+        with passphrase_pipe(self._target.passphrase) as fd, borg_additions() as additions:
+            env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
+            yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
+
     def _run_to_end(self, command: str, child: Child) -> int:
         """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
         leases = [mount.lease for mount in self._mounts if mount.lease]
         for lease in leases:
             lease.add(child)
-        seconds = self._runtime.settings.stall_seconds
+        seconds = self._runtime.settings.stall_seconds if child.is_watched else math.inf
         meters = [mount.meter(seconds) for mount in self._mounts]
         stall = StallClock(seconds, [lambda: io_bytes(child.pid) + int(cpu_seconds(child.pid)), *meters])
 
@@ -3137,7 +3336,7 @@ class Borg:
                 "The archive holds the others. Run it again; if it stays so, look at those objects.",
             )
         msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
-        hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else "")
+        hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
         owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
         return BackupError(
             f"{self._target.store.name}: borg {command}: {reason}{owner}",
@@ -3249,13 +3448,18 @@ KEY_TYPES = {
 }
 
 
+def security_folder(environ: Mapping[str, str], repository_id: str) -> Path:
+    """Where borg notes what it knows of a repository; it need not be there."""
+    security = environ.get("BORG_SECURITY_DIR", borg_folder(environ, "CONFIG", ".config") / "security")
+    return Path(security, repository_id)
+
+
 def seen_encryption(environ: Mapping[str, str], repository_id: str) -> str | None:
     """The encryption mode that a repository had when borg used it last; borg refuses any other.
 
     None where borg has not seen it here (`SecurityManager.known` and `assert_key_type` of borg 1.4).
     """
-    security = environ.get("BORG_SECURITY_DIR", borg_folder(environ, "CONFIG", ".config") / "security")
-    folder = Path(security, repository_id)
+    folder = security_folder(environ, repository_id)
     try:
         texts = [(folder / name).read_text(encoding="ascii") for name in SECURITY_FILES]
     except (OSError, ValueError):
@@ -3338,14 +3542,102 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 """
 
 
+# `borg list` knows two more keys for --format: `nfiles` and `size`, which borg notes in each archive. `borg
+# info` has them, too, but reads all of each archive's metadata, and needs the cache. (ArchiveFormatter of
+# borg 1.4; where that is called otherwise, they are missing.)
+LIST_SIZES = """\
+
+def list_sizes():
+    from borg.helpers.parseformat import ArchiveFormatter
+    start = ArchiveFormatter.__init__
+
+    def wrapper(self, format, *arguments, **options):
+        start(self, format, *arguments, **options)
+        for key in {"nfiles", "size"} & self.format_keys:
+            self.call_keys[key] = lambda key=key: self.get_meta(key, rs=False)
+        self.used_call_keys = set(self.call_keys) & self.format_keys
+
+    ArchiveFormatter.__init__ = wrapper
+
+if "S3BORGBACKUP_SIZES" in os.environ:
+    try:
+        list_sizes()
+    except (ImportError, AttributeError):
+        pass
+"""
+
+
+# What a person types after `backup.py borg NAME` needs no repository: where borg wants REPOSITORY::ARCHIVE, a
+# word without a slash is an archive of BORG_REPO, so that `diff A B` and `list A` mean what they say. And a
+# new passphrase is asked for: Passphrase.new of borg 1.4 would read BORG_PASSPHRASE_FD again, which is closed
+# by then. And who deletes the repository deletes neither its mount nor the lease. (Where borg's parts are
+# called otherwise, `::ARCHIVE` still works.)
+HANDED_OVER = """\
+
+def take_archives_by_name():
+    import borg.helpers
+    from borg.helpers import parseformat
+    make = parseformat.location_validator
+
+    def location_validator(archive=None, proto=None):
+        validator = make(archive, proto)
+        if archive is False:
+            return validator
+        return lambda text: validator(text if not text or "/" in text or "::" in text else "::" + text)
+
+    parseformat.location_validator = borg.helpers.location_validator = location_validator
+
+def ask_for_new_passphrase():
+    from borg.crypto.key import Passphrase
+    new = Passphrase.new.__func__
+
+    def wrapper(cls, *arguments, **options):
+        os.environ.pop("BORG_PASSPHRASE_FD", None)
+        return new(cls, *arguments, **options)
+
+    Passphrase.new = classmethod(wrapper)
+
+def spare_what_is_ours():
+    import shutil
+    from borg.repository import Repository
+    destroy, remove = Repository.destroy, shutil.rmtree
+
+    def empty(path):
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                remove(entry.path)
+            elif not entry.name.startswith(".s3borgbackup-"):
+                os.unlink(entry.path)
+
+    def wrapper(self):
+        shutil.rmtree = empty
+        try:
+            destroy(self)
+        finally:
+            shutil.rmtree = remove
+
+    Repository.destroy = wrapper
+
+if "S3BORGBACKUP_HANDED_OVER" in os.environ:
+    try:
+        take_archives_by_name()
+        ask_for_new_passphrase()
+        spare_what_is_ours()
+    except (ImportError, AttributeError):
+        pass
+"""
+
+
 @contextlib.contextmanager
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    An fsync that failed is repeated, which the stall clock bounds; and see TRUST_OLD.
+    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES and HANDED_OVER do
+    what they are asked for by variables.
     """
     with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
-        Path(folder, "sitecustomize.py").write_text(PATIENT_FSYNC + TRUST_OLD, encoding="ascii")
+        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER
+        Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
 
 
@@ -3408,9 +3700,8 @@ def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
 
 
 def borgs_own(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The files without the lease and the probes of preflights, which come and go while others begin."""
-    ours = (LEASE_NAME, PROBE_NAME)
-    return {name: size for name, size in sizes.items() if not name.startswith(ours)}
+    """The files without ours: the lease and the probes come and go, and none is borg's."""
+    return {name: size for name, size in sizes.items() if not name.startswith(OWN_PREFIX)}
 
 
 def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
@@ -3989,7 +4280,7 @@ def replace_file(path: Path, text: str) -> None:
         raise
 
 
-# --------------------------------------------------------------------------------------------------- Backup
+# ----------------------------------------------------------------------------------------------- Repository
 
 
 @dataclass(frozen=True)
@@ -4006,6 +4297,16 @@ class Preflight:
         return repository_state(
             {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
         )
+
+    def holds(self, store: Store, name: str) -> bool:
+        """Whether a note is there; our names sort before all of borg's."""
+        return any(entry.key == f"{store.key_prefix}{name}" for entry in self.keys)
+
+    def others(self, store: Store) -> list[str]:
+        """The keys of what is not ours: the lease, probes and notes are."""
+        return [
+            entry.key for entry in self.keys if not entry.key.startswith(f"{store.key_prefix}{OWN_PREFIX}")
+        ]
 
 
 class RepositoryState(enum.Enum):
@@ -4027,7 +4328,7 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
     `borg init` writes README, config, the first segments, and last an index. Until there is an index,
     nothing can have been archived, so what is small and has only borg's own names may be made anew.
     """
-    names = {name for name in sizes if name and not name.startswith((PROBE_NAME, LEASE_NAME))}
+    names = {name for name in sizes if name and not name.startswith(OWN_PREFIX)}
     own = {name for name in names if OWN_NAMES.fullmatch(name)}
     if not names:
         return RepositoryState.EMPTY
@@ -4056,6 +4357,15 @@ def examine(client: S3Client, write: bool) -> Preflight:
             probe_read(client, readable)
     if write:
         probe_write(client)
+    return found
+
+
+def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
+    """Examines one store. Raises S3Error naming what is refused, Stopped on a stop signal."""
+    client = S3Client(store)
+    [found] = side_by_side([lambda: examine(client, write)], runtime.stop)
+    if isinstance(found, BackupError):
+        raise found
     return found
 
 
@@ -4089,12 +4399,402 @@ def probe_write(client: S3Client) -> None:
             if client.get(key) == body:
                 return
             what = f"{client.store.name}: an object that was just written reads back differently"
-            raise S3Error(what, "", 200, "Stale")
+            raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
         except S3Error as error:
             if error.status != 404 or last:
                 raise
         finally:
             client.delete(key)
+
+
+@contextlib.contextmanager
+def held(
+    runtime: Runtime,
+    client: S3Client,
+    purpose: str,
+    notice: Callable[[str], None] | None = None,
+    switch: DeadMansSwitch | None = None,
+) -> Iterator[Lease]:
+    """The lease on a target's repository."""
+    settings, name = runtime.settings, client.store.name
+    holder = Holder(
+        runtime.run_id, socket.gethostname(), purpose, utc_now(client), settings.lease_ttl_seconds
+    )
+
+    def pause(seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            runtime.stop.check()
+            time.sleep(POLL_SECONDS)
+
+    def warn(text: str) -> None:
+        runtime.console.warning(name, text)
+
+    patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
+    waits = settings.lease_wait_seconds
+    with leased(client, holder, waits, patience_seconds, notice or warn, pause, switch) as lease:
+        yield lease
+
+
+def repository_id(runtime: Runtime, mount: Mount) -> str:
+    """The id in a mounted repository's config. Raises BackupError."""
+    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
+    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
+    if not found:
+        raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
+    return found[1]
+
+
+def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
+    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
+
+    Returns whether it was made. Raises BackupError.
+    """
+    found = look(client)
+    keys = found.keys
+    probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
+    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
+    state = what_lies_there(client, found)
+    if state is RepositoryState.READY:
+        if lease.enforced:
+            clear_leftovers(runtime, target, client, lease)
+        return False
+    if state is RepositoryState.UNFINISHED:
+        others = found.others(target.store)
+        runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
+        delete_all(lease, others)
+    make_repository(runtime, target, lease)
+    return True
+
+
+def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
+    """The state of the place for a repository. Raises BackupError where it holds other objects."""
+    store, state = client.store, found.repository_state(client.store)
+    if state is RepositoryState.UNFINISHED and not is_remnant(client):
+        state = RepositoryState.FOREIGN
+    if state is RepositoryState.FOREIGN:
+        raise BackupError(
+            f"{store.name}: {store.location} holds other objects"
+            f" (such as {found.others(store)[0]!r}) and no borg repository",
+            f"Point {store.setting('path')} at an empty place, such as {store.bucket}:borg.",
+        )
+    return state
+
+
+def expect_repository(client: S3Client, found: Preflight) -> None:
+    """Raises BackupError where no repository lies in the store."""
+    if what_lies_there(client, found) is not RepositoryState.READY:
+        raise BackupError(
+            f"{client.store.name}: {client.store.location} holds no repository yet",
+            f"Run a backup first, or correct {client.store.setting('path')}.",
+        )
+
+
+def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
+    """Makes a repository in a local folder, and copies its few small files into the bucket.
+
+    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
+    interruption leaves has none, and is made anew.
+    """
+    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+        repository = Path(folder, "repository")
+        Borg(runtime, target, repository).run(borg_init(target, repository))
+        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
+        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
+        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
+        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
+            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(lambda client, key=key, body=body: client.put(key, body))
+
+
+def find_leftovers(client: S3Client) -> Leftovers:
+    """What crashed runs left in a repository, as the bucket has it."""
+    prefix = client.store.key_prefix
+    names = names_after_data(client)
+    roster = client.get(f"{prefix}lock.roster") if "lock.roster" in names else b""
+    return Leftovers.sort(names, roster)
+
+
+def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
+    """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
+    delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
+    if any(LEFT_LOCK.search(name) for name in left.stale):
+        runtime.console.info(store.name, "the lock of a run that crashed is removed")
+    if any(INDEX_FILE.fullmatch(name) for name in left.stale):
+        runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
+
+
+def delete_all(lease: Lease, keys: Iterable[str]) -> None:
+    """Deletes objects, as long as the lease holds."""
+    for key in keys:
+        lease.write(lambda client, key=key: client.delete(key))
+
+
+def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
+    """Sees to it that borg finds no lock, and no index that it cannot use.
+
+    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while (left := find_leftovers(client)).owners:
+        if time.monotonic() > deadline:
+            path = shlex.quote(str(runtime.settings.mount_point(target.store)))
+            raise BackupError(
+                f"{target.store.name}: the repository is locked by somebody else: {', '.join(left.owners)}",
+                BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=path),
+            )
+        runtime.stop.check()
+        time.sleep(POLL_SECONDS * 5)
+    remove_leftovers(runtime, target.store, lease, left)
+
+
+LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
+
+
+def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
+    """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
+    if not (mount.lease and mount.lease.enforced and folder.is_dir()):
+        return
+    paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
+    names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
+    roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
+    for name in Leftovers.sort(names, roster).stale:
+        path = folder / name
+        with contextlib.suppress(OSError):  # borg says what is wrong with it
+            path.rmdir() if name.endswith("/") else path.unlink()
+            runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
+
+
+def is_remnant(client: S3Client) -> bool:
+    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
+    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
+
+
+def check_encryption(runtime: Runtime, repository: Repository) -> None:
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
+
+    Where borg has seen the repository before, it refuses another mode itself. Else it is asked.
+    """
+    mode = seen_encryption(runtime.environ, repository.identity)
+    if not mode:
+        listed = repository.borg.run(borg_newest(repository.borg.repository, repository.is_ours_alone))
+        mode = json.loads(listed.output)["encryption"]["mode"]
+    if mistake := encryption_mistake(repository.target, mode):
+        raise mistake
+
+
+def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
+    """What was noted beside the repository; None where nothing was. Raises S3Error."""
+    try:
+        noted = json.loads(client.get(f"{client.store.key_prefix}{name}"))
+    except S3Error as error:
+        if error.status != 404:
+            raise
+        return None
+    except ValueError:
+        noted = {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def write_note(client: S3Client, name: str, **facts: object) -> None:
+    """Notes something beside the repository. Raises S3Error."""
+    client.put(f"{client.store.key_prefix}{name}", json.dumps(facts).encode())
+
+
+def utc_now(client: S3Client) -> str:
+    """The time by the server's clock."""
+    return f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A mounted repository, and a borg to work on it with."""
+
+    target: Target
+    client: S3Client
+    mount: Mount
+    borg: Borg
+    lease: Lease | None  # None: it can only be read
+    identity: str  # its id
+    cache: Path  # where borg keeps its cache of it
+    files: Mapping[str, int]  # path -> size in bytes, as they were when it was opened
+
+    @property
+    def is_ours_alone(self) -> bool:
+        """Whether the lease keeps all others away, so that borg needs no lock to read."""
+        return bool(self.lease and self.lease.enforced)
+
+
+@contextlib.contextmanager
+def writable(
+    runtime: Runtime, target: Target, client: S3Client, lease: Lease, others: Sequence[Mount] = ()
+) -> Iterator[Repository]:
+    """The repository mounted for writing, and ready for borg; its locks are cleared already.
+
+    On leaving, everything is uploaded, and the bucket is compared with what borg left in the mount. `others`
+    are further mounts that borg will need. Raises BackupError.
+    """
+    store = target.store
+    with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
+        wait_until_usable(runtime, mount)
+        warm_up(runtime, mount)
+        identity = repository_id(runtime, mount)
+        cache = cache_folder(runtime.environ, identity)
+        clear_cache_locks(runtime, mount, cache)
+        borg = Borg(runtime, target, mount.path, [mount, *others])
+        yield Repository(target, client, mount, borg, lease, identity, cache, {})
+        mount.check_alive()
+        written = repository_files(runtime, store, mount.path)
+        settle(runtime, mount, client, written)
+    if not mount.holds_nothing:
+        audit_upload(runtime, client, written)
+    if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
+        remove_leftovers(runtime, store, lease, find_leftovers(client))
+
+
+@contextlib.contextmanager
+def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterator[Repository]:
+    """An existing repository under its lease, which names `purpose`, for commands that may change it.
+
+    On leaving, everything is uploaded and compared. Raises BackupError.
+    """
+    found = preflight_one(runtime, target.store, write=True)
+    client = S3Client(target.store, found.region, PROVEN)
+    with held(runtime, client, purpose) as lease:
+        expect_repository(client, look(client))
+        if lease.enforced:
+            clear_leftovers(runtime, target, client, lease)
+        with writable(runtime, target, client, lease) as repository:
+            yield repository
+
+
+# Reading must work on the worst day: with keys that may only read, while a run writes, after one that
+# crashed, beside anybody's locks. So borg gets a folder of links to the repository's files in a mount that is
+# read-only: there it may take its lock, and rebuild an index that does not fit. And it keeps what it knows
+# beside that folder, as a run may have locked the cache. Only what a run removes meanwhile can be missed.
+
+VIEW_PREFIX = "s3borgbackup-view-"
+READING_IS_NOT_ALONE = (
+    "reading goes on without the lease, and fails if somebody compacts the repository meanwhile"
+)
+
+
+@contextlib.contextmanager
+def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> Iterator[Repository]:
+    """An existing repository to read from, with keys that may list and read; whoever writes goes on.
+
+    With a `purpose` the lease is held meanwhile, where it is free and the keys may write: so nobody compacts
+    the repository while it is read for long. Raises BackupError.
+    """
+    found = preflight_one(runtime, target.store, write=False)
+    client = S3Client(target.store, found.region, PROVEN)
+    expect_repository(client, found)
+    with contextlib.ExitStack() as undo:
+        if purpose:
+            hold_if_possible(runtime, client, purpose, undo)
+        remove_dead_views(runtime)
+        temporary = tempfile.TemporaryDirectory(prefix=VIEW_PREFIX, ignore_cleanup_errors=True)
+        folder = Path(undo.enter_context(temporary))
+        private = dataclasses.replace(
+            runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
+        )
+        mount = undo.enter_context(mounted(private, target.store, client.region, read_only=True))
+        wait_until_usable(private, mount)
+        files = repository_files(private, target.store, mount.path)
+        identity = repository_id(private, mount)
+        view = within(MOUNT_SECONDS, "config", lambda: link_files(mount.path, files, folder / "view"))
+        borg = Borg(private, target, view, [mount], separate_folders(runtime.environ, identity, view))
+        repository = Repository(
+            target, client, mount, borg, None, identity, folder / "cache" / identity, files
+        )
+        try:
+            yield repository
+        except Stopped:
+            raise
+        except BackupError as error:
+            if removed_meanwhile(runtime, repository):
+                raise BackupError(
+                    f"{target.store.name}: another run changed the repository while it was read, which may be"
+                    f" why this failed: {error.message}",
+                    "Run it again.",
+                ) from error
+            raise
+
+
+def hold_if_possible(runtime: Runtime, client: S3Client, purpose: str, undo: contextlib.ExitStack) -> None:
+    """Has `undo` hold the lease, unless somebody else does, or S3 does not let us.
+
+    Should it be lost later, reading goes on all the same.
+    """
+    name, settings = client.store.name, dataclasses.replace(runtime.settings, lease_wait_seconds=0)
+    hasty = client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+    impatient = dataclasses.replace(runtime, settings=settings)
+
+    def notice(text: str) -> None:
+        runtime.console.debug(name, text)
+
+    try:
+        undo.enter_context(held(impatient, hasty, purpose, notice, NoSwitch()))
+    except (StillRunning, S3Error) as error:
+        runtime.console.info(name, f"{error.message}: {READING_IS_NOT_ALONE}")
+
+
+def remove_dead_views(runtime: Runtime) -> None:
+    """Unmounts what readers that were killed have left, where nobody serves it any more."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    for mount_point in map(Path, mount_table()):
+        folder = mount_point.parent
+        if folder.parent != temporary or not folder.name.startswith(VIEW_PREFIX):
+            continue
+        try:
+            within(KILL_SECONDS, str(mount_point), lambda path=mount_point: next(os.scandir(path), None))
+        except BackupError:
+            pass  # somebody serves it, slowly
+        except OSError:
+            detach(runtime, mount_point, lazy=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def link_files(mounted_at: Path, files: Iterable[str], view: Path) -> Path:
+    """Makes the folder `view` with links to a mounted repository's files; borg's locks are left out."""
+    view.mkdir()
+    folders = {str(view)}
+    for name in files:
+        if name == "config":
+            shutil.copyfile(mounted_at / name, view / name)
+        elif not name.startswith("lock."):
+            folder = os.path.dirname(f"{view}/{name}")
+            if folder not in folders:
+                os.makedirs(folder, exist_ok=True)
+                folders.add(folder)
+            os.symlink(f"{mounted_at}/{name}", f"{view}/{name}")
+    return view
+
+
+def separate_folders(environ: Mapping[str, str], identity: str, view: Path) -> dict[str, str]:
+    """Where a borg that only reads keeps what it knows: beside `view`.
+
+    It is told what is known, and so notices a repository that was swapped or set back. That this one lies
+    elsewhere is no news.
+    """
+    known, security = security_folder(environ, identity), view.with_name("security") / identity
+    if known.is_dir():
+        shutil.copytree(known, security)
+        (security / "location").write_text(str(view), encoding="utf-8")
+    return {"BORG_CACHE_DIR": str(view.with_name("cache")), "BORG_SECURITY_DIR": str(security.parent)}
+
+
+def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
+    """Whether files of the repository have gone since it was opened."""
+    try:
+        names = listed_files(runtime, repository.client).keys()
+    except S3Error:
+        return False
+    return any(name not in names for name in repository.files if not name.startswith("lock."))
+
+
+# --------------------------------------------------------------------------------------------------- Backup
 
 
 @dataclass
@@ -4129,6 +4829,15 @@ class Outcome:
         """Takes a command's warnings into account."""
         if result.verdict is Verdict.WARNING:
             self.verdict = Verdict.WARNING
+
+    def warn(self, reason: str) -> None:
+        """It ends with a warning."""
+        self.verdict, self.reason = Verdict.WARNING, reason
+
+    def fail(self, error: Exception) -> None:
+        """It has failed, or it is not our turn."""
+        busy = isinstance(error, StillRunning)
+        self.verdict, self.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
 
 
 def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
@@ -4298,8 +5007,7 @@ def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, 
         outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
         raise
     except (BackupError, OSError) as error:
-        busy = isinstance(error, StillRunning)
-        outcome.verdict, outcome.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
+        outcome.fail(error)
         runtime.console.error(name, str(error))
     finally:
         source.ahead.left(source.reader)
@@ -4315,61 +5023,41 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
     client = S3Client(target.store, check.region, PROVEN)
     with held(runtime, client, "a backup") as lease:
         is_new = prepare_repository(runtime, target, client, lease)
-        with mounted(runtime, target.store, check.region, read_only=False, lease=lease) as mount:
-            wait_until_usable(runtime, mount)
-            warm_up(runtime, mount)
-            identity = repository_id(runtime, mount)
-            cache = cache_folder(runtime.environ, identity)
-            clear_cache_locks(runtime, mount, cache)
+        with writable(runtime, target, client, lease, [source.mount]) as repository:
             wait_until_usable(runtime, source.mount)
-            borg = Borg(runtime, target, mount.path, [mount, source.mount])
             if is_new:
-                note_known_objects(cache, 0)  # `borg init` made an empty one
-                note_count(cache, runtime.settings.label, 0)
+                note_known_objects(repository.cache, 0)  # `borg init` made an empty one
+                note_count(repository.cache, runtime.settings.label, 0)
             else:
-                check_encryption(runtime, target, borg, identity, lease.enforced)
-                warn_of_missing_cache(runtime, target, cache)
-            create_archive(runtime, outcome, borg, cache, source)
-            compare_with_last(runtime, outcome, borg, cache, lease.enforced)
+                check_encryption(runtime, repository)
+                warn_of_missing_cache(runtime, target, repository.cache)
+            create_archive(runtime, outcome, repository, source)
+            compare_with_last(runtime, outcome, repository)
             if target.prune and outcome.objects and not outcome.is_suspicious:
-                prune_and_compact(runtime, outcome, borg, mount, client)
-            mount.check_alive()
-            written = repository_files(runtime, target.store, mount.path)
-            settle(runtime, mount, client, written)
-        if not mount.holds_nothing:
-            audit_upload(runtime, client, written)
-        if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
-            remove_leftovers(runtime, target.store, lease, find_leftovers(client))
+                prune(runtime, outcome, repository)
+                if target.compact_percent is not None:
+                    compact(runtime, outcome, repository)
         outlast_name(outcome.archive)
     if outcome.objects:  # what comes after an empty or a failed one is to be compared with the last good one
-        note_count(cache, runtime.settings.label, outcome.objects)
+        note_count(repository.cache, runtime.settings.label, outcome.objects)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
+    if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
+        remind_of_key(runtime, target)
 
 
-@contextlib.contextmanager
-def held(runtime: Runtime, client: S3Client, purpose: str) -> Iterator[Lease]:
-    """The lease on a target's repository."""
-    settings, name = runtime.settings, client.store.name
-    since = f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    holder = Holder(runtime.run_id, socket.gethostname(), purpose, since, settings.lease_ttl_seconds)
-
-    def pause(seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            runtime.stop.check()
-            time.sleep(POLL_SECONDS)
-
-    def notice(text: str) -> None:
-        runtime.console.warning(name, text)
-
-    patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    with leased(client, holder, settings.lease_wait_seconds, patience_seconds, notice, pause) as lease:
-        yield lease
+def remind_of_key(runtime: Runtime, target: Target) -> None:
+    """Says that the key was never exported."""
+    if target.encryption != "none":
+        runtime.console.info(
+            target.store.name,
+            "its key was never exported; if that is lost, so is the backup:"
+            f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase",
+        )
 
 
-def create_archive(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, source: Source) -> None:
+def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, source: Source) -> None:
     """Makes a new archive and says what it holds. Raises BackupError, also when the source went away."""
-    target, settings = outcome.target, runtime.settings
+    target, settings, cache = outcome.target, runtime.settings, repository.cache
     runtime.console.info(target.store.name, "borg create begins")
     archived, known_until = ArchivedObjects(source.mount.path), known_objects(cache)
 
@@ -4378,9 +5066,9 @@ def create_archive(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, 
         source.ahead.passed(source.reader, path)
 
     arguments = borg_create(
-        target, settings.label, borg.repository, source.mount.path, settings.source_metadata
+        target, settings.label, repository.mount.path, source.mount.path, settings.source_metadata
     )
-    created = borg.run(
+    created = repository.borg.run(
         arguments,
         on_file,
         lambda child: source.ahead.began(source.reader, known_until, child),
@@ -4396,15 +5084,15 @@ def create_archive(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, 
     note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
 
 
-def compare_with_last(runtime: Runtime, outcome: Outcome, borg: Borg, cache: Path, alone: bool) -> None:
+def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
     """Warns of an archive that has far fewer objects than the one before: the source may be wrong.
 
-    Warns once: the next archive is compared with this one. Where we are `alone`, borg needs no lock.
+    Warns once: the next archive is compared with this one.
     """
     settings, name = runtime.settings, outcome.target.store.name
-    last = noted_count(cache, settings.label)
+    last = noted_count(repository.cache, settings.label)
     if last is None and settings.shrink_percent:
-        last = ask_count(runtime, outcome, borg, alone)
+        last = ask_count(runtime, outcome, repository)
     if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
         outcome.is_suspicious, outcome.verdict = True, Verdict.WARNING
         outcome.reason = (
@@ -4442,10 +5130,11 @@ def note_count(cache: Path, label: str, objects: int) -> None:
         replace_file(path, json.dumps({**(counts if isinstance(counts, dict) else {}), label: objects}))
 
 
-def ask_count(runtime: Runtime, outcome: Outcome, borg: Borg, alone: bool) -> int | None:
+def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int | None:
     """How many objects the archive before this one has. borg reads both archives' metadata for that."""
+    borg, label = repository.borg, runtime.settings.label
     try:
-        shown = borg.run(borg_last_two(borg.repository, runtime.settings.label, alone))
+        shown = borg.run(borg_last_two(borg.repository, label, repository.is_ours_alone))
     except (Stopped, Stuck):
         raise
     except BackupError as error:  # the archive that was just made is worth more than this
@@ -4459,15 +5148,6 @@ def outlast_name(archive: str) -> None:
     """Waits until the second in an archive's name is over: whoever comes next needs another one."""
     over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
     time.sleep(min(1.0, max(0.0, over - time.time())))
-
-
-def repository_id(runtime: Runtime, mount: Mount) -> str:
-    """The id in a mounted repository's config. Raises BackupError."""
-    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
-    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
-    if not found:
-        raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
-    return found[1]
 
 
 def known_objects(cache: Path) -> float:
@@ -4495,129 +5175,6 @@ def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None
             "borg's cache of this repository is not there: the whole source is read again, and the"
             " repository's index. A volume keeps it: docker run --volume s3borgbackup-cache:/cache",
         )
-
-
-def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
-    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
-
-    Returns whether it was made. Raises BackupError.
-    """
-    found = look(client)
-    keys, state = found.keys, found.repository_state(target.store)
-    probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
-    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
-    if state is RepositoryState.READY:
-        if lease.enforced:
-            clear_leftovers(runtime, target, client, lease)
-        return False
-    if state is RepositoryState.UNFINISHED and not is_remnant(client):
-        state = RepositoryState.FOREIGN
-    own = f"{target.store.key_prefix}{LEASE_NAME}"
-    others = [entry.key for entry in keys if entry.key != own]
-    if state is RepositoryState.FOREIGN:
-        raise BackupError(
-            f"{target.store.name}: {target.store.location} holds other objects"
-            f" (such as {others[0]!r}) and no borg repository",
-            f"Point {target.store.setting('path')} at an empty place, such as {target.store.bucket}:borg.",
-        )
-    if state is RepositoryState.UNFINISHED:
-        runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
-        delete_all(lease, others)
-    make_repository(runtime, target, lease)
-    return True
-
-
-def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
-    """Makes a repository in a local folder, and copies its few small files into the bucket.
-
-    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
-    interruption leaves has none, and is made anew.
-    """
-    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
-        repository = Path(folder, "repository")
-        Borg(runtime, target, repository).run(borg_init(target, repository))
-        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
-        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(lambda client, key=key, body=body: client.put(key, body))
-
-
-def find_leftovers(client: S3Client) -> Leftovers:
-    """What crashed runs left in a repository, as the bucket has it."""
-    prefix = client.store.key_prefix
-    names = names_after_data(client)
-    roster = client.get(f"{prefix}lock.roster") if "lock.roster" in names else b""
-    return Leftovers.sort(names, roster)
-
-
-def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
-    """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
-    delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
-    if any(LEFT_LOCK.search(name) for name in left.stale):
-        runtime.console.info(store.name, "the lock of a run that crashed is removed")
-    if any(INDEX_FILE.fullmatch(name) for name in left.stale):
-        runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
-
-
-def delete_all(lease: Lease, keys: Iterable[str]) -> None:
-    """Deletes objects, as long as the lease holds."""
-    for key in keys:
-        lease.write(lambda client, key=key: client.delete(key))
-
-
-def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock, and no index that it cannot use.
-
-    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
-    """
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    while (left := find_leftovers(client)).owners:
-        if time.monotonic() > deadline:
-            path = shlex.quote(str(runtime.settings.mount_point(target.store)))
-            raise BackupError(
-                f"{target.store.name}: the repository is locked by somebody else: {', '.join(left.owners)}",
-                BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=path),
-            )
-        runtime.stop.check()
-        time.sleep(POLL_SECONDS * 5)
-    remove_leftovers(runtime, target.store, lease, left)
-
-
-LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
-
-
-def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
-    """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
-    if not (mount.lease and mount.lease.enforced and folder.is_dir()):
-        return
-    paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
-    names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
-    roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
-    for name in Leftovers.sort(names, roster).stale:
-        path = folder / name
-        with contextlib.suppress(OSError):  # borg says what is wrong with it
-            path.rmdir() if name.endswith("/") else path.unlink()
-            runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
-
-
-def is_remnant(client: S3Client) -> bool:
-    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
-    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
-
-
-def check_encryption(runtime: Runtime, target: Target, borg: Borg, identity: str, alone: bool) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
-
-    Where borg has seen the repository before, it refuses another mode itself. Else it is asked; where we are
-    `alone` it needs no lock for that.
-    """
-    mode = seen_encryption(runtime.environ, identity)
-    if not mode:
-        listed = borg.run(borg_newest(borg.repository, bypass_lock=alone))
-        mode = json.loads(listed.output)["encryption"]["mode"]
-    if mistake := encryption_mistake(target, mode):
-        raise mistake
 
 
 def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, source: Preflight) -> None:
@@ -4662,19 +5219,22 @@ def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> No
         )
 
 
-def prune_and_compact(runtime: Runtime, outcome: Outcome, borg: Borg, mount: Mount, client: S3Client) -> None:
-    """Prunes this label's archives and frees their space where asked."""
+def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
+    """Deletes old archives of this label."""
     target = outcome.target
-    pruned = borg.run(borg_prune(target, runtime.settings.label, mount.path))
+    pruned = repository.borg.run(borg_prune(target, runtime.settings.label, repository.mount.path))
     outcome.add(pruned)
     gone = sum(line.startswith("Pruning archive") for line in pruned.log.infos)
     kept = sum(line.startswith("Keeping archive") for line in pruned.log.infos)
     text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
     runtime.console.info(target.store.name, text, "pruned", pruned=gone, kept=kept)
-    if target.compact_percent is None:
-        return
-    settle_index(runtime, mount, client)
-    compacted = borg.run(borg_compact(target, mount.path))
+
+
+def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
+    """Frees the space of what was deleted."""
+    target = outcome.target
+    settle_index(runtime, repository.mount, repository.client)
+    compacted = repository.borg.run(borg_compact(target, repository.mount.path))
     outcome.add(compacted)
     for line in compacted.log.infos:
         if line.startswith("compaction freed"):
@@ -4758,6 +5318,359 @@ def describe(store: Store, result: Preflight) -> str:
     return f"ok, {count(len(result.keys), 'object')}{'' if result.complete else ' or more'}"
 
 
+# ----------------------------------------------------------------------------------------------- Operations
+
+
+def emit(text: str) -> None:
+    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
+    with contextlib.suppress(OSError):
+        for line in text.splitlines():
+            print(printable(line), flush=True)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive as `borg list` shows it; borg before 1.2 noted neither objects nor bytes."""
+
+    name: str
+    start: datetime
+    end: datetime
+    objects: int | None
+    archived_bytes: int | None
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Archive:
+        """From an entry of borg's JSON, whose times are local."""
+        start, end = (datetime.fromisoformat(entry[key]).astimezone() for key in ("time", "end"))
+        numbers = [
+            number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
+        ]
+        return cls(entry["name"], start, end, *numbers)
+
+    def belongs_to(self, label: str) -> bool:
+        """Whether it is one of `label`, and no checkpoint."""
+        return fnmatch.fnmatchcase(self.name, archive_pattern(label)) and not self.name.endswith(
+            ".checkpoint"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "name": self.name,
+            "start": self.start.isoformat(),
+            "end": self.end.isoformat(),
+            "objects": self.objects,
+            "bytes": self.archived_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What borg says about a repository."""
+
+    encryption: str
+    archives: tuple[Archive, ...]  # oldest first
+
+    def newest(self, label: str) -> Archive | None:
+        """The last archive of a label."""
+        return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
+
+
+def contents(repository: Repository) -> Contents:
+    """Lists a repository's archives: a request for each. Raises BackupError."""
+    listed = json.loads(repository.borg.run(borg_archives(repository.borg.repository)).output)
+    archives = tuple(Archive.parse(entry) for entry in listed["archives"])
+    return Contents(listed["encryption"]["mode"], archives)
+
+
+def for_each(
+    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Result]
+) -> dict[Target, Result | BackupError]:
+    """What `ask` says about each target; an error is printed, and is that target's answer. Raises Stopped."""
+    answers: dict[Target, Result | BackupError] = {}
+    for target in targets:
+        try:
+            answers[target] = ask(target)
+        except Stopped:
+            raise
+        except BackupError as error:
+            runtime.console.error(target.store.name, str(error))
+            answers[target] = error
+    return answers
+
+
+def worst_code(answers: Iterable[object]) -> int:
+    """The exit code where some of these answers are errors."""
+    return max((answer.exit_code for answer in answers if isinstance(answer, BackupError)), default=EXIT_OK)
+
+
+def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
+    """Prints the archives of some targets; returns the exit code."""
+
+    def ask(target: Target) -> Contents:
+        with opened_for_reading(runtime, target) as repository:
+            return contents(repository)
+
+    answers = for_each(runtime, targets, ask)
+    if as_json:
+        document = {
+            target.name: {"error": str(answer)}
+            if isinstance(answer, BackupError)
+            else {"archives": [archive.as_json() for archive in answer.archives]}
+            for target, answer in answers.items()
+        }
+        emit(json.dumps(document, indent=2))
+    else:
+        found = {target: answer for target, answer in answers.items() if isinstance(answer, Contents)}
+        emit("\n".join(table(archive_rows(found))) if found else "")
+    return worst_code(answers.values())
+
+
+def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
+    """The rows of the table of archives."""
+    rows = [("target", "archive", "time", "objects", "size")]
+    for target, known in found.items():
+        rows += [
+            (
+                target.name,
+                archive.name,
+                f"{archive.start:%Y-%m-%d %H:%M:%S}",
+                "-" if archive.objects is None else f"{archive.objects:,}",
+                "-" if archive.archived_bytes is None else size(archive.archived_bytes),
+            )
+            for archive in known.archives
+        ]
+        if not known.archives:
+            rows.append((target.name, "-", "-", "-", "-"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `info` tells about a target."""
+
+    target: Target
+    label: str
+    identity: str
+    encryption: str
+    archives: tuple[Archive, ...]
+    newest: Archive | None  # of our label
+    stored_objects: int
+    stored_bytes: int
+    key_exported: str  # when; empty: never
+    checked: str
+    lease: str  # who works on the repository; empty: nobody
+
+    @property
+    def archived_bytes(self) -> int:
+        """What the archives would take one by one, without deduplication and compression."""
+        return sum(archive.archived_bytes or 0 for archive in self.archives)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "target": self.target.name,
+            "endpoint": self.target.store.endpoint,
+            "location": self.target.store.location,
+            "repository_id": self.identity,
+            "encryption": self.encryption,
+            "key_exported": self.key_exported or None,
+            "archives": len(self.archives),
+            "archived_bytes": self.archived_bytes,
+            "stored_objects": self.stored_objects,
+            "stored_bytes": self.stored_bytes,
+            "last_archive": self.newest.as_json() if self.newest else None,
+            "last_check": self.checked or None,
+            "in_use": self.lease or None,
+        }
+
+    def as_text(self) -> str:
+        """For people."""
+        rows = [
+            ("target", self.target.name),
+            ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
+            ("repository", self.identity),
+            (
+                "encryption",
+                f"{self.encryption}: {KEY_PLACES.get(self.encryption, 'the key is in the repository')}",
+            ),
+            ("key exported", self.key_exported or self._never_exported()),
+            ("archives", f"{len(self.archives):,}, {size(self.archived_bytes)} in all"),
+            (
+                "in the bucket",
+                f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
+            ),
+            (f"last {self.label}", self._last_run()),
+            ("last check", self.checked or "never, as far as is known"),
+            ("in use", self.lease or "no"),
+        ]
+        return "\n".join(table(rows))
+
+    def _never_exported(self) -> str:
+        if self.encryption == "none":
+            return "there is none"
+        return f"never: backup.py key-export {shlex.quote(self.target.name)}"
+
+    def _saved(self) -> str:
+        if self.archived_bytes <= self.stored_bytes:
+            return ""
+        share = 1 - self.stored_bytes / self.archived_bytes
+        return f": deduplication and compression save {share:.1%}"
+
+    def _last_run(self) -> str:
+        if not self.newest:
+            return "no archive has this label"
+        seconds = (self.newest.end - self.newest.start).total_seconds()
+        what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
+        return f"{self.newest.start:%Y-%m-%d %H:%M:%S %z}: {what}, in {duration(seconds)}"
+
+
+KEY_PLACES = {
+    "none": "whoever can read the bucket can read the backup",
+    "keyfile": "the key is in /config only",
+    "keyfile-blake2": "the key is in /config only",
+    "authenticated": "not encrypted; the key, which authenticates, is in the repository",
+    "authenticated-blake2": "not encrypted; the key, which authenticates, is in the repository",
+}
+
+
+def gather_facts(runtime: Runtime, target: Target) -> Facts:
+    """Asks borg and S3 about a target. Raises BackupError."""
+    with opened_for_reading(runtime, target) as repository:
+        known, client = contents(repository), repository.client
+        lease = look_at_lease(client)
+        return Facts(
+            target,
+            runtime.settings.label,
+            repository.identity,
+            known.encryption,
+            known.archives,
+            known.newest(runtime.settings.label),
+            len(repository.files),
+            sum(repository.files.values()),
+            str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
+            str((read_note(client, CHECKED_NAME) or {}).get("checked", "")),
+            str(lease.holder) if lease and not lease.has_expired else "",
+        )
+
+
+def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
+    """Prints what is known about some targets; returns the exit code."""
+    answers = for_each(runtime, targets, lambda target: gather_facts(runtime, target))
+    if as_json:
+        document = {
+            target.name: {"error": str(answer)} if isinstance(answer, BackupError) else answer.as_json()
+            for target, answer in answers.items()
+        }
+        emit(json.dumps(document, indent=2))
+    else:
+        found = [answer.as_text() for answer in answers.values() if isinstance(answer, Facts)]
+        emit("\n\n".join(found))
+    return worst_code(answers.values())
+
+
+def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
+    """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
+    with opened_for_reading(runtime, target) as repository:
+        exported = repository.borg.run(borg_key_export(repository.borg.repository, form))
+        try:
+            print(exported.output, flush=True)
+        except OSError as error:
+            raise BackupError(
+                f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
+            ) from None
+        try:
+            write_note(repository.client, KEY_EXPORTED_NAME, exported=utc_now(repository.client))
+        except S3Error as error:
+            runtime.console.warning(
+                target.store.name,
+                f"that the key was exported cannot be noted, and runs go on to warn: {error}",
+            )
+    runtime.console.info(
+        target.store.name,
+        "keep this key where the passphrase is, and not with the backups: a restore takes both",
+    )
+    return EXIT_OK
+
+
+def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
+    """Prunes and compacts repositories without their source; returns the exit code. Raises Stopped."""
+    outcomes = [Outcome(target) for target in targets]
+    for outcome in outcomes:
+        start = time.monotonic()
+        try:
+            maintain_target(runtime, outcome)
+        except Stopped:
+            raise
+        except (BackupError, OSError) as error:
+            outcome.fail(error)
+            runtime.console.error(outcome.target.store.name, str(error))
+        finally:
+            outcome.seconds = time.monotonic() - start
+    rows = [("target", "result", "archives", "duration")]
+    rows += [
+        (outcome.target.name, outcome.verdict.value, outcome.archive or "-", duration(outcome.seconds))
+        for outcome in outcomes
+    ]
+    reasons = [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+    runtime.console.plain("\n".join([*table(rows), *reasons]))
+    return overall(outcomes)
+
+
+def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
+    """Prunes and compacts one repository. Raises BackupError."""
+    target, label = outcome.target, runtime.settings.label
+    with opened_for_writing(runtime, target, "maintenance") as repository:
+        check_encryption(runtime, repository)
+        known = contents(repository)
+        if reason := why_not_prune(target, label, known):
+            outcome.warn(reason)
+            runtime.console.warning(target.store.name, reason)
+        elif target.prune:
+            prune(runtime, outcome, repository)
+        if target.compact_percent is not None:
+            compact(runtime, outcome, repository)
+        outcome.archive = f"{len(contents(repository).archives):,} of {len(known.archives):,}"
+    runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
+
+
+def why_not_prune(target: Target, label: str, known: Contents) -> str:
+    """Why pruning now would be a mistake; empty where it would not."""
+    newest = known.newest(label)
+    if target.prune and not newest:
+        return f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+    if target.prune and newest and newest.objects == 0:
+        return f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
+    return ""
+
+
+# borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
+READING_COMMANDS = ("list", "diff", "extract", "export-tar")
+CHANGING_COMMANDS = (
+    *("benchmark", "break-lock", "check", "compact", "config", "create", "debug", "delete", "help"),
+    *("import-tar", "info", "init", "key", "prune", "recreate", "rename", "upgrade", "version", "with-lock"),
+)
+REFUSED_COMMANDS = {
+    "mount": "borg would go on in the background; in a shell: backup.py mount target-{name}, then borg mount",
+    "umount": "there is nothing to unmount; `backup.py mount` and `backup.py umount` go together",
+    "serve": "it serves repositories to other machines; this one is in S3",
+}
+BORG_COMMANDS = (*READING_COMMANDS, *CHANGING_COMMANDS, *REFUSED_COMMANDS)
+
+
+def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
+    """Runs any borg command on a target's repository; returns borg's exit code. Raises BackupError."""
+    command = arguments[0]
+    if command in REFUSED_COMMANDS:
+        raise ConfigurationError([f"`borg {command}`: {REFUSED_COMMANDS[command].format(name=target.name)}"])
+    purpose = f"`borg {command}`"
+    if command in READING_COMMANDS:
+        with opened_for_reading(runtime, target, purpose) as repository:
+            return repository.borg.hand_over(arguments)
+    with opened_for_writing(runtime, target, purpose) as repository:
+        return repository.borg.hand_over(arguments)
+
+
 # ---------------------------------------------------------------------------------------------- Manual mode
 
 # `backup.py mount` returns while its mount lives on. A keeper process, in a session of its own, is tigrisfs's
@@ -4829,7 +5742,7 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
-            raise BackupError(f"{store.name}: cannot be mounted in time")
+            raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
     runtime.console.plain(advice(store, path, read_write))
     return EXIT_OK
 
@@ -4854,7 +5767,7 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     path = state_file(runtime, store)
     stream = lock_file(path)
     if stream is None:
-        raise BackupError(f"{store.name}: another `backup.py mount` is at it")
+        raise BackupError(f"{store.name}: another `backup.py mount` is at it", "Let it finish.")
     with stream:
         stream.truncate(0)
         try:
@@ -4949,16 +5862,202 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
 # --------------------------------------------------------------------------------------------- Command line
 
 KEEP_COMMAND = "_keep"
-COMMANDS = ("run", "mount", "umount", "check-config")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line."""
+
+    command: str
+    names: tuple[str, ...] = ()  # all words that are no options
+    options: Mapping[str, Any] = field(default_factory=dict)  # without their dashes
+
+
+@dataclass(frozen=True)
+class Takes:
+    """How many words a command takes, and what these are."""
+
+    least: int
+    most: float
+    what: str
+
+
+NOTHING = Takes(0, 0, "no names")
+A_STORE = Takes(1, 1, "one name: source or target-<name>")
+A_TARGET = Takes(1, 1, "one name, that of a target")
+TARGETS = Takes(0, math.inf, "names of targets")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What can be typed: help, parsing and what is done come from here."""
+
+    usage: str  # what follows the command's name
+    about: str
+    takes: Takes
+    run: Callable[[Runtime, Arguments], int]
+    declare: Callable[[OptionParser], object] = lambda _: None  # its options
+    needs_source: bool = False  # whether the source has to be configured
+    prints_data: bool = False  # on standard output, so that all else goes to standard error
+    mistake: Callable[[Arguments], str] = lambda _: ""  # what else is wrong with a command line
+
+
+def declare_read_write(parser: OptionParser) -> None:
+    """The option of `mount`."""
+    parser.add_argument(
+        "--read-write", action="store_true", help="so that objects can be restored into the source"
+    )
+
+
+def declare_json(parser: OptionParser) -> None:
+    """The option of what can answer to a program."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def declare_key_forms(parser: OptionParser) -> None:
+    """The options of `key-export`."""
+    forms = parser.add_mutually_exclusive_group()
+    for option, what in (
+        ("--paper", "to print, and to type in again"),
+        ("--qr-html", "as HTML with a QR code"),
+    ):
+        forms.add_argument(option, dest="form", action="store_const", const=[option], default=[], help=what)
+
+
+def mount_mistake(arguments: Arguments) -> str:
+    """What is wrong with `mount NAME --read-write`: targets are always mounted so."""
+    wrong = arguments.options["read_write"] and arguments.names != ("source",)
+    return "`--read-write` goes with `mount source`" if wrong else ""
+
+
+def command_run(runtime: Runtime, arguments: Arguments) -> int:
+    """A backup."""
+    return run_backup(runtime, chosen_targets(runtime.settings, arguments.names))
+
+
+def command_mount(runtime: Runtime, arguments: Arguments) -> int:
+    """A mount that lives on; or, as its keeper, its life."""
+    store, read_write = chosen_store(runtime.settings, arguments.names[0]), arguments.options["read_write"]
+    if arguments.command == KEEP_COMMAND:
+        return keep_mounted(runtime, store, read_write or store.target is not None)
+    return mount_manually(runtime, store, read_write or store.target is not None)
+
+
+def command_umount(runtime: Runtime, arguments: Arguments) -> int:
+    """The end of such a mount."""
+    return umount_manually(runtime, chosen_store(runtime.settings, arguments.names[0]))
+
+
+def command_list(runtime: Runtime, arguments: Arguments) -> int:
+    """The archives."""
+    targets = chosen_targets(runtime.settings, arguments.names)
+    return list_archives(runtime, targets, arguments.options["json"])
+
+
+def command_info(runtime: Runtime, arguments: Arguments) -> int:
+    """What is known about targets."""
+    return show_info(runtime, chosen_targets(runtime.settings, arguments.names), arguments.options["json"])
+
+
+def command_maintain(runtime: Runtime, arguments: Arguments) -> int:
+    """What repositories need now and then."""
+    return maintain(runtime, chosen_targets(runtime.settings, arguments.names))
+
+
+def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
+    """A repository's key."""
+    target = chosen_target(runtime.settings, arguments.names[0])
+    return export_key(runtime, target, arguments.options["form"])
+
+
+def command_borg(runtime: Runtime, arguments: Arguments) -> int:
+    """Any command of borg."""
+    name, *words = arguments.names
+    return run_borg(runtime, chosen_target(runtime.settings, name), words)
+
+
+COMMANDS = {
+    "run": Command(
+        "[NAME...]",
+        "back up to all targets, or to the named ones (this is what no command at all does)",
+        TARGETS,
+        command_run,
+        needs_source=True,
+    ),
+    "check-config": Command(
+        "",
+        "check the configuration and ask every store whether it is usable; changes nothing",
+        NOTHING,
+        lambda runtime, _: check_config(runtime),
+        needs_source=True,
+    ),
+    "list": Command(
+        "[NAME...] [--json]",
+        "show the archives of all targets, or of the named ones",
+        TARGETS,
+        command_list,
+        declare_json,
+        prints_data=True,
+    ),
+    "info": Command(
+        "[NAME...] [--json]",
+        "show size, last run, key and last check of all targets, or of the named ones",
+        TARGETS,
+        command_info,
+        declare_json,
+        prints_data=True,
+    ),
+    "maintain": Command(
+        "[NAME...]",
+        "prune and compact all targets, or the named ones; needs no source",
+        TARGETS,
+        command_maintain,
+    ),
+    "key-export": Command(
+        "NAME [--paper|--qr-html]",
+        "print the key of a repository: keep it, with the passphrase, elsewhere",
+        A_TARGET,
+        command_key_export,
+        declare_key_forms,
+        prints_data=True,
+    ),
+    "borg": Command(
+        "NAME ARGS...",
+        "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
+        Takes(2, math.inf, "the name of a target and a command of borg"),
+        command_borg,
+        prints_data=True,
+    ),
+    "mount": Command(
+        "NAME",
+        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
+        A_STORE,
+        command_mount,
+        declare_read_write,
+        mistake=mount_mistake,
+    ),
+    "umount": Command("NAME", "unmount it; returns when everything is uploaded", A_STORE, command_umount),
+}
+HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
+
+GREETING = """\
+s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
+Environment variables configure it, and none of them is set. (Was `--env-file .env` forgotten?) Three steps:
+
+  1. cp example.env .env     and put in your buckets, keys and passphrases
+  2. docker run --rm --env-file .env s3borgbackup check-config
+  3. docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
+         --security-opt apparmor:unconfined -v s3borgbackup-cache:/cache -v s3borgbackup-config:/config \\
+         s3borgbackup
+
+README.md, beside example.env, explains everything; `backup.py --help` shows all commands. What is missing:
+"""
 
 HELP = """\
 Backs up an S3 bucket to one or more S3 buckets with BorgBackup.
 
-commands:
-  run [NAME...]         back up to all targets, or to the named ones (this is what no command at all does)
-  check-config          check the configuration and ask every store whether it is usable; changes nothing
-  mount NAME            mount `source` (read-only) or `target-<name>` below /data; returns when it is usable
-  umount NAME           unmount it; returns when everything is uploaded
+commands (NAME is a target's name; `COMMAND --help` tells more):
+{commands}
 
 options:
   mount source --read-write   mount the source so that objects can be restored into it
@@ -4975,44 +6074,80 @@ examples:
 
 exit codes:
   0 all well   1 finished with warnings   2 something failed   75 another run works on the repository
-  78 wrong configuration or usage   128+N stopped by signal N
+  78 wrong configuration or usage   128+N stopped by signal N   `borg NAME`: borg's own
 """
+USAGE_COLUMNS = 22  # of a command and what follows it, in the help
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A parsed command line."""
+def help_text() -> str:
+    """The answer to `--help`."""
+    lines = []
+    for name, command in COMMANDS.items():
+        usage = f"{name} {command.usage}".rstrip()
+        lines += [f"  {usage}"] if len(usage) >= USAGE_COLUMNS else []
+        lines.append(f"  {usage if len(usage) < USAGE_COLUMNS else '':{USAGE_COLUMNS}}{command.about}")
+    return HELP.format(commands="\n".join(lines))
 
-    command: str
-    names: tuple[str, ...] = ()
-    read_write: bool = False
+
+def command_help(name: str) -> str:
+    """The answer to `COMMAND --help`."""
+    command = COMMANDS[name]
+    parser = OptionParser()
+    parser.prog, parser.usage, parser.description = name, f"{name} {command.usage}".rstrip(), command.about
+    command.declare(parser)
+    return parser.format_help()
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The command line's meaning. Raises ConfigurationError with what is wrong."""
-    command, *words = argv or ["run"]
-    if command not in (*COMMANDS, KEEP_COMMAND):
-        raise ConfigurationError([f"unknown command {command!r}; {near(command, COMMANDS)} (see --help)"])
-    read_write = "--read-write" in words
-    names = tuple(word for word in words if word != "--read-write")
-    if unknown := [word for word in names if word.startswith("-")]:
-        raise ConfigurationError([f"unknown option {unknown[0]!r} (see --help)"])
-    if command in ("mount", "umount", KEEP_COMMAND) and len(names) != 1:
-        raise ConfigurationError([f"`{command}` takes one name: source or target-<name>"])
-    if command == "check-config" and names:
-        raise ConfigurationError(["`check-config` takes no names"])
-    if read_write and command != KEEP_COMMAND and (command, names) != ("mount", ("source",)):
-        raise ConfigurationError(["`--read-write` goes with `mount source`"])
-    return Arguments(command, names, read_write)
+    name, *words = argv or ["run"]
+    command = {**COMMANDS, **HIDDEN_COMMANDS}.get(name)
+    if command is None:
+        raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
+    options: dict[str, Any] = {}
+    if name != "borg":  # whose words are for borg to judge
+        options, words = parse_options(name, command, words)
+    if not command.takes.least <= len(words) <= command.takes.most:
+        raise ConfigurationError([f"`{name}` takes {command.takes.what} (see --help)"])
+    arguments = Arguments(name, tuple(words), options)
+    if mistake := command.mistake(arguments):
+        raise ConfigurationError([mistake])
+    return arguments
+
+
+def parse_options(name: str, command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A command's options, and the other words. Raises ConfigurationError."""
+    parser = OptionParser()
+    command.declare(parser)
+    known = [word for word in parser.format_help().replace(",", " ").split() if word.startswith("--")]
+    parser.add_argument("names", nargs="*")
+    try:
+        found, unknown = parser.parse_known_intermixed_args(words)
+    except ValueError as error:
+        raise ConfigurationError([f"`{name}`: {error} (see `{name} --help`)"]) from None
+    if unknown:
+        hint = near(unknown[0].partition("=")[0], known) if known else f"`{name}` has none"
+        raise ConfigurationError([f"unknown option {unknown[0]!r}; {hint} (see `{name} --help`)"])
+    options = vars(found)
+    return options, options.pop("names")
 
 
 def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
     """The targets with these names (all without names). Raises ConfigurationError for unknown ones."""
-    known = {target.name: target for target in settings.targets}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigurationError([f"there is no target {name!r}; {near(name, known)}" for name in unknown])
-    return [known[name] for name in dict.fromkeys(names)] if names else list(settings.targets)
+    known = {target.store.name: target for target in settings.targets}
+    known.update({target.name: target for target in settings.targets})
+    if unknown := [name for name in names if name not in known]:
+        near_ones = [target.name for target in settings.targets]
+        raise ConfigurationError(
+            [f"there is no target {name!r}; {near(name, near_ones)}" for name in unknown]
+        )
+    chosen = {known[name].name: known[name] for name in names}
+    return list(chosen.values()) if names else list(settings.targets)
+
+
+def chosen_target(settings: Settings, name: str) -> Target:
+    """The target called so. Raises ConfigurationError where there is none."""
+    return chosen_targets(settings, [name])[0]
 
 
 def chosen_store(settings: Settings, name: str) -> Store:
@@ -5020,28 +6155,21 @@ def chosen_store(settings: Settings, name: str) -> Store:
     known = {store.name: store for store in settings.stores}
     if name not in known:
         raise ConfigurationError([f"there is no store {name!r}; {near(name, known)}"])
+    if name == "source":
+        settings.require_source()
     return known[name]
 
 
-def dispatch(runtime: Runtime, arguments: Arguments) -> int:
-    """Runs a command and returns the exit code."""
-    settings = runtime.settings
-    if arguments.command == "run":
-        return run_backup(runtime, chosen_targets(settings, arguments.names))
-    if arguments.command == "check-config":
-        return check_config(runtime)
-    store = chosen_store(settings, arguments.names[0])
-    read_write = arguments.read_write or store.target is not None
-    if arguments.command == "mount":
-        return mount_manually(runtime, store, read_write)
-    if arguments.command == KEEP_COMMAND:
-        return keep_mounted(runtime, store, read_write)
-    return umount_manually(runtime, store)
+def is_ours(argv: Sequence[str]) -> bool:
+    """Whether a command line is for us. `borg` is, unless one of borg's own commands or an option follows."""
+    if argv[:1] == ["borg"]:
+        return len(argv) > 1 and argv[1] not in BORG_COMMANDS and not argv[1].startswith("-")
+    return not argv or argv[0].startswith("-") or argv[0] in COMMANDS or argv[0] in HIDDEN_COMMANDS
 
 
 def replace_ourselves(argv: Sequence[str], environ: Mapping[str, str]) -> None:
     """Becomes the program `argv` names, where there is one and it is no command of ours."""
-    if argv and not argv[0].startswith("-") and argv[0] not in (*COMMANDS, KEEP_COMMAND):
+    if not is_ours(argv):
         program = shutil.which(argv[0], path=environ.get("PATH"))
         if program:
             os.execve(program, list(argv), dict(environ))
@@ -5076,13 +6204,21 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-ISc", INIT, str(pid), *numbers], dict(environ))
 
 
+def told_at_once(argv: Sequence[str]) -> str:
+    """The answer to what needs no configuration: help and version; nothing where something else is asked."""
+    if argv[:1] in (["-h"], ["--help"], ["help"]):
+        return help_text()
+    if argv[:1] == ["--version"]:
+        return f"s3borgbackup {VERSION}\n"
+    if argv and argv[0] in COMMANDS and argv[0] != "borg" and {"-h", "--help"} & set(argv):
+        return command_help(argv[0])
+    return ""
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs the command line `argv`; prints errors, one a line, and returns the exit code."""
-    if argv[:1] in (["-h"], ["--help"], ["help"]):
-        print(HELP, end="")
-        return EXIT_OK
-    if argv[:1] == ["--version"]:
-        print(f"s3borgbackup {VERSION}")
+    if told := told_at_once(argv):
+        print(told, end="")
         return EXIT_OK
     replace_ourselves(argv, environ)
     if os.getpid() == 1:
@@ -5095,7 +6231,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     stop = Stop()
     stop.install()
     reporter = Reporter(reporting, console, stop, report)
-    code = perform(argv, environ, lambda: checked_settings(values, mistakes), reporter)
+    code = perform(
+        argv, environ, lambda needs_source: checked_settings(values, mistakes, needs_source), reporter
+    )
     if not argv or argv[0] in TOLD_COMMANDS:
         reporter.end(code)
     return code
@@ -5104,7 +6242,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def perform(
     argv: Sequence[str],
     environ: Mapping[str, str],
-    read_settings: Callable[[], Settings],
+    read_settings: Callable[[bool], Settings],
     reporter: Reporter,
 ) -> int:
     """Does what the command line says; prints errors and returns the exit code."""
@@ -5112,13 +6250,18 @@ def perform(
     arguments = Arguments("s3borgbackup")
     try:
         arguments = parse_arguments(argv)
-        settings = read_settings()
+        command = {**COMMANDS, **HIDDEN_COMMANDS}[arguments.command]
+        if command.prints_data:
+            console.leave_standard_output()
+        if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
+            console.plain(GREETING)
+        settings = read_settings(command.needs_source)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
         if arguments.command in TOLD_COMMANDS:
             reporter.start()
-        return dispatch(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
+        return command.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
@@ -5145,5 +6288,6 @@ def label_for_reports(values: Mapping[str, str]) -> str:
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     code = main(sys.argv[1:], os.environ)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        sys.stdout.flush()
     os._exit(code)  # a thread that hangs in a read of a dead mount must not keep us

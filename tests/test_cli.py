@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import backup
 from helpers import BACKUP, skip_or_fail, wait_until
 
+README = (BACKUP.parent / "README.md").read_text(encoding="utf-8")
 PATH = {"PATH": os.environ["PATH"]}
 
 
@@ -25,7 +27,8 @@ def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_help_names_every_command(word: str) -> None:
     result = call(word)
     assert result.returncode == 0
-    assert all(f"\n  {command} " in result.stdout for command in ("run", "mount", "umount", "check-config"))
+    assert [command for command in backup.COMMANDS if f"\n  {command} " not in result.stdout] == []
+    assert len(max(result.stdout.splitlines(), key=len)) <= 110
 
 
 def test_version() -> None:
@@ -42,6 +45,12 @@ def test_version() -> None:
         (["mount", "target-first", "--read-write"], "mount source"),
         (["run", "--fast"], "unknown option"),
         (["check-config", "first"], "takes no names"),
+        (["lits"], "did you mean list?"),
+        (["list", "--jsn"], "did you mean --json?"),
+        (["list", "--json=1"], "ignored explicit argument"),
+        (["key-export"], "takes one name"),
+        (["key-export", "first", "--paper", "--qr-html"], "not allowed with"),
+        (["borg", "first"], "takes the name of a target and a command of borg"),
     ],
 )
 def test_wrong_usage_is_78_and_says_what_is_right(words: list[str], remedy: str) -> None:
@@ -57,11 +66,43 @@ def test_without_configuration_each_missing_variable_is_named() -> None:
     assert [name for name in names if f"{name}: is missing" not in result.stderr] == []
 
 
+def test_without_any_configuration_there_is_a_friendly_start() -> None:
+    """It says what this is and what to do first; data of a program never comes before it."""
+    result = call()
+    assert result.returncode == 78
+    assert "Three steps" in result.stdout
+    assert all(word in result.stdout for word in ("example.env", "check-config", "--env-file", "README.md"))
+    assert all(line in README for line in ("cp example.env .env", "s3borgbackup check-config"))
+    result = call("list")
+    assert (result.returncode, result.stdout) == (78, "")
+    assert "Three steps" in result.stderr
+    assert "Three steps" not in call(SOURCE_PATH="bucket").stdout
+
+
+@pytest.mark.parametrize("command", [name for name in backup.COMMANDS if name != "borg"])
+def test_each_command_explains_itself(command: str) -> None:
+    """What follows `borg NAME` is for borg to explain."""
+    result = call(command, "--help")
+    assert result.returncode == 0
+    assert f"usage: {command}" in result.stdout
+
+
 def test_another_program_takes_our_place() -> None:
     """`docker run ... s3borgbackup ash` gives a shell, with its environment and its exit code."""
     result = call("sh", "-c", "echo $GREETING $$; exit 7", GREETING="hello")
     assert result.returncode == 7
     assert result.stdout.startswith("hello ")
+
+
+def test_a_program_with_the_name_of_a_command_does_not(tmp_path: Path) -> None:
+    """`docker run ... s3borgbackup list` is ours, whatever the image holds; `borg` is, before a target."""
+    for name in ("list", "info", "borg"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "the program $*"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for words in (["list"], ["info"], ["borg", "first", "list"]):
+        assert "the program" not in call(*words, PATH=path).stdout
+    assert call("borg", "list", "/data/x", PATH=path).stdout == "the program list /data/x\n"
 
 
 def as_pid_1(script: Path | str, *arguments: str) -> list[str]:

@@ -197,6 +197,21 @@ def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str], tmp_path:
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("left", [(), ("SOURCE_ENDPOINT", "SOURCE_PATH"), ("SOURCE_ACCESS_KEY_ID",)])
+def test_what_needs_no_source_needs_no_settings_of_it(left: tuple[str, ...]) -> None:
+    """Not even a whole one; what is given has to be right all the same."""
+    environment = {
+        name: value for name, value in environ().items() if not name.startswith("SOURCE_") or name in left
+    }
+    settings = backup.load_settings(environment, needs_source=False)
+    with pytest.raises(backup.ConfigurationError) as raised:
+        settings.require_source()
+    assert len(raised.value.mistakes) == 4 - len(left)
+    assert raised.value.mistakes == mistakes_of(environment)
+    with pytest.raises(backup.ConfigurationError, match="SOURCE_PATH"):
+        backup.load_settings({**environment, "SOURCE_PATH": "a b"}, needs_source=False)
+
+
 def test_defaults() -> None:
     settings = backup.load_settings(environ())
     target = settings.targets[0]
