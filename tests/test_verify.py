@@ -30,7 +30,7 @@ from servers import READER, SeaweedFS
         ("0.5%", backup.Sample(share=0.005)),
         ("100%", backup.Sample(share=1.0)),
         ("all", backup.Sample(share=1.0)),
-        *[(text, None) for text in ("", "0", "0%", "101%", "-1", "1.5", "half", "1 %", "%", "١")],
+        *[(text, None) for text in ("", "0", "0%", "101%", "-1", "1.5", "half", "1 %", "%", "²")],
     ],
 )
 def test_a_sample_is_a_number_a_share_or_all(text: str, expected: backup.Sample | None) -> None:
@@ -71,7 +71,7 @@ def test_a_share_is_about_that_share_and_at_least_one_object(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("sample", "least", "most"), [("5", 350, 650), ("10%", 130, 290)])
 def test_each_object_has_the_same_chance(tmp_path: Path, sample: str, least: int, most: int) -> None:
-    """2,000 samples of 20 objects: each is in about as many; also the one that is taken for want of others."""
+    """2,000 samples of 20 objects: each is in about as many; also what is taken for want of others."""
     counts = Counter(number for seed in range(2000) for number in choose(tmp_path, sample, seed, 20))
     assert len(counts) == 20
     assert least <= min(counts.values()) <= max(counts.values()) <= most
@@ -85,7 +85,7 @@ def test_a_sample_of_a_number_keeps_no_more_than_that(tmp_path: Path) -> None:
 
 
 def test_a_large_sample_is_proved_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One borg gets so many paths in a file, and so many strange ones on its command line, and all get one."""
+    """One borg gets so many paths in a file, and so many strange ones on its command line, not more."""
     monkeypatch.setattr(backup, "PATHS_AT_ONCE", 4)
     monkeypatch.setattr(backup, "AWKWARD_AT_ONCE", 2)
     chooser, spool = backup.Chooser(backup.Sample(number=99), 1, tmp_path / "sample"), tmp_path / "sample"
