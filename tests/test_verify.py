@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,18 @@ from typing import Any
 import pytest
 
 import backup
-from helpers import BACKUP, Backup, Bucket, Result, run_backup, sample_objects, settings, with_target_secrets
+from faults.proxy import Action, FaultProxy
+from helpers import (
+    BACKUP,
+    Backup,
+    Bucket,
+    Result,
+    run_backup,
+    sample_objects,
+    settings,
+    wait_until,
+    with_target_secrets,
+)
 from servers import READER, SeaweedFS
 
 # ------------------------------------------------------------------------------------------------- The sample
@@ -338,6 +350,27 @@ def test_what_is_overwritten_or_deleted_meanwhile_is_no_damage(
     assert (sample["differing"]["count"], sample["unreadable"]["count"]) == (0, 0)
     assert sample["extracted"] > 0, "all was read too early for this test"
     assert sample["equal"] + sample["extracted"] == 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "exit_code", "told"),
+    [("900", 143, "stopped by SIGTERM"), ("6", 2, "no progress for 6 s")],
+)
+def test_a_verification_that_hangs_in_the_source_can_be_stopped_and_ends_by_itself(
+    environment: dict[str, str], source: Bucket, limit: str, exit_code: int, told: str
+) -> None:
+    source.put({f"folder/{number}": os.urandom(2000) for number in range(20)})
+    run_backup(environment).expect(0)
+    with FaultProxy(source.server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET", Action.HANG, after=1)  # one is the preflight's
+        slow = {**environment, "SOURCE_ENDPOINT": proxy.endpoint, "STALL_TIMEOUT": limit}
+        with Backup(slow, "verify", "first") as running:
+            running.wait_for_line("20 objects are proved")
+            wait_until(lambda: proxy.count(lambda request: request.kind == "GET") > 5, 20, "it is read")
+            if exit_code == 143:
+                running.send_signal(signal.SIGTERM)
+            result = running.wait(40).expect(exit_code)
+    assert told in result.output
 
 
 def test_where_there_is_no_archive_it_says_so(environment: dict[str, str], source: Bucket) -> None:
