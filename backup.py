@@ -5,7 +5,7 @@ What a run does: it reads the configuration from environment variables and repor
 once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
 target, several side by side, takes the lease that excludes other runs, makes the borg repository where it is
 new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
-of borg, prunes and compacts where asked, unmounts, which returns only when everything is uploaded, compares
+of borg, prunes, compacts and checks where asked, unmounts, which returns only when all is uploaded, compares
 the bucket with what borg wrote, and gives the lease back. At the end what was archived is compared with what
 the source lists, and whoever is to hear of the run is told. One failing target does not stop the others.
 Nothing is waited for that makes no progress.
@@ -27,8 +27,10 @@ The sections of this file, each using only those above it:
     Audit           whether the bucket holds what borg wrote, and the archive what the source lists
     Notifications   how a run went, for a health check, a webhook and Prometheus
     Repository      preflight, the lease, leftovers; a repository opened for writing, or to read from
+    Check           whether a repository is sound: `borg check` in slices, and what was checked when
     Backup          one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
+    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -57,6 +59,7 @@ import http.client
 import json
 import math
 import os
+import random
 import re
 import secrets
 import shlex
@@ -66,6 +69,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tarfile
 import tempfile
 import termios
 import threading
@@ -283,7 +287,7 @@ VARIABLES = (
     "METRICS_FILE",
     "LOG_FORMAT",
 )
-TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact")
+TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
 
 
@@ -323,6 +327,14 @@ class Store:
 
 
 @dataclass(frozen=True)
+class CheckPlan:
+    """How much of a repository is checked, and how often at most."""
+
+    seconds: int | None  # a slice of at most so long; None: everything, archives included
+    every: str = ""  # one of CHECK_PERIODS; empty: in each run
+
+
+@dataclass(frozen=True)
 class Target:
     """A store that holds a borg repository, and how to treat that."""
 
@@ -334,6 +346,7 @@ class Target:
     compression: str
     prune: tuple[str, ...]  # borg's options; empty: never prune
     compact_percent: int | None  # borg's threshold; None: do not compact
+    check: CheckPlan | None = None  # None: a run checks nothing
 
 
 @dataclass(frozen=True)
@@ -724,9 +737,11 @@ def parse_target(
         mistakes.append(f"{store.setting('borg_passphrase')}: {mistake}")
     prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
     compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
+    check = parse_check(store.setting("check"), texts.get("check", ""), mistakes)
     store = parse_store(name, texts, mistakes)
     mistakes += missing_settings(store)
-    return Target(name, store, passphrase, encryption, "encryption" in texts, compression, prune, compact)
+    must_match = "encryption" in texts
+    return Target(name, store, passphrase, encryption, must_match, compression, prune, compact, check)
 
 
 def passphrase_mistake(passphrase: str, encryption: str) -> str | None:
@@ -853,6 +868,32 @@ def parse_compact(setting: str, value: object, mistakes: list[str]) -> int | Non
         return value
     mistakes.append(f"{setting}: write true, false, or a threshold in percent from 0 to 100")
     return None
+
+
+CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
+TIME_UNITS = {"s": 1, "m": 60, "h": 3600}  # in seconds
+CHECK_HELP = (
+    "write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
+    " units are s, m, h, periods day, week, month"
+)
+
+
+def parse_check(setting: str, text: str, mistakes: list[str]) -> CheckPlan | None:
+    """A target's `check`: a duration or `full`, and a period where it is not done in each run."""
+    if text in ("", UNREADABLE):
+        return None
+    amount, slash, every = text.partition("/")
+    seconds = None if amount == "full" else parse_duration(amount)
+    if (seconds or amount == "full") and (every in CHECK_PERIODS if slash else True):
+        return CheckPlan(seconds, every)
+    mistakes.append(f"{setting}: {text!r} is not understood; {CHECK_HELP}")
+    return None
+
+
+def parse_duration(text: str) -> int | None:
+    """Seconds from `90s`, `30m` or `2h`; None where it is nothing like that."""
+    found = re.fullmatch(r"0*([1-9][0-9]{0,5})([smh])", text)
+    return int(found[1]) * TIME_UNITS[found[2]] if found else None
 
 
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
@@ -1966,6 +2007,39 @@ class Child:
         return self.wait(KILL_SECONDS) is not None
 
 
+class StreamedChild(Child):
+    """A child whose standard output `consume` reads as it is, in a thread of its own.
+
+    It has ended when that thread has, too. Where that leaves early the child finds its pipe closed.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        consume: Callable[[IO[bytes]], None],
+        on_error: Callable[[str], None],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """Starts the process. Raises BackupError when it cannot be started."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **pipes)
+        self._look_after((self._process.stderr, on_error))
+
+        def work() -> None:
+            with self._process.stdout as stream:
+                consume(stream)
+
+        self.consumed = in_background(work)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, or None when it or whoever reads its output is not done after `seconds`."""
+        code = super().wait(seconds)
+        if code is None or concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
+            return None
+        return code
+
+
 class ForegroundChild(Child):
     """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
 
@@ -2763,6 +2837,13 @@ def in_borgs_order(folder: str) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
+def objects_below(folder: str) -> Iterator[tuple[str, int, float]]:
+    """Path, size in bytes and time of last modification of the files below `folder`, in borg's order."""
+    for entry in in_borgs_order(folder):
+        status = entry.stat(follow_symlinks=False)
+        yield entry.path, status.st_size, status.st_mtime
+
+
 def by_inode(folder: str) -> Iterator[os.DirEntry[str]]:
     """A folder's entries by inode number, or nearly so where there are more than SORTED_AT_ONCE.
 
@@ -2813,11 +2894,21 @@ class ReadAhead:
     slower one is left to read by itself.
     """
 
-    def __init__(self, runtime: Runtime, mount: Mount, readers: Sequence[Reader]) -> None:
-        """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        mount: Mount,
+        readers: Sequence[Reader],
+        objects: Iterable[tuple[str, int, float]] | None = None,
+    ) -> None:
+        """Starts the threads. They begin when each reader has begun or left, or a while after the first.
+
+        `objects` are what is read instead of the whole mount, as `objects_below` has them.
+        """
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
         window_bytes = read_ahead_bytes(runtime.memory_mb, settings.source)
-        self._folder, self._window, self._readers = str(mount.path), window_bytes, list(readers)
+        self._window, self._readers = window_bytes, list(readers)
+        self._objects = objects_below(str(mount.path)) if objects is None else objects
         self._with_metadata = settings.source_metadata
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
         self._piece_bytes = piece_bytes(window_bytes)
@@ -2896,11 +2987,10 @@ class ReadAhead:
             while not self._over and not self._all_began():
                 self._room.wait(WATCH_SECONDS)
         with contextlib.suppress(OSError):
-            for entry in in_borgs_order(self._folder):
+            for path, size_bytes, modified in self._objects:
                 if self._over:
                     return
-                status = entry.stat(follow_symlinks=False)
-                self._take(entry.path, status.st_size, status.st_mtime)
+                self._take(path, size_bytes, modified)
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -3035,7 +3125,7 @@ def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
 
 
 def borg_create(
-    target: Target, label: str, repository: Path, source: Path, metadata: bool = False
+    target: Target, label: str, repository: Path, source: Path, metadata: bool = False, comment: str = ""
 ) -> list[str]:
     """Archives `source`, and names each object when it is done; with `metadata` extended attributes, too.
 
@@ -3045,6 +3135,7 @@ def borg_create(
     """
     options = ["--files-cache", "ctime,size", "--noacls", "--noflags"]
     options += [] if metadata else ["--noxattrs"]
+    options += ["--comment", comment] if comment else []
     archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
     return [
         "create",
@@ -3067,6 +3158,35 @@ def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
 def borg_compact(target: Target, repository: Path) -> list[str]:
     """Frees the space of deleted archives."""
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
+
+
+def borg_check_slice(repository: Path, seconds: float) -> list[str]:
+    """Checks segments for some seconds, from where the last slice stopped, which borg keeps in its config."""
+    slice_options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
+    return ["check", "--info", "--progress", *slice_options, str(repository)]
+
+
+def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
+    """Checks all segments, the index and the archives, and with `verify_data` each piece of data."""
+    options = ["--verify-data"] if verify_data else []
+    return ["check", "--info", "--progress", *options, str(repository)]
+
+
+def borg_list_files(repository: Path, archive: str) -> list[str]:
+    """Lists an archive's content, a JSON object a line."""
+    options = ["--json-lines", "--format", "{type}{path}{size}{mtime}"]
+    return ["list", *options, f"{repository}::{archive}"]
+
+
+def borg_find_archive(repository: Path, pattern: str) -> list[str]:
+    """Shows the newest archive whose name matches, with its comment."""
+    options = ["--json", "--last", "1", "--format", "{name}{start}{comment}"]
+    return ["list", *options, "--glob-archives", pattern, str(repository)]
+
+
+def borg_export(repository: Path, archive: str, patterns: Sequence[str]) -> list[str]:
+    """Writes what matches, in the archive's order, as a tar stream to standard output."""
+    return ["export-tar", *patterns, f"{repository}::{archive}", "-"]
 
 
 BORG_FOLDERS = (
@@ -3110,6 +3230,11 @@ BREAK_LOCK_HELP = (
     " backup.py umount target-{name}"
 )
 
+DAMAGE_HELP = (
+    "Look for what changed objects of the bucket (a lifecycle rule, somebody's deletion), copy it before you"
+    " try `backup.py borg {name} check --repair`, and then let `backup.py check {name}` look at all of it."
+)
+
 DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 MAX_NAMED = 100  # objects or warnings; more are counted
 
@@ -3124,6 +3249,7 @@ BORG_HINTS = {
     " /cache and /config/borg/security.",
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
     " remove /cache and /config/borg/security.",
+    "IntegrityError": DAMAGE_HELP,
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
     "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
     "UnencryptedRepo": "Without encryption there is no key, and none to lose.",
@@ -3141,7 +3267,8 @@ class BorgLog:
         self, name: str, console: Console, stop: Stop, on_file: Callable[[str, str], None] | None = None
     ) -> None:
         """Nothing was read yet; `on_file(status, path)` is told of each file that borg has done."""
-        self.errors: list[tuple[str, str]] = []  # message id, message
+        self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
+        self.error_count = 0
         self.warnings = 0
         self.io_errors = 0
         self.infos: list[str] = []
@@ -3186,11 +3313,7 @@ class BorgLog:
                 "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place",
             )
         elif level in ("ERROR", "CRITICAL"):
-            self.errors.append((msgid, text))
-            # What it says when it is stopped is no error; a traceback says less than the failure's own line.
-            quiet = self._stop.requested or text.startswith(("Traceback", "Local Exception"))
-            show = self._console.debug if quiet else self._console.error
-            show(self._name, f"borg: {text}")
+            self._take_error(msgid, text)
         elif level == "WARNING":
             self.warnings += 1
             self.io_errors += msgid in IO_ERRORS
@@ -3200,8 +3323,21 @@ class BorgLog:
             self.infos.append(text)
             self._console.debug(self._name, f"borg: {text}")
 
+    def _take_error(self, msgid: str, text: str) -> None:
+        """Takes an error; a repository that has lost much gives one for each piece of data."""
+        self.error_count += 1
+        if self.error_count > MAX_NAMED:
+            return
+        self.errors.append((msgid, text))
+        # What it says when it is stopped is no error; a traceback says less than the failure's own line.
+        quiet = self._stop.requested or text.startswith(("Traceback", "Local Exception"))
+        show = self._console.debug if quiet else self._console.error
+        show(self._name, f"borg: {text}")
+
     def report_hidden(self) -> None:
-        """Counts the warnings that were not shown."""
+        """Counts the warnings and errors that were not shown."""
+        if self.error_count > MAX_NAMED:
+            self._console.error(self._name, f"borg: {self.error_count - MAX_NAMED:,} more errors")
         if self.warnings > MAX_NAMED:
             self._console.warning(self._name, f"borg: {self.warnings - MAX_NAMED:,} more warnings")
 
@@ -3248,11 +3384,13 @@ class Borg:
         on_file: Callable[[str, str], None] | None = None,
         on_start: Callable[[Child], None] = lambda child: None,
         trusted_before: datetime | None = None,
+        consume: Callable[[IO[bytes]], None] | None = None,
     ) -> BorgResult:
         """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
 
-        `on_start` is given the process; see TRUST_OLD about `trusted_before`. Raises BackupError when it
-        fails, Stuck when its mounts are gone or nothing moves, Stopped on a stop signal.
+        `on_start` is given the process; see TRUST_OLD about `trusted_before`; `consume` reads its output,
+        which is not kept then. Raises BackupError when it fails, Stuck when its mounts are gone or nothing
+        moves, Stopped on a stop signal, and what `consume` raises.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -3264,14 +3402,29 @@ class Borg:
         with self._environment(own) as (env, fd):
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            child = Child(argv, env, output.append, log.feed, pass_fds=(fd,))
+            kind, take = (StreamedChild, consume) if consume else (Child, output.append)
+            child = kind(argv, env, take, log.feed, pass_fds=(fd,))
             on_start(child)
             code = self._run_to_end(command, child)
         log.report_hidden()
+        if isinstance(child, StreamedChild):
+            child.consumed.result()
         result = BorgResult(verdict(code), "\n".join(output), log)
         if result.verdict is Verdict.FAILURE or log.io_errors:
             raise self._failure(command, code, log)
         return result
+
+    def with_mounts(self, *mounts: Mount) -> Borg:
+        """The same borg, for work on further mounts, too."""
+        twin = copy.copy(self)
+        twin._mounts = [*self._mounts, *mounts]
+        return twin
+
+    def in_utc(self) -> Borg:
+        """The same borg, but it prints times in UTC."""
+        twin = copy.copy(self)
+        twin._folders = {**self._folders, "TZ": "UTC"}
+        return twin
 
     def hand_over(self, arguments: Sequence[str]) -> int:
         """Runs what a person typed, with our standard streams and terminal; returns borg's exit code.
@@ -3785,6 +3938,11 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
         time.sleep(POLL_SECONDS)
 
 
+def digest_of(text: str) -> int:
+    """64 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+
+
 class Digests:
     """A set of texts that takes eight bytes for each, however long it is and however many there are.
 
@@ -3798,8 +3956,8 @@ class Digests:
 
     def add(self, text: str) -> None:
         """Takes a text in."""
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        self._buckets[digest[0]].append(int.from_bytes(digest))
+        number = digest_of(text)
+        self._buckets[number >> 56].append(number)
         self._is_sorted = False
 
     def __contains__(self, text: str) -> bool:
@@ -3807,8 +3965,8 @@ class Digests:
         if not self._is_sorted:
             self._buckets = [array.array("Q", sorted(bucket)) for bucket in self._buckets]
             self._is_sorted = True
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        bucket, number = self._buckets[digest[0]], int.from_bytes(digest)
+        number = digest_of(text)
+        bucket = self._buckets[number >> 56]
         index = bisect.bisect_left(bucket, number)
         return index < len(bucket) and bucket[index] == number
 
@@ -3844,13 +4002,16 @@ NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
+NOT_SHOWN = "the mount did not show it"
+
+
 def why_missing(key: str, failed: bool, hidden: bool) -> str:
     """Why an archive lacks an object of the source."""
     if UNREPRESENTABLE.search(key) or any(len(part.encode()) > NAME_MAX_BYTES for part in key.split("/")):
         return "no file can have this name"
     if hidden:
         return "it is hidden by objects below the same name"
-    return "it could not be read" if failed else "the mount did not show it"
+    return "it could not be read" if failed else NOT_SHOWN
 
 
 def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mount, began: datetime) -> str:
@@ -4794,6 +4955,330 @@ def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
     return any(name not in names for name in repository.files if not name.startswith("lock."))
 
 
+# ---------------------------------------------------------------------------------------------------- Check
+
+# `borg check --max-duration` reads the segments one after another, compares each object in them with its
+# checksum, and notes in the repository's config how far it came. One such pass over all segments may take
+# many slices. What we know of it is a small JSON object beside the lease, written under the lease:
+#
+#   repository    the repository's id: what is said of another one counts for nothing
+#   checked       when the last complete pass ended that found no damage
+#   checked_from  when that one began: whatever was written before has been checked since
+#   pass_began    when the pass began that is under way
+#   segment       the last segment that it has checked
+#   began         when the last slice or full check began that came to its end
+#   damage        what was found, until a check that sees as much finds everything sound
+#   damaged       when that was found last
+#   kind          the kind of check that found it, see CHECK_KINDS
+
+CHECK_KINDS = ("segments", "archives", "data")  # each sees what those before it see, and more
+ROUND_SECONDS = 300  # borg notes its place only when it ends: so much is lost at most by an interruption
+EARLY = 0.9  # a nightly run must not skip its week because it began a minute earlier than a week before
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """What is known of the checks of a repository; see above for the fields."""
+
+    repository: str = ""
+    checked: datetime | None = None
+    checked_from: datetime | None = None
+    pass_began: datetime | None = None
+    segment: int = -1
+    began: datetime | None = None
+    damage: str = ""
+    damaged: datetime | None = None
+    kind: str = ""
+
+    def body(self) -> bytes:
+        """The object's content."""
+        fields = dataclasses.asdict(self)
+        return json.dumps(
+            {
+                name: value.isoformat() if isinstance(value, datetime) else value
+                for name, value in fields.items()
+            }
+        ).encode()
+
+    @classmethod
+    def parse(cls, body: bytes, identity: str) -> CheckRecord:
+        """The record that `body` holds of the repository `identity`; an empty one where it does not."""
+        empty = cls(repository=identity)
+        try:
+            fields = json.loads(body)
+            if fields["repository"] != identity:
+                return empty
+            times = {name: parse_time(fields[name]) for name in RECORD_TIMES}
+            texts = {name: str(fields[name]) for name in ("damage", "kind")}
+            return cls(repository=identity, segment=int(fields["segment"]), **times, **texts)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return empty
+
+
+RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """A time from its ISO form. Raises ValueError or TypeError where it has no zone, or is none."""
+    return datetime.fromisoformat(text).astimezone(UTC) if text is not None else None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file of a repository that holds data; its number grows with each that is written."""
+
+    size_bytes: int
+    written: datetime
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known after a check."""
+
+    record: CheckRecord
+    segments: Mapping[int, Segment]  # by their numbers
+    clock: datetime  # the server's
+
+    @property
+    def unchecked_since(self) -> datetime | None:
+        """Since when the data that is unchecked for the longest time is so; None where there is no data."""
+        return unchecked_since(self.record, self.segments)
+
+    @property
+    def age(self) -> str:
+        """How old the oldest unchecked data is, in a few words."""
+        since = self.unchecked_since
+        if not since:
+            return "there is no data to check"
+        return f"the oldest unchecked data is {age(max(0.0, (self.clock - since).total_seconds()))} old"
+
+    @property
+    def extent(self) -> str:
+        """How much has been checked, in a few words."""
+        total = sum(segment.size_bytes for segment in self.segments.values())
+        if not self.record.pass_began:
+            return f"all {size(total)}"
+        done = [number for number in self.segments if number <= self.record.segment]
+        return (
+            f"{size(sum(self.segments[number].size_bytes for number in done))} of {size(total)} in this pass"
+        )
+
+
+def age(seconds: float) -> str:
+    """`3 days`, `5 hours`, `1 minute`: rounded down."""
+    for name, unit in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= unit:
+            return count(int(seconds // unit), name)
+    return count(int(seconds), "second")
+
+
+def last_check(client: S3Client, identity: str) -> CheckRecord:
+    """What is known of the checks of the repository with this id. Raises S3Error."""
+    try:
+        body = client.get(f"{client.store.key_prefix}{CHECKED_NAME}")
+    except S3Error as error:
+        if error.code != "NoSuchKey":
+            raise
+        body = b""
+    return CheckRecord.parse(body, identity)
+
+
+def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
+    """Whether the next check is to be made, when the last one began at `began`."""
+    if not plan.every or not began:
+        return True
+    return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
+
+
+def unchecked_since(record: CheckRecord, segments: Mapping[int, Segment]) -> datetime | None:
+    """Since when the data that is unchecked for the longest time is so; None where there is no data.
+
+    Data is unchecked since the pass began that read it last, or since it was written, if none has. In a pass
+    that is under way only the segments up to the last one that it checked count as read.
+    """
+    since = []
+    for number, segment in segments.items():
+        read = record.pass_began if number <= record.segment else record.checked_from
+        since.append(max(segment.written, read) if read else segment.written)
+    return min(since, default=None)
+
+
+def before_slice(record: CheckRecord, position: int, now: datetime) -> CheckRecord:
+    """The record when a slice begins; borg's config says that it will go on after `position` (-1: anew).
+
+    Where its `segment` is then below `position`, borg has to be set back to it: somebody else went on with
+    the pass, or we were interrupted before we could note what was found.
+    """
+    if position < 0 or not record.pass_began or record.segment < 0:
+        return dataclasses.replace(record, pass_began=now, segment=-1)
+    return dataclasses.replace(record, segment=min(position, record.segment))
+
+
+def after_check(record: CheckRecord, position: int, damage: str, kind: str, now: datetime) -> CheckRecord:
+    """The record when borg has checked all up to the segment `position`; -1: everything, the pass is over."""
+    if damage:
+        record = dataclasses.replace(record, damage=damage, damaged=now, kind=kind)
+    if position >= 0:
+        return dataclasses.replace(record, segment=position)
+    over = dataclasses.replace(record, pass_began=None, segment=-1)
+    if record.damage and record.damaged and record.pass_began and record.damaged >= record.pass_began:
+        return over
+    over = dataclasses.replace(over, checked=now, checked_from=record.pass_began)
+    sees_it = CHECK_KINDS.index(kind) >= (CHECK_KINDS.index(record.kind) if record.kind in CHECK_KINDS else 0)
+    return dataclasses.replace(over, damage="", damaged=None, kind="") if sees_it else over
+
+
+def check_repository(
+    runtime: Runtime, repository: Repository, plan: CheckPlan, verify_data: bool = False
+) -> Checked:
+    """Checks a repository that is open for writing: a slice of it, or everything; never repairs anything.
+
+    Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
+    where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
+    """
+    client, start = repository.client, time.monotonic()
+    record = last_check(client, repository.identity)
+    began = client.clock or datetime.now(UTC)
+    runtime.console.info(repository.target.store.name, "borg check begins")
+    if plan.seconds is None:
+        record = check_everything(repository, record, began, verify_data)
+    else:
+        record = check_slice(runtime, repository, record, began, start + plan.seconds)
+    note_record(repository, dataclasses.replace(record, began=began))
+    checked = state_of_checks(runtime, repository, record)
+    found = "damage was found" if record.damage else "no damage was found"
+    took = duration(time.monotonic() - start)
+    runtime.console.info(
+        repository.target.store.name, f"checked {checked.extent}, in {took}: {found}; {checked.age}"
+    )
+    return checked
+
+
+def check_everything(
+    repository: Repository, record: CheckRecord, began: datetime, verify_data: bool
+) -> CheckRecord:
+    """A whole pass, with the index and the archives."""
+    kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
+    damage = damage_found(repository, borg_check_all(repository.mount.path, verify_data))
+    record = dataclasses.replace(record, pass_began=began, segment=-1)
+    return after_check(record, -1, damage, kind, repository.client.clock or began)
+
+
+def check_slice(
+    runtime: Runtime, repository: Repository, record: CheckRecord, began: datetime, deadline: float
+) -> CheckRecord:
+    """A slice that ends at `deadline` (monotonic), or with the pass; its place is noted now and then."""
+    client, path = repository.client, repository.mount.path
+    position = borgs_position(repository)
+    record = before_slice(record, position, began)
+    if record.segment < position:
+        value = ["last_segment_checked", str(record.segment)]
+        anew = ["--delete", str(path), value[0]]
+        repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+    damage = missing_segments(runtime, repository)
+    while True:
+        seconds = min(ROUND_SECONDS, deadline - time.monotonic())
+        damage = damage_found(repository, borg_check_slice(path, seconds)) or damage
+        position = borgs_position(repository)
+        record = after_check(record, position, damage, CHECK_KINDS[0], client.clock or began)
+        note_record(repository, record)
+        if position < 0 or time.monotonic() > deadline:
+            return record
+
+
+def damage_found(repository: Repository, arguments: Sequence[str]) -> str:
+    """What a borg command finds wrong with a repository; nothing where that is sound."""
+    result = repository.borg.run(arguments)
+    if result.verdict is Verdict.OK:
+        return ""
+    further = result.log.error_count - 2  # the last one says that errors were found
+    more = f" (and {count(further, 'further error')})" if further > 0 else ""
+    return f"{result.log.reason(1)}{more}"
+
+
+def borgs_position(repository: Repository) -> int:
+    """The last segment that the pass under way has checked, as borg notes it; -1: the next is the first."""
+    name, config = repository.target.store.name, repository.mount.path / "config"
+    text = within(MOUNT_SECONDS, f"{name}: reading config", config.read_text)
+    found = re.search(r"^last_segment_checked = ([0-9]+)$", text, re.MULTILINE)
+    return int(found[1]) if found else -1
+
+
+def missing_segments(runtime: Runtime, repository: Repository) -> str:
+    """The segments that the repository's index counts on and that are not there: borg's slices miss that."""
+    path, there = repository.mount.path, segments_of(runtime, repository)
+    hints = json.loads(repository.borg.run(["debug", "dump-hints", str(path), "-"]).output)
+    missing = sorted(int(number) for number, used in hints["segments"].items() if used)
+    missing = [number for number in missing if number not in there]
+    if not missing:
+        return ""
+    names = ", ".join(map(str, missing[:5]))
+    more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+    damage = f"{count(len(missing), 'segment')} with data missing from the bucket: {names}{more}"
+    runtime.console.error(repository.target.store.name, damage)
+    return damage
+
+
+def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
+    """The segments of a mounted repository by their numbers: the files `data/FOLDER/NUMBER`."""
+    data = repository.mount.path / "data"
+
+    def walk() -> dict[int, Segment]:
+        found = {}
+        for folder, _, names in os.walk(data):
+            for name in filter(str.isdigit, names):
+                status = os.stat(f"{folder}/{name}")
+                found[int(name)] = Segment(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+        return found
+
+    what = f"{repository.target.store.name}: listing the repository"
+    return within(WARM_UP_SECONDS, what, walk, runtime.stop)
+
+
+def note_record(repository: Repository, record: CheckRecord) -> None:
+    """Writes the record beside the repository, as long as the lease holds."""
+    key = f"{repository.target.store.key_prefix}{CHECKED_NAME}"
+    if not repository.lease:
+        raise BackupError(f"{repository.target.store.name}: a repository that is only read cannot be checked")
+    repository.lease.write(lambda client: client.put(key, record.body()))
+
+
+def state_of_checks(runtime: Runtime, repository: Repository, record: CheckRecord) -> Checked:
+    """What is known of the checks of a mounted repository now."""
+    clock = repository.client.clock or datetime.now(UTC)
+    return Checked(record, segments_of(runtime, repository), clock)
+
+
+def damage_error(repository: Repository, record: CheckRecord) -> BackupError | None:
+    """The error for damage that a check has found, and that no later one has found repaired; else None."""
+    if not record.damage:
+        return None
+    target = repository.target
+    when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
+    return BackupError(
+        f"{target.store.name}: the repository is damaged: {record.damage}{when}",
+        DAMAGE_HELP.format(name=target.name),
+    )
+
+
+def check_if_due(runtime: Runtime, repository: Repository) -> None:
+    """Checks a repository as its target's `check` says.
+
+    Raises BackupError when it is damaged, be it that an earlier check found it.
+    """
+    plan, client = repository.target.check, repository.client
+    if not plan:
+        return
+    record = last_check(client, repository.identity)
+    if is_due(plan, record.began, client.clock or datetime.now(UTC)):
+        record = check_repository(runtime, repository, plan).record
+    else:
+        checked = state_of_checks(runtime, repository, record)
+        runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
+    if error := damage_error(repository, record):
+        raise error
+
+
 # --------------------------------------------------------------------------------------------------- Backup
 
 
@@ -5037,6 +5522,7 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
                 prune(runtime, outcome, repository)
                 if target.compact_percent is not None:
                     compact(runtime, outcome, repository)
+            check_at_last(runtime, outcome, repository, f"the archive {outcome.archive} is stored")
         outlast_name(outcome.archive)
     if outcome.objects:  # what comes after an empty or a failed one is to be compared with the last good one
         note_count(repository.cache, runtime.settings.label, outcome.objects)
@@ -5066,7 +5552,12 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
         source.ahead.passed(source.reader, path)
 
     arguments = borg_create(
-        target, settings.label, repository.mount.path, source.mount.path, settings.source_metadata
+        target,
+        settings.label,
+        repository.mount.path,
+        source.mount.path,
+        settings.source_metadata,
+        f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}",
     )
     created = repository.borg.run(
         arguments,
@@ -5142,6 +5633,10 @@ def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int
         return None
     archives = json.loads(shown.output)["archives"]
     return next((each["stats"]["nfiles"] for each in archives if each["name"] != outcome.archive), None)
+
+
+# What an archive's comment begins with: before that time the source cannot have been listed.
+SOURCE_AS_OF = "s3borgbackup: source as of "
 
 
 def outlast_name(archive: str) -> None:
@@ -5239,6 +5734,21 @@ def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
     for line in compacted.log.infos:
         if line.startswith("compaction freed"):
             runtime.console.info(target.store.name, line)
+
+
+def check_at_last(runtime: Runtime, outcome: Outcome, repository: Repository, done: str) -> None:
+    """Checks the repository where that is due. Damage fails the target; what was `done` stands all the same.
+
+    Raises Stopped and Stuck.
+    """
+    try:
+        check_if_due(runtime, repository)
+    except (Stopped, Stuck):
+        raise
+    except BackupError as error:
+        outcome.verdict = Verdict.FAILURE
+        outcome.reason = f"{done}, but {error}"
+        runtime.console.error(repository.target.store.name, str(error))
 
 
 def overall(outcomes: Sequence[Outcome]) -> int:
@@ -5458,7 +5968,7 @@ class Facts:
     stored_objects: int
     stored_bytes: int
     key_exported: str  # when; empty: never
-    checked: str
+    checked: Checked
     lease: str  # who works on the repository; empty: nobody
 
     @property
@@ -5468,6 +5978,7 @@ class Facts:
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
+        record, since = self.checked.record, self.checked.unchecked_since
         return {
             "target": self.target.name,
             "endpoint": self.target.store.endpoint,
@@ -5480,7 +5991,9 @@ class Facts:
             "stored_objects": self.stored_objects,
             "stored_bytes": self.stored_bytes,
             "last_archive": self.newest.as_json() if self.newest else None,
-            "last_check": self.checked or None,
+            "last_check": record.checked.isoformat() if record.checked else None,
+            "unchecked_since": since.isoformat() if since else None,
+            "damage": record.damage or None,
             "in_use": self.lease or None,
         }
 
@@ -5501,7 +6014,7 @@ class Facts:
                 f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
             ),
             (f"last {self.label}", self._last_run()),
-            ("last check", self.checked or "never, as far as is known"),
+            ("last check", self._last_check()),
             ("in use", self.lease or "no"),
         ]
         return "\n".join(table(rows))
@@ -5510,6 +6023,13 @@ class Facts:
         if self.encryption == "none":
             return "there is none"
         return f"never: backup.py key-export {shlex.quote(self.target.name)}"
+
+    def _last_check(self) -> str:
+        record = self.checked.record
+        if record.damage:
+            return f"DAMAGED: {record.damage}"
+        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
+        return f"{when}; {self.checked.age}"
 
     def _saved(self) -> str:
         if self.archived_bytes <= self.stored_bytes:
@@ -5549,7 +6069,7 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             len(repository.files),
             sum(repository.files.values()),
             str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
-            str((read_note(client, CHECKED_NAME) or {}).get("checked", "")),
+            state_of_checks(runtime, repository, last_check(client, repository.identity)),
             str(lease.holder) if lease and not lease.has_expired else "",
         )
 
@@ -5594,7 +6114,10 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
 
 
 def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """Prunes and compacts repositories without their source; returns the exit code. Raises Stopped."""
+    """Prunes, compacts and checks repositories without their source; returns the exit code.
+
+    Raises Stopped.
+    """
     outcomes = [Outcome(target) for target in targets]
     for outcome in outcomes:
         start = time.monotonic()
@@ -5618,7 +6141,7 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
-    """Prunes and compacts one repository. Raises BackupError."""
+    """Prunes, compacts and checks one repository. Raises BackupError."""
     target, label = outcome.target, runtime.settings.label
     with opened_for_writing(runtime, target, "maintenance") as repository:
         check_encryption(runtime, repository)
@@ -5630,6 +6153,7 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
             prune(runtime, outcome, repository)
         if target.compact_percent is not None:
             compact(runtime, outcome, repository)
+        check_at_last(runtime, outcome, repository, "it is pruned and compacted as asked")
         outcome.archive = f"{len(contents(repository).archives):,} of {len(known.archives):,}"
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
@@ -5669,6 +6193,571 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
             return repository.borg.hand_over(arguments)
     with opened_for_writing(runtime, target, purpose) as repository:
         return repository.borg.hand_over(arguments)
+
+
+def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bool) -> int:
+    """Checks a target's repository. Raises BackupError, also when it is damaged."""
+    with opened_for_writing(runtime, target, "`check`") as repository:
+        checked = check_repository(runtime, repository, plan, verify_data)
+    if error := damage_error(repository, checked.record):
+        raise error
+    return EXIT_OK
+
+
+# --------------------------------------------------------------------------------------------- Verification
+
+# Is an archive good? What the source lists is kept as 16 bytes for each object; the archive's list streams
+# past it, and a sample is chosen on the way, into a file. The sample leaves borg as a tar stream, for which
+# borg verifies what it reads, and is compared, block by block, with the objects that have not changed since.
+# So memory grows neither with the sample nor with an object's size.
+
+DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
+SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
+PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
+AWKWARD_AT_ONCE = 100  # of them on its command line
+COMPARED_BYTES = 1024 * 1024  # at a time
+CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many objects of an archive are proved: a number of them, or a share of all."""
+
+    number: int = 0
+    share: float = 0.0  # 0: it is the number that counts
+
+    @classmethod
+    def parse(cls, text: str) -> Sample | None:
+        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
+        if text == "all":
+            return cls(share=1.0)
+        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+        if not found:
+            return None
+        number, share = int(found[1] or 0), float(found[2] or 0) / 100
+        return cls(number, share) if number or 0 < share <= 1 else None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An object of a sample."""
+
+    path: str  # in the archive
+    size_bytes: int
+    unchanged: bool  # the source lists it with the same size and time
+
+
+class Chooser:
+    """Chooses a sample of the objects that pass by, each with the same chance, and writes it to a file.
+
+    The same seed chooses the same objects of an archive. Where a share is asked for, at least one is chosen.
+    """
+
+    def __init__(self, sample: Sample, seed: int, spool: Path) -> None:
+        """Nothing has passed yet."""
+        self.number = 0  # of those chosen; counted when all have passed
+        self._sample, self._random, self._seen = sample, random.Random(seed), 0
+        self._spool = spool.open("w", encoding="utf-8")
+        self._kept: list[tuple[float, int, Chosen]] = []  # a heap, by how high the number is that was drawn
+
+    def take(self, chosen: Chosen) -> None:
+        """Decides on one object."""
+        drawn = self._random.random()
+        self._seen += 1
+        if drawn < self._sample.share:
+            self._write(chosen)
+            return
+        room = self._sample.number or (0 if self.number else 1)
+        heapq.heappush(self._kept, (-drawn, self._seen, chosen))
+        if len(self._kept) > room:
+            heapq.heappop(self._kept)
+
+    def finish(self) -> None:
+        """Writes what is still to be written, in the archive's order."""
+        kept = [] if self.number else sorted(self._kept, key=lambda entry: entry[1])
+        with self._spool:
+            for _, _, chosen in kept:
+                self._write(chosen)
+
+    def _write(self, chosen: Chosen) -> None:
+        self.number += 1
+        print(json.dumps(dataclasses.astuple(chosen)), file=self._spool)
+
+
+def read_sample(spool: Path) -> Iterator[Chosen]:
+    """The objects of a sample, in the archive's order."""
+    with spool.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield Chosen(*json.loads(line))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one borg exports of a sample."""
+
+    patterns: Sequence[str]  # its options
+    objects: Iterable[Chosen]
+    number: int
+
+
+def batches(sample: Sample, chooser: Chooser, spool: Path) -> Iterator[Batch]:
+    """A sample in parts that one borg can take; the whole archive in one, as that needs no patterns."""
+    if sample.share == 1.0:
+        yield Batch((), read_sample(spool), chooser.number)
+        return
+    part, awkward = [], 0
+    for chosen in read_sample(spool):
+        part.append(chosen)
+        awkward += is_awkward(chosen.path)
+        if len(part) >= PATHS_AT_ONCE or awkward >= AWKWARD_AT_ONCE:
+            yield Batch(write_patterns(part, spool), part, len(part))
+            part, awkward = [], 0
+    if part:
+        yield Batch(write_patterns(part, spool), part, len(part))
+
+
+def is_awkward(path: str) -> bool:
+    """Whether borg would read something else from a line of a file: it strips lines, and ends them at CR."""
+    return path != path.strip() or bool(re.search(r"[\r\n]", path))
+
+
+def write_patterns(part: Sequence[Chosen], spool: Path) -> list[str]:
+    """borg's options for exactly these paths, most of them in a file; none is taken for a pattern."""
+    file = spool.with_suffix(".patterns")
+    lines = [f"+ pf:{chosen.path}" for chosen in part]
+    file.write_text("".join(f"{line}\n" for line in lines if not is_awkward(line)), encoding="utf-8")
+    own = [word for line in lines if is_awkward(line) for word in ("--pattern", line)]
+    return ["--patterns-from", str(file), *own, "--pattern", "- re:.*"]
+
+
+class Listed:
+    """What the source lists: of each object its size and time, and whether the archive holds it.
+
+    16 bytes and a bit for each, however long its key is; see `Digests` for the chance of a mistake.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.number = 0
+        self._keys = [array.array("Q") for _ in range(256)]
+        self._prints = [array.array("Q") for _ in range(256)]
+        self._held = [bytearray() for _ in range(256)]
+
+    def add(self, key: str, size_bytes: int, modified: float) -> None:
+        """Takes an object in."""
+        number = digest_of(key)
+        self.number += 1
+        self._keys[number >> 56].append(number)
+        self._prints[number >> 56].append(fingerprint(size_bytes, modified))
+
+    def finish(self) -> None:
+        """All are in."""
+        for index, (keys, prints) in enumerate(zip(self._keys, self._prints, strict=True)):
+            pairs = sorted(zip(keys, prints, strict=True))
+            self._keys[index] = array.array("Q", (key for key, _ in pairs))
+            self._prints[index] = array.array("Q", (value for _, value in pairs))
+            self._held[index] = bytearray(len(pairs))
+
+    def is_unchanged(self, key: str, size_bytes: int, modified: float) -> bool:
+        """Whether it is listed with this size and time, by the second."""
+        number = digest_of(key)
+        index = self._find(number)
+        return index is not None and self._prints[number >> 56][index] == fingerprint(size_bytes, modified)
+
+    def hold(self, key: str) -> bool:
+        """Notes that the archive holds an object; False where that is not listed."""
+        number = digest_of(key)
+        index = self._find(number)
+        if index is not None:
+            self._held[number >> 56][index] = 1
+        return index is not None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the archive holds everything that is listed."""
+        return not any(0 in held for held in self._held)
+
+    def lacks(self, key: str) -> bool:
+        """Whether it is listed, and the archive does not hold it."""
+        number = digest_of(key)
+        index = self._find(number)
+        return index is not None and not self._held[number >> 56][index]
+
+    def _find(self, number: int) -> int | None:
+        keys = self._keys[number >> 56]
+        index = bisect.bisect_left(keys, number)
+        return index if index < len(keys) and keys[index] == number else None
+
+
+def fingerprint(size_bytes: int, modified: float) -> int:
+    """64 bits that stand for an object's size and its time in whole seconds: HTTP and tar know no others."""
+    return digest_of(f"{size_bytes} {math.floor(modified)}")
+
+
+@dataclass
+class Verification:
+    """What is found about an archive."""
+
+    target: str
+    seed: int
+    archive: str = ""
+    as_of: datetime | None = None  # what the source had before is expected in the archive
+    archived: int = 0
+    listed: int = 0
+    new: int = 0  # in the source since
+    missing: Findings = field(default_factory=Findings)
+    unarchivable: Findings = field(default_factory=Findings)  # no archive can hold them
+    deleted: Findings = field(default_factory=Findings)  # since
+    changed: Findings = field(default_factory=Findings)  # since
+    sampled: int = 0
+    sampled_bytes: int = 0
+    equal: int = 0  # of the sample: as in the source, byte for byte
+    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
+    differing: Findings = field(default_factory=Findings)
+    unreadable: Findings = field(default_factory=Findings)  # in the source
+    error: str = ""  # why it could not be verified to the end
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the archive is good. What changed in the source since says nothing about that."""
+        if self.error or self.missing.count or self.differing.count:
+            return Verdict.FAILURE
+        return Verdict.WARNING if self.unarchivable.count or self.unreadable.count else Verdict.OK
+
+    def as_json(self) -> str:
+        """For programs."""
+        fields = {name: value_for_json(getattr(self, name)) for name in VERIFICATION_FIELDS}
+        sample = {name: value_for_json(getattr(self, name)) for name in SAMPLE_FIELDS}
+        return json.dumps({**fields, "sample": sample, "result": self.verdict.value, "error": self.error})
+
+    def as_text(self) -> str:
+        """For people."""
+        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
+        rows = [
+            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
+            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
+            ("missing", f"{self.missing.count:,} that the source had before"),
+            ("unarchivable", f"{self.unarchivable.count:,} that no archive can hold"),
+            (
+                "since then",
+                f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted",
+            ),
+            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
+            ("", f"{self.equal:,} equal the source byte for byte"),
+            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
+            (
+                "",
+                f"{self.differing.count:,} differ, {self.unreadable.count:,} could not be read in the source",
+            ),
+            ("result", self.verdict.value),
+        ]
+        named = [
+            f"{name}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            for name in ("missing", "differing", "unreadable", "unarchivable", "changed", "deleted")
+            for key, reason in getattr(self, name).named
+        ]
+        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
+
+
+VERIFICATION_FIELDS = (
+    *("target", "archive", "as_of", "archived", "listed", "new"),
+    *("missing", "unarchivable", "changed", "deleted"),
+)
+SAMPLE_FIELDS = ("seed", "sampled", "sampled_bytes", "equal", "extracted", "differing", "unreadable")
+
+
+def value_for_json(value: object) -> object:
+    """Findings and times as JSON has them; all else as it is."""
+    if isinstance(value, Findings):
+        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
+        return {"count": value.count, "objects": named}
+    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
+
+
+def run_verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
+) -> int:
+    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
+    found = Verification(target.name, seed)
+    try:
+        verify(runtime, target, archive, sample, found)
+    except (Stopped, ConfigurationError):
+        raise
+    except BackupError as error:
+        found.error = str(error)
+        runtime.console.error(target.store.name, found.error)
+    with contextlib.suppress(OSError):  # whoever reads it may be gone
+        print(found.as_json() if as_json else found.as_text())
+    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
+    return codes.get(found.verdict, EXIT_FAILURE)
+
+
+def verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
+) -> None:
+    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
+    source = runtime.settings.source
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN)
+    with opened_for_reading(runtime, target, "`verify`") as repository:
+        choose_archive(runtime, repository, archive, found)
+        runtime.console.info(target.store.name, f"{found.archive} is compared with {source.location}")
+        listed = list_source(runtime, client)
+        found.listed = listed.number
+        with mounted_apart(runtime, client.region) as mount, spool_folder() as folder:
+            chooser = Chooser(sample, found.seed, folder / "sample")
+            compare_lists(repository, path_prefix(runtime.settings), listed, chooser, found)
+            find_missing(runtime, client, mount, listed, found)
+            runtime.console.info(target.store.name, f"{count(chooser.number, 'object')} are proved")
+            prover = Prover(runtime, client, mount, listed, found)
+            for batch in batches(sample, chooser, folder / "sample"):
+                prover.prove(repository, batch)
+
+
+@contextlib.contextmanager
+def spool_folder() -> Iterator[Path]:
+    """A folder for the sample."""
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def mounted_apart(runtime: Runtime, region: str) -> Iterator[Mount]:
+    """The source, mounted read-only where no run and no person mounts it, and without its user metadata."""
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-", ignore_cleanup_errors=True) as folder:
+        settings = dataclasses.replace(runtime.settings, data_dir=Path(folder), source_metadata=False)
+        private = dataclasses.replace(runtime, settings=settings)
+        with mounted(private, settings.source, region, read_only=True) as mount:
+            wait_until_usable(private, mount)
+            yield mount
+
+
+def path_prefix(settings: Settings) -> str:
+    """What the paths of a source's objects begin with in an archive: `data/source/`."""
+    return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
+
+
+def choose_archive(runtime: Runtime, repository: Repository, name: str | None, found: Verification) -> None:
+    """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
+
+    Where it does not say so itself, that is its start by a clock of which little is known.
+    """
+    label, store = runtime.settings.label, repository.target.store
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
+    borg = repository.borg.in_utc()
+    archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
+    if not archives:
+        what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
+        raise BackupError(
+            f"{store.name}: {store.location} holds {what}",
+            f"`backup.py borg {repository.target.name} list` shows what it holds.",
+        )
+    [archive] = archives
+    found.archive = archive["name"]
+    found.as_of = source_as_of(archive["comment"], archive["start"])
+
+
+def source_as_of(comment: str, start: str) -> datetime:
+    """When the source was listed for an archive, at the earliest; `start` is UTC without saying so."""
+    with contextlib.suppress(ValueError):
+        if comment.startswith(SOURCE_AS_OF):
+            return datetime.fromisoformat(comment.removeprefix(SOURCE_AS_OF)).astimezone(UTC)
+    began = datetime.fromisoformat(start).replace(tzinfo=UTC)
+    return began - timedelta(seconds=CLOCK_ERROR_SECONDS)
+
+
+def list_source(runtime: Runtime, client: S3Client) -> Listed:
+    """What the source lists now, but for empty objects that stand for folders. Raises S3Error, Stopped."""
+    prefix = client.store.key_prefix
+
+    def collect() -> Listed:
+        listed = Listed()
+        for entry in client.list_objects(prefix):
+            key = entry.key[len(prefix) :]
+            if key and not is_folder_marker(entry):
+                listed.add(key, entry.size_bytes, entry.last_modified.timestamp())
+        listed.finish()
+        return listed
+
+    return within(LIST_SECONDS, "source: listing it", collect, runtime.stop)
+
+
+def is_folder_marker(entry: S3Object) -> bool:
+    """Whether an object only stands for a folder: no archive has it."""
+    return entry.key.endswith("/") and not entry.size_bytes
+
+
+def compare_lists(
+    repository: Repository, prefix: str, listed: Listed, chooser: Chooser, found: Verification
+) -> None:
+    """Has the archive's list pass by what the source lists, and by the chooser. Raises BackupError."""
+    outside = 0
+
+    def consume(lines: IO[bytes]) -> None:
+        nonlocal outside
+        for line in lines:
+            entry = json.loads(line)
+            key = entry["path"].removeprefix(prefix)
+            if entry["type"] != "-":
+                continue
+            if key == entry["path"]:
+                outside += 1
+                continue
+            found.archived += 1
+            modified = datetime.fromisoformat(entry["mtime"]).replace(tzinfo=UTC).timestamp()
+            unchanged = listed.is_unchanged(key, entry["size"], modified)
+            if not listed.hold(key):
+                found.deleted.add(key, "")
+            elif not unchanged:
+                found.changed.add(key, "")
+            chooser.take(Chosen(entry["path"], entry["size"], unchanged))
+
+    borg = repository.borg.in_utc()
+    borg.run(borg_list_files(borg.repository, found.archive), consume=consume)
+    chooser.finish()
+    if outside and not found.archived:
+        raise BackupError(
+            f"{repository.target.store.name}: {found.archive} holds nothing below {prefix}",
+            "Set DATA_DIR to what it was when the archive was made.",
+        )
+
+
+def find_missing(
+    runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
+) -> None:
+    """Names what the source had before, and the archive does not hold; lists the source again for it."""
+    if listed.is_held:
+        return
+    prefix, before = client.store.key_prefix, found.as_of or datetime.now(UTC)
+
+    def look() -> None:
+        for entry in client.list_objects(prefix):
+            key = entry.key[len(prefix) :]
+            if not key or is_folder_marker(entry) or not listed.lacks(key):
+                continue
+            if entry.last_modified >= before - timedelta(seconds=RACE_SECONDS):
+                found.new += 1
+                continue
+            hidden = key.endswith("/") or os.path.isdir(mount.path / key)
+            reason = why_missing(key, failed=False, hidden=hidden)
+            kind = found.missing if reason == NOT_SHOWN else found.unarchivable
+            kind.add(key, reason)
+
+    within(LIST_SECONDS, "source: listing it", look, runtime.stop)
+
+
+class Prover:
+    """Compares what borg extracts with the source."""
+
+    def __init__(
+        self, runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
+    ) -> None:
+        """Nothing is compared yet; `mount` is the source's, and `client` asks S3 about it directly."""
+        settings = dataclasses.replace(runtime.settings, source_metadata=False)
+        self._runtime = dataclasses.replace(runtime, settings=settings)
+        self._prefix = path_prefix(settings)
+        self._client, self._mount, self._listed, self._found = client, mount, listed, found
+        self._current = ""  # the object that is being read
+
+    def prove(self, repository: Repository, batch: Batch) -> None:
+        """Has borg export a part of the sample, while threads read the same of the source ahead.
+
+        Raises BackupError where borg finds damage, or leaves out an object.
+        """
+        reader, before = Reader(), self._found.sampled
+        original = (
+            (self._original(self._key(chosen.path)), chosen.size_bytes, 0.0)
+            for chosen in batch.objects
+            if chosen.unchanged
+        )
+        ahead = ReadAhead(self._runtime, self._mount, [reader], original)
+
+        def consume(stream: IO[bytes]) -> None:
+            self._consume(stream, lambda path: ahead.passed(reader, path))
+
+        borg = repository.borg.with_mounts(self._mount)
+        arguments = borg_export(borg.repository, self._found.archive, batch.patterns)
+        try:
+            borg.run(arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=consume)
+        except BackupError as error:
+            if self._current and not isinstance(error, Stopped):
+                error.message += f" (while {self._current!r} was read)"
+            raise
+        finally:
+            ahead.close()
+        if self._found.sampled - before != batch.number:
+            raise BackupError(
+                f"{repository.target.store.name}: borg exported {self._found.sampled - before:,} of"
+                f" {count(batch.number, 'object')}",
+                DAMAGE_HELP.format(name=repository.target.name),
+            )
+
+    def _key(self, path: str) -> str:
+        return path.removeprefix(self._prefix)
+
+    def _original(self, key: str) -> str:
+        return f"{self._mount.path}/{key}"
+
+    def _consume(self, stream: IO[bytes], passed: Callable[[str], None]) -> None:
+        """Takes borg's tar stream. Where that ends too early, borg tells why."""
+        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+        try:
+            with tarfile.open(fileobj=stream, mode="r|", **encoding) as tar:
+                while member := tar.next():
+                    tar.members.clear()  # or it would keep them all
+                    if member.isreg() and member.name.startswith(self._prefix):
+                        self._current = self._key(member.name)
+                        self._take(self._current, member, tar.extractfile(member))
+                        passed(self._original(self._current))
+                        self._current = ""
+        except tarfile.ReadError:
+            pass
+
+    def _take(self, key: str, member: tarfile.TarInfo, archived: IO[bytes]) -> None:
+        """Proves one object."""
+        found, trouble, unreadable = self._found, "", False
+        unchanged = self._listed.is_unchanged(key, member.size, member.mtime)
+        if unchanged:
+            try:
+                with open(self._original(key), "rb") as original:
+                    trouble = first_difference(archived, original)
+            except OSError as error:
+                trouble, unreadable = error.strerror or str(error), True
+        while archived.read(COMPARED_BYTES):  # to its end, so that all of it is verified
+            pass
+        found.sampled += 1
+        found.sampled_bytes += member.size
+        if not unchanged or (trouble and self._changed_meanwhile(key, member)):
+            found.extracted += 1
+        elif trouble:
+            (found.unreadable if unreadable else found.differing).add(key, trouble)
+        else:
+            found.equal += 1
+
+    def _changed_meanwhile(self, key: str, member: tarfile.TarInfo) -> bool:
+        """Whether the source has another version now than what was listed, or none. Raises S3Error."""
+        try:
+            answer = self._client.request("HEAD", f"{self._client.store.key_prefix}{key}")
+        except S3Error as error:
+            if error.status == 404:
+                return True
+            raise
+        modified = answer.time("Last-Modified")
+        now = int(answer.headers.get("content-length", -1)), modified and math.floor(modified.timestamp())
+        return now != (member.size, math.floor(member.mtime))
+
+
+def first_difference(archived: IO[bytes], original: IO[bytes]) -> str:
+    """Where two contents differ first, in a few words; nothing where they are equal. Raises OSError."""
+    offset = 0
+    while True:
+        ours, theirs = archived.read(COMPARED_BYTES), original.read(COMPARED_BYTES)
+        if ours != theirs:
+            unlike = (place for place, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1)
+            offset += next(unlike, min(len(ours), len(theirs)))
+            return f"its content differs from byte {offset:,} on, although size and time are the same"
+        if not ours:
+            return ""
+        offset += len(ours)
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
@@ -5970,6 +7059,71 @@ def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
     return export_key(runtime, target, arguments.options["form"])
 
 
+def declare_verify(parser: OptionParser) -> None:
+    """The options of `verify`."""
+    parser.add_argument(
+        "--archive", metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
+    )
+    parser.add_argument(
+        "--sample",
+        type=a_sample,
+        default=DEFAULT_SAMPLE,
+        metavar="N",
+        help=f"how many objects are proved: a number, a share such as 1%%, or all (default {DEFAULT_SAMPLE})",
+    )
+    parser.add_argument("--seed", type=int, help="choose the same sample as when this seed was printed")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def a_sample(text: str) -> Sample:
+    """A sample, for an option."""
+    sample = Sample.parse(text)
+    if not sample:
+        raise argparse.ArgumentTypeError(SAMPLE_HELP)
+    return sample
+
+
+def command_verify(runtime: Runtime, arguments: Arguments) -> int:
+    """A verification."""
+    target, options = chosen_target(runtime.settings, arguments.names[0]), arguments.options
+    seed = secrets.randbelow(10**9) if options["seed"] is None else options["seed"]
+    return run_verify(runtime, target, options["archive"], options["sample"], seed, options["json"])
+
+
+def declare_check(parser: OptionParser) -> None:
+    """The options of `check`."""
+    parser.add_argument(
+        "--max-duration",
+        type=a_duration,
+        metavar="TIME",
+        help="check for at most so long (such as 30m) from where the last such slice stopped: segments only",
+    )
+    parser.add_argument(
+        "--verify-data", action="store_true", help="decrypt and verify each piece of data, too"
+    )
+
+
+def a_duration(text: str) -> int:
+    """Seconds, for an option."""
+    seconds = parse_duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
+    return seconds
+
+
+def check_mistake(arguments: Arguments) -> str:
+    """What is wrong with a command line of `check`."""
+    both = arguments.options["max_duration"] and arguments.options["verify_data"]
+    return "`--verify-data` looks at everything: leave out `--max-duration`" if both else ""
+
+
+def command_check(runtime: Runtime, arguments: Arguments) -> int:
+    """A check."""
+    target = chosen_target(runtime.settings, arguments.names[0])
+    plan = CheckPlan(arguments.options["max_duration"])
+    return run_check(runtime, target, plan, arguments.options["verify_data"])
+
+
 def command_borg(runtime: Runtime, arguments: Arguments) -> int:
     """Any command of borg."""
     name, *words = arguments.names
@@ -6009,7 +7163,7 @@ COMMANDS = {
     ),
     "maintain": Command(
         "[NAME...]",
-        "prune and compact all targets, or the named ones; needs no source",
+        "prune, compact and check all targets, or the named ones; needs no source",
         TARGETS,
         command_maintain,
     ),
@@ -6020,6 +7174,23 @@ COMMANDS = {
         command_key_export,
         declare_key_forms,
         prints_data=True,
+    ),
+    "verify": Command(
+        "NAME",
+        "compare an archive with the live bucket, and prove the content of a sample of it",
+        A_TARGET,
+        command_verify,
+        declare_verify,
+        needs_source=True,
+        prints_data=True,
+    ),
+    "check": Command(
+        "NAME",
+        "check a repository with `borg check`, all of it or for some time; never repairs anything",
+        A_TARGET,
+        command_check,
+        declare_check,
+        mistake=check_mistake,
     ),
     "borg": Command(
         "NAME ARGS...",

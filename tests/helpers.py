@@ -222,6 +222,18 @@ class Bucket:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda key: client.delete_object(Bucket=self.name, Key=key), keys))
 
+    def flip_a_byte(self, key: str) -> bytes:
+        """Damage an object in its middle; returns what it was before."""
+        before = self.get(key)
+        place = len(before) // 2
+        self.put({key: before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :]})
+        return before
+
+    def largest(self, prefix: str = "") -> str:
+        """The key of the largest object, such as the segment with most of the data."""
+        sizes = self.sizes(prefix)
+        return max(sizes, key=lambda key: sizes[key])
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every key that begins with `prefix`, with the object's size in bytes."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pexpect
@@ -471,8 +471,11 @@ def test_info_tells_what_a_repository_takes_and_what_is_known_of_it(site: Site) 
     text = site.call("info").stdout
     assert "deduplication and compression save 9" in text
     assert "never: backup.py key-export first" in text
-    site.target.put({".s3borgbackup-checked": b'{"checked": "2026-01-02T03:04:05Z"}'})
-    assert "2026-01-02T03:04:05Z" in site.call("info").stdout
+    assert "never, as far as is known; the oldest unchecked data is " in text
+    assert site.call("check", "first").returncode == 0
+    checked = datetime.fromisoformat(json.loads(site.call("info", "--json").stdout)["first"]["last_check"])
+    assert datetime.now(UTC) - checked < timedelta(minutes=2)
+    assert f"{checked:%Y-%m-%d %H:%M:%S}" in site.call("info").stdout
 
 
 def test_info_names_who_works_on_the_repository(site: Site) -> None:
@@ -544,6 +547,21 @@ def test_a_new_repository_has_a_key_that_was_never_exported(site: Site) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- maintain
+
+
+def test_maintain_checks_where_the_target_says_so(site: Site) -> None:
+    """As a run does: what it finds is told by each command that follows."""
+    site.source.put({"large": os.urandom(100_000)})
+    run_backup(site.environment).expect(0)
+    environment = with_target(site.environment, "first", check="full/week")
+    assert site.call("maintain", environment=environment).returncode == 0
+    assert json.loads(site.call("info", "--json").stdout)["first"]["last_check"]
+    site.target.flip_a_byte(site.target.largest("data/"))
+    environment = with_target(site.environment, "first", check="full")
+    result = site.call("maintain", environment=environment)
+    assert result.returncode == 2
+    assert "the repository is damaged" in result.stderr
+    assert "DAMAGED" in site.call("info").stdout
 
 
 def test_maintain_prunes_and_compacts_without_a_source(site: Site) -> None:
