@@ -4995,7 +4995,7 @@ class CheckRecord:
         fields = dataclasses.asdict(self)
         return json.dumps(
             {
-                name: value.isoformat() if isinstance(value, datetime) else value
+                name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
                 for name, value in fields.items()
             }
         ).encode()
@@ -5136,41 +5136,47 @@ def check_repository(
     Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
     where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
     """
-    client, start = repository.client, time.monotonic()
-    record = last_check(client, repository.identity)
-    began = client.clock or datetime.now(UTC)
-    runtime.console.info(repository.target.store.name, "borg check begins")
+    name, start = repository.target.store.name, time.monotonic()
+    record = last_check(repository.client, repository.identity)
+    began = repository.client.clock or datetime.now(UTC)
+
+    def clock() -> datetime:  # the server's, without asking it again
+        return began + timedelta(seconds=time.monotonic() - start)
+
+    runtime.console.info(name, "borg check begins")
     if plan.seconds is None:
-        record = check_everything(repository, record, began, verify_data)
+        record = check_everything(repository, record, clock, verify_data)
     else:
-        record = check_slice(runtime, repository, record, began, start + plan.seconds)
-    note_record(repository, dataclasses.replace(record, began=began))
-    checked = state_of_checks(runtime, repository, record)
+        record = check_slice(runtime, repository, record, clock, start + plan.seconds)
+    record = dataclasses.replace(record, began=began)
+    note_record(repository, record)
+    checked = Checked(record, segments_of(runtime, repository), clock())
     found = "damage was found" if record.damage else "no damage was found"
     took = duration(time.monotonic() - start)
-    runtime.console.info(
-        repository.target.store.name, f"checked {checked.extent}, in {took}: {found}; {checked.age}"
-    )
+    runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
     return checked
 
 
 def check_everything(
-    repository: Repository, record: CheckRecord, began: datetime, verify_data: bool
+    repository: Repository, record: CheckRecord, clock: Callable[[], datetime], verify_data: bool
 ) -> CheckRecord:
     """A whole pass, with the index and the archives."""
+    record = dataclasses.replace(record, pass_began=clock(), segment=-1)
     kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
     damage = damage_found(repository, borg_check_all(repository.mount.path, verify_data))
-    record = dataclasses.replace(record, pass_began=began, segment=-1)
-    return after_check(record, -1, damage, kind, repository.client.clock or began)
+    return after_check(record, -1, damage, kind, clock())
 
 
 def check_slice(
-    runtime: Runtime, repository: Repository, record: CheckRecord, began: datetime, deadline: float
+    runtime: Runtime,
+    repository: Repository,
+    record: CheckRecord,
+    clock: Callable[[], datetime],
+    deadline: float,
 ) -> CheckRecord:
     """A slice that ends at `deadline` (monotonic), or with the pass; its place is noted now and then."""
-    client, path = repository.client, repository.mount.path
-    position = borgs_position(repository)
-    record = before_slice(record, position, began)
+    path, position = repository.mount.path, borgs_position(repository)
+    record = before_slice(record, position, clock())
     if record.segment < position:
         value = ["last_segment_checked", str(record.segment)]
         anew = ["--delete", str(path), value[0]]
@@ -5180,7 +5186,7 @@ def check_slice(
         seconds = min(ROUND_SECONDS, deadline - time.monotonic())
         damage = damage_found(repository, borg_check_slice(path, seconds)) or damage
         position = borgs_position(repository)
-        record = after_check(record, position, damage, CHECK_KINDS[0], client.clock or began)
+        record = after_check(record, position, damage, CHECK_KINDS[0], clock())
         note_record(repository, record)
         if position < 0 or time.monotonic() > deadline:
             return record
@@ -5243,12 +5249,6 @@ def note_record(repository: Repository, record: CheckRecord) -> None:
     repository.lease.write(lambda client: client.put(key, record.body()))
 
 
-def state_of_checks(runtime: Runtime, repository: Repository, record: CheckRecord) -> Checked:
-    """What is known of the checks of a mounted repository now."""
-    clock = repository.client.clock or datetime.now(UTC)
-    return Checked(record, segments_of(runtime, repository), clock)
-
-
 def damage_error(repository: Repository, record: CheckRecord) -> BackupError | None:
     """The error for damage that a check has found, and that no later one has found repaired; else None."""
     if not record.damage:
@@ -5269,11 +5269,11 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
     plan, client = repository.target.check, repository.client
     if not plan:
         return
-    record = last_check(client, repository.identity)
-    if is_due(plan, record.began, client.clock or datetime.now(UTC)):
+    record, now = last_check(client, repository.identity), client.clock or datetime.now(UTC)
+    if is_due(plan, record.began, now):
         record = check_repository(runtime, repository, plan).record
     else:
-        checked = state_of_checks(runtime, repository, record)
+        checked = Checked(record, segments_of(runtime, repository), now)
         runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
     if error := damage_error(repository, record):
         raise error
