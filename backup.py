@@ -344,7 +344,8 @@ class Destination(Store):
         """Where a user finds a setting."""
         if key == "path":
             return "--to-bucket"
-        return f"{'RESTORE' if key in self.own else 'SOURCE'}_{key.upper()}"
+        name = key.upper()
+        return f"RESTORE_{name}" if key in self.own else f"RESTORE_{name} (now SOURCE_{name})"
 
 
 @dataclass(frozen=True)
@@ -4161,7 +4162,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         except Stopped:
             raise
         except BackupError as error:
-            if removed_meanwhile(runtime, repository):
+            if error.message.startswith(target.store.name) and removed_meanwhile(runtime, repository):
                 raise BackupError(
                     f"{target.store.name}: another run changed the repository while it was read, which may be"
                     f" why this failed: {error.message}",
@@ -5045,15 +5046,28 @@ def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterat
                 yield Landing(title, mount.path, mount, client, etags_are_md5)
             except S3Error as error:  # then TigrisFS would try in vain, too
                 raise Stuck(error.message, error.hint) from error
+    if not dry_run:
+        with contextlib.suppress(S3Error):
+            remove_probes(client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)))
 
 
 def gives_md5(client: S3Client) -> bool:
-    """Whether the ETag of an object is its MD5, which it is not with some kinds of encryption."""
+    """Whether the ETag of an object is its MD5, which it is not with some kinds of encryption.
+
+    Old probes are removed. Raises S3Error.
+    """
+    remove_probes(client)
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     try:
         return client.put(key, body).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
     finally:
         client.delete(key)
+
+
+def remove_probes(client: S3Client) -> None:
+    """Deletes the probes that could not be deleted, because S3 failed or a restore was killed."""
+    for entry in client.list_objects(f"{client.store.key_prefix}{PROBE_NAME}"):
+        client.delete(entry.key)
 
 
 class Progress:
@@ -5127,7 +5141,7 @@ def export(
     if lost := by_path.keys() - handled:
         more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
         raise BackupError(
-            f"the archive did not give {min(lost)!r}{more}",
+            f"{repository.target.store.name}: the archive did not give {min(lost)!r}{more}",
             f"Check the repository: backup.py borg {repository.target.name} check.",
         )
 
@@ -5342,7 +5356,7 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
         else:
             flush_disk(place)
     if place.client:
-        audit_objects(runtime, place.client, place, writer.written)
+        audit_objects(runtime, place, writer.written)
     return report(runtime, place, contents, fates, writer, time.monotonic() - start)
 
 
@@ -5459,31 +5473,42 @@ def object_mistakes(client: S3Client, written: Mapping[str, Written], etags_are_
 
 
 def settle_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
-    """Waits until the bucket lists what was written. Raises Stuck where there is no progress, S3Error."""
+    """Waits until the bucket lists what was written. Raises Stuck where there is no progress, S3Error.
+
+    TigrisFS repeats uploads that failed only until it is told to end. Where nothing has failed, and yet
+    nothing more appears, it is: it may have much to upload, or somebody else may have changed an object.
+    """
     assert place.mount
-    assert place.client
-    client, mount = place.client, place.mount
+    mount, least, since = place.mount, math.inf, 0.0
 
     def mistakes() -> list[str]:
-        what = f"{client.store.name}: listing the bucket"
-        return within(
-            LIST_SECONDS,
-            what,
-            lambda: object_mistakes(client, written, place.etags_are_md5),
-            runtime.stop,
-        )
+        nonlocal least, since
+        found = compare_objects(runtime, place, written)
+        mount.holds_nothing = not found
+        if len(found) < least:
+            least, since = len(found), time.monotonic()
+        is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
+        return [] if is_quiet else found
 
     if written:
         wait_until_listed(runtime, mount, mistakes)
-        mount.holds_nothing = True
 
 
-def audit_objects(runtime: Runtime, client: S3Client, place: Landing, written: Mapping[str, Written]) -> None:
-    """Raises BackupError unless the bucket, now that nobody writes any more, lists all that was written."""
-    what = f"{client.store.name}: listing the bucket"
-    mistakes = within(
-        LIST_SECONDS, what, lambda: object_mistakes(client, written, place.etags_are_md5), runtime.stop
+def compare_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> list[str]:
+    """`object_mistakes` of a place. Raises S3Error, Stopped."""
+    assert place.client
+    client = place.client
+    return within(
+        LIST_SECONDS,
+        f"{client.store.name}: listing the bucket",
+        lambda: object_mistakes(client, written, place.etags_are_md5),
+        runtime.stop,
     )
+
+
+def audit_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
+    """Raises BackupError unless the bucket, now that nobody writes any more, lists all that was written."""
+    mistakes = compare_objects(runtime, place, written)
     if mistakes:
         raise BackupError(
             f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
@@ -5910,6 +5935,7 @@ Any other word that is a program is run in our place: `docker run -it ... s3borg
 examples:
   docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
       --security-opt apparmor:unconfined s3borgbackup check-config
+  backup.py restore first photos/2025 --to /restored      (a folder of the machine, mounted there)
   backup.py mount target-first && borg list /data/target-first && backup.py umount target-first
 
 exit codes:

@@ -354,7 +354,8 @@ SOURCE = {
 def test_a_destination_is_reached_like_the_source_unless_told_otherwise() -> None:
     store = backup.chosen_destination(loaded(**SOURCE), "things:photos/")
     assert (store.bucket, store.prefix, store.region) == ("things", "photos", "source-region")
-    assert (store.access_key_id, store.setting("access_key_id")) == ("source-id", "SOURCE_ACCESS_KEY_ID")
+    assert store.access_key_id == "source-id"
+    assert store.setting("access_key_id") == "RESTORE_ACCESS_KEY_ID (now SOURCE_ACCESS_KEY_ID)"
     keys = {"RESTORE_ACCESS_KEY_ID": "own-id", "RESTORE_SECRET_ACCESS_KEY": "own-secret"}
     store = backup.chosen_destination(loaded(**SOURCE, **keys), "things")
     assert (store.endpoint, store.access_key_id) == ("http://127.0.0.1:1", "own-id")
@@ -425,6 +426,13 @@ def test_on_the_worst_day_a_passphrase_and_a_key_that_may_read_are_enough(site: 
     result = site.restore("a", "--to", str(site.folder / "out"), environment=site.worst_day()).expect(0)
     assert tree(site.folder / "out") == {"a/b": b"1"}
     assert "without the lease" in result.output
+    server = {"RESTORE_ENDPOINT": site.source.server.endpoint}
+    keys = {name: site.environment[name] for name in site.environment if name.startswith("RESTORE_")}
+    environment = {**site.worst_day(), **server, **keys}
+    words = ("--to-bucket", site.destination.name)
+    assert "restored 2 objects" in site.restore(*words, environment=environment).expect(0).output
+    assert "restored 0 objects" in site.restore(*words, environment=environment).expect(0).output
+    assert site.destination.contents() == site.source.contents()
     assert site.target.contents() == before
 
 

@@ -173,7 +173,7 @@ def test_a_destination_that_fails_for_a_while_is_waited_for(site: Site, table: T
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("action", "probability"), [(Action.REFUSE, 0.33), (Action.LOSE_ANSWER, 0.05), (Action.RESET, 0.05)]
+    ("action", "probability"), [(Action.REFUSE, 0.33), (Action.LOSE_ANSWER, 0.05), (Action.RESET, 0.2)]
 )
 def test_requests_that_fail_at_random_lose_nothing(
     site: Site, table: Table, action: Action, probability: float
