@@ -4678,7 +4678,7 @@ class Order:
     dry_run: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """An object in an archive."""
 
@@ -4742,7 +4742,7 @@ def list_archives(repository: Repository) -> dict[str, datetime]:
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A line of an archive's listing."""
 
@@ -4882,7 +4882,7 @@ class Etag:
 EMPTY_MD5 = hashlib.md5(usedforsecurity=False).digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """What lies already where an object is to be written."""
 
@@ -5239,7 +5239,7 @@ def compare(
     return fates, found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Written:
     """What was written to a bucket's mount."""
 

@@ -578,6 +578,7 @@ def test_a_bucket_gets_every_object_once(
         second = requests(server, site.destination)
         probes = 3  # two of preflight, and the empty folder's object
         assert second["PUT"] - first["PUT"] == probes
+        assert second["GET"] - first["GET"] < 10  # ETags tell
         site.destination.delete("plain.txt", "large")
         deleted = requests(server, site.destination)
         result = site.restore("--to-bucket", site.destination.name).expect(0)
@@ -585,6 +586,20 @@ def test_a_bucket_gets_every_object_once(
         assert third["PUT"] - deleted["PUT"] == probes + 1 + 3  # and one, and three parts
         assert f"restored 2 objects, 12 MB, to {site.destination.name}" in result.output
         assert site.destination.contents() == objects
+
+
+def test_of_an_archive_only_what_is_asked_for_is_read(site: Site) -> None:
+    site.source.put({"small": b"1", **{f"large/{number}": os.urandom(10_000_000) for number in range(4)}})
+    site.back_up()
+    with FaultProxy(site.target.server.endpoint) as proxy:
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
+        out = site.folder / "out"
+        site.restore("small", "--to", str(out), environment=environment).expect(0)
+        assert tree(out) == {"small": b"1"}
+        few = proxy.count(lambda request: request.kind == "GET" and "/data/" in request.path)
+        site.restore("--to", str(out), environment=environment).expect(0)
+        many = proxy.count(lambda request: request.kind == "GET" and "/data/" in request.path) - few
+        assert few < many / 3
 
 
 def test_a_prefix_of_a_bucket_is_restored_into(site: Site) -> None:

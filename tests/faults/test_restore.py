@@ -189,11 +189,13 @@ def test_requests_that_fail_at_random_lose_nothing(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("after", [0, 10, 200, 405])
+@pytest.mark.parametrize("after", [0, 10, 200, 423])
 def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Table, after: int) -> None:
+    """From the first on, in the middle, and the last alone."""
+    probes = 4
     with table.attempt("writes to the destination are refused (403)"):
         fault = site.proxy.add(
-            lambda request: request.is_write, Action.REFUSE, after=after + 4, code="AccessDenied"
+            lambda request: request.is_write, Action.REFUSE, after=after + probes, code="AccessDenied"
         )
         result = site.restore().expect(2)
         assert fault.hit
