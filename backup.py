@@ -31,6 +31,7 @@ The sections of this file, each using only those above it:
     Backup          one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
     Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
+    Restore         an archive, or a part of it, into a folder or a bucket
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -56,6 +57,8 @@ import hashlib
 import heapq
 import hmac
 import http.client
+import io
+import itertools
 import json
 import math
 import os
@@ -67,6 +70,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tarfile
@@ -78,7 +82,8 @@ import traceback
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor  # its import, which notes what forks do, must not be late
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -149,6 +154,14 @@ SORTED_AT_ONCE = 10_000  # entries of a folder
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
+
+# Restoring.
+RESTORE_THREADS = 32  # that write small objects at the same time
+RESTORE_UPLOADS = 32  # requests of TigrisFS at the same time
+SMALL_BYTES = (
+    256 * 1024
+)  # what is written by one of the threads; larger objects as they come out of the archive
+WAITING_OBJECTS = 96  # small objects that may wait for a thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -286,6 +299,10 @@ VARIABLES = (
     "NOTIFY_ON",
     "METRICS_FILE",
     "LOG_FORMAT",
+    "RESTORE_ENDPOINT",
+    "RESTORE_ACCESS_KEY_ID",
+    "RESTORE_SECRET_ACCESS_KEY",
+    "RESTORE_REGION",
 )
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
@@ -318,6 +335,11 @@ class Store:
         """What every key of this store begins with."""
         return f"{self.prefix}/" if self.prefix else ""
 
+    @property
+    def mount_flags(self) -> tuple[str, ...]:
+        """Further flags for TigrisFS."""
+        return ()
+
     def setting(self, key: str) -> str:
         """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
         if self.target is None:
@@ -332,6 +354,30 @@ class CheckPlan:
 
     seconds: int | None  # a slice of at most so long; None: everything, archives included
     every: str = ""  # one of CHECK_PERIODS; empty: in each run
+
+
+@dataclass(frozen=True)
+class Destination(Store):
+    """A bucket that is restored into; until that is known, only how to reach it."""
+
+    own: frozenset[str] = frozenset()  # the settings that it does not share with the source
+
+    @property
+    def name(self) -> str:
+        """What it is called in output."""
+        return "destination"
+
+    @property
+    def mount_flags(self) -> tuple[str, ...]:
+        """No object for a folder, as what is restored had none."""
+        return ("--no-dir-object", "--max-flushers", str(RESTORE_UPLOADS))
+
+    def setting(self, key: str) -> str:
+        """Where a user finds a setting."""
+        if key == "path":
+            return "--to-bucket"
+        name = key.upper()
+        return f"RESTORE_{name}" if key in self.own else f"RESTORE_{name} (now SOURCE_{name})"
 
 
 @dataclass(frozen=True)
@@ -378,6 +424,7 @@ class Settings:
     parallel_targets: int  # at most; fewer where memory is short
     source_metadata: bool  # whether objects' user metadata is archived
     shrink_percent: int  # an archive that lost more of its objects than this is suspicious; 0: none is
+    destination: Destination  # how to reach the bucket that is restored into
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -472,6 +519,7 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
         parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
         parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
         parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
+        parse_destination(values, mistakes),
     )
 
 
@@ -564,6 +612,27 @@ def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str
         given.get("access_key_id", ""),
         given.get("secret_access_key", ""),
         given.get("region") or None,
+    )
+
+
+def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destination:
+    """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
+    given, own = {}, set()
+    for suffix in STORE_SUFFIXES:
+        if value := values.get(f"RESTORE_{suffix}"):
+            own.add(suffix.lower())
+        given[suffix.lower()] = value or values.get(f"SOURCE_{suffix}", "")
+    if len(own & {"access_key_id", "secret_access_key"}) == 1:
+        mistakes.append(
+            "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY: one is missing; write both, or neither"
+        )
+    if "endpoint" in own and given["endpoint"] != UNREADABLE:
+        mistakes += [f"RESTORE_ENDPOINT: {mistake}" for mistake in endpoint_mistakes(given["endpoint"])]
+    region = given["region"] if "region" in own or "endpoint" not in own else ""
+    keys = given["access_key_id"], given["secret_access_key"]
+    missing = {name for name, value in given.items() if not value}
+    return Destination(
+        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own | missing)
     )
 
 
@@ -1001,6 +1070,7 @@ class S3Object:
     key: str
     size_bytes: int
     last_modified: datetime
+    etag: str = ""  # without quotes
 
 
 @dataclass(frozen=True)
@@ -1222,6 +1292,7 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
             decode(entry.findtext(f"{space}Key", "")),
             int(entry.findtext(f"{space}Size", "0")),
             datetime.fromisoformat(entry.findtext(f"{space}LastModified", "")),
+            entry.findtext(f"{space}ETag", "").strip('"'),
         )
         for entry in root.iter(f"{space}Contents")
     ]
@@ -2351,6 +2422,7 @@ def tigrisfs_command(
         *sizes,
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
+        *store.mount_flags,
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
@@ -2474,6 +2546,7 @@ class Mount:
     nudges: int = 0  # how often its flusher was woken
     usable: bool = False  # it was listed
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
+    ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     @property
     def is_alive(self) -> bool:
@@ -2501,7 +2574,7 @@ class Mount:
             return
         self.asked_at = time.monotonic()
         try:
-            self.client.list_page(self.store.key_prefix, limit=1)
+            self.ask(self.client)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
@@ -3150,6 +3223,21 @@ def borg_create(
     ]
 
 
+def borg_names(repository: Path) -> list[str]:
+    """Shows all archives' names and times."""
+    return ["list", "--json", str(repository)]
+
+
+def borg_items(repository: Path, archive: str) -> list[str]:
+    """Lists what is in an archive; nothing of its content is read."""
+    return ["list", "--json-lines", "--format", "{size}{mtime}", f"{repository}::{archive}"]
+
+
+def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
+    """Writes an archive's content to `stream`, as a tar file."""
+    return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
+
+
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
     """Deletes old archives of this label."""
     return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
@@ -3184,7 +3272,7 @@ def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
-def borg_export(repository: Path, archive: str, patterns: Sequence[str]) -> list[str]:
+def borg_export_sample(repository: Path, archive: str, patterns: Sequence[str]) -> list[str]:
     """Writes what matches, in the archive's order, as a tar stream to standard output."""
     return ["export-tar", *patterns, f"{repository}::{archive}", "-"]
 
@@ -3378,6 +3466,12 @@ class Borg:
         self._runtime, self._target = runtime, target
         self._mounts, self._folders = mounts, folders or {}
 
+    def beside(self, *mounts: Mount) -> Borg:
+        """The same, which works with these mounts, too."""
+        twin = copy.copy(self)
+        twin._mounts = [*self._mounts, *mounts]
+        return twin
+
     def run(
         self,
         arguments: Sequence[str],
@@ -3385,12 +3479,16 @@ class Borg:
         on_start: Callable[[Child], None] = lambda child: None,
         trusted_before: datetime | None = None,
         consume: Callable[[IO[bytes]], None] | None = None,
+        on_output: Callable[[str], None] | None = None,
+        own: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> BorgResult:
         """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
 
-        `on_start` is given the process; see TRUST_OLD about `trusted_before`; `consume` reads its output,
-        which is not kept then. Raises BackupError when it fails, Stuck when its mounts are gone or nothing
-        moves, Stopped on a stop signal, and what `consume` raises.
+        `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
+        unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
+        borg. Raises BackupError when it fails, Stuck when its mounts are gone or nothing moves, Stopped on a
+        stop signal, and what `consume` raises.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -3402,8 +3500,9 @@ class Borg:
         with self._environment(own) as (env, fd):
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            kind, take = (StreamedChild, consume) if consume else (Child, output.append)
-            child = kind(argv, env, take, log.feed, pass_fds=(fd,))
+            env.update(own or {})
+            kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
+            child = kind(argv, env, take, log.feed, pass_fds=(fd, *pass_fds))
             on_start(child)
             code = self._run_to_end(command, child)
         log.report_hidden()
@@ -3781,15 +3880,62 @@ if "S3BORGBACKUP_HANDED_OVER" in os.environ:
 """
 
 
+# Of an archive only what is asked for is to be read. Patterns for a million paths would have to go through a
+# file of lines, and paths hold line ends. And a tar file has no place for user metadata unless it is of the
+# PAX kind. (Where borg's parts are called otherwise, more is read than is needed, and metadata is left out.)
+EXPORTED = """\
+
+def export_only(path):
+    from borg.archive import Archive
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        chosen = frozenset(stream.read().split("\\0"))
+    item_filter = Archive.item_filter
+
+    def wrapper(self, item, *arguments):
+        return item.path in chosen and item_filter(self, item, *arguments)
+
+    Archive.item_filter = wrapper
+
+def export_metadata():
+    import tarfile
+    from borg.archive import Archive
+    iter_items, addfile, current = Archive.iter_items, tarfile.TarFile.addfile, {}
+
+    def noting(self, *arguments, **options):
+        for item in iter_items(self, *arguments, **options):
+            current["xattrs"] = item.get("xattrs") or {}
+            yield item
+
+    def adding(self, tarinfo, *arguments):
+        headers = {
+            "SCHILY.xattr." + name.decode(): (value or b"").decode("utf-8", "surrogateescape")
+            for name, value in current["xattrs"].items()
+            if name.startswith(b"user.")
+        }
+        self.format = tarfile.PAX_FORMAT if headers else tarfile.GNU_FORMAT
+        tarinfo.pax_headers = headers
+        return addfile(self, tarinfo, *arguments)
+
+    Archive.iter_items, tarfile.TarFile.addfile = noting, adding
+
+if "S3BORGBACKUP_EXPORTED" in os.environ:
+    try:
+        export_metadata()
+        export_only(os.environ["S3BORGBACKUP_EXPORTED"])
+    except (ImportError, AttributeError):
+        pass
+"""
+
+
 @contextlib.contextmanager
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES and HANDED_OVER do
-    what they are asked for by variables.
+    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
+    EXPORTED do what they are asked for by variables.
     """
     with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
-        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER
+        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER + EXPORTED
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
 
@@ -4874,7 +5020,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         except Stopped:
             raise
         except BackupError as error:
-            if removed_meanwhile(runtime, repository):
+            if error.message.startswith(target.store.name) and removed_meanwhile(runtime, repository):
                 raise BackupError(
                     f"{target.store.name}: another run changed the repository while it was read, which may be"
                     f" why this failed: {error.message}",
@@ -6058,7 +6204,7 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
     """Asks borg and S3 about a target. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
         known, client = contents(repository), repository.client
-        lease = look_at_lease(client)
+        lease, record = look_at_lease(client), last_check(client, repository.identity)
         return Facts(
             target,
             runtime.settings.label,
@@ -6069,7 +6215,7 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             len(repository.files),
             sum(repository.files.values()),
             str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
-            state_of_checks(runtime, repository, last_check(client, repository.identity)),
+            Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
             str(lease.holder) if lease and not lease.has_expired else "",
         )
 
@@ -6499,7 +6645,7 @@ def verify(
     source = runtime.settings.source
     client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN)
     with opened_for_reading(runtime, target, "`verify`") as repository:
-        choose_archive(runtime, repository, archive, found)
+        find_archive(runtime, repository, archive, found)
         runtime.console.info(target.store.name, f"{found.archive} is compared with {source.location}")
         listed = list_source(runtime, client)
         found.listed = listed.number
@@ -6536,7 +6682,7 @@ def path_prefix(settings: Settings) -> str:
     return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
 
 
-def choose_archive(runtime: Runtime, repository: Repository, name: str | None, found: Verification) -> None:
+def find_archive(runtime: Runtime, repository: Repository, name: str | None, found: Verification) -> None:
     """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
 
     Where it does not say so itself, that is its start by a clock of which little is known.
@@ -6675,7 +6821,7 @@ class Prover:
             self._consume(stream, lambda path: ahead.passed(reader, path))
 
         borg = repository.borg.with_mounts(self._mount)
-        arguments = borg_export(borg.repository, self._found.archive, batch.patterns)
+        arguments = borg_export_sample(borg.repository, self._found.archive, batch.patterns)
         try:
             borg.run(arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=consume)
         except BackupError as error:
@@ -6758,6 +6904,910 @@ def first_difference(archived: IO[bytes], original: IO[bytes]) -> str:
         if not ours:
             return ""
         offset += len(ours)
+
+
+# -------------------------------------------------------------------------------------------------- Restore
+
+# `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
+# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it:
+# into a folder, or into the mount of a bucket, where folders are looked up and objects uploaded many at a
+# time. What is there already is looked at first, so that nothing is overwritten unasked, and a restore that
+# was interrupted goes on where it was: what is a beginning of what is to be written counts as half-written.
+
+PREVIOUS_NAMED = 20  # objects that would be overwritten
+# What one object's name is to blame for, and not the place.
+UNWRITABLE = frozenset(
+    {
+        *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.ELOOP, errno.EFBIG),
+    }
+)
+NO_METADATA = frozenset({errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE})
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a person wants to have restored."""
+
+    paths: tuple[str, ...]  # keys and folders; none: everything
+    archive: str  # empty: the newest one
+    until: datetime | None  # not younger than that
+    folder: Path | None
+    bucket: Destination | None  # one of the two is given
+    overwrite: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An object in an archive."""
+
+    path: str  # in the archive
+    key: str
+    size_bytes: int
+    modified: int  # Unix time in seconds
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What is in an archive."""
+
+    prefix: str  # what stands before each key
+    items: list[Item]
+    empty_folders: list[str]
+    others: list[str]  # what is neither a file nor a folder
+
+
+def end_of_time(text: str) -> datetime:
+    """The end of the day, minute or second that `text` names, in local time. Raises ValueError."""
+    start = datetime.fromisoformat(text.replace(" ", "T").replace("Z", "+00:00"))
+    if re.fullmatch(r"[0-9-]+", text):
+        return start.astimezone() + timedelta(days=1)
+    is_minute = re.fullmatch(r".{10}.[0-9]{2}:?[0-9]{2}(Z|[+-][0-9:]+)?", text)
+    return start.astimezone() + timedelta(seconds=60 if is_minute else 1)
+
+
+def choose_archive(
+    archives: Mapping[str, datetime], label: str, name: str, until: datetime | None
+) -> tuple[str, str]:
+    """The archive that is meant, and why it is that one; `archives` begin with the oldest.
+
+    Raises BackupError where there is none.
+    """
+    if name:
+        if name in archives:
+            return name, "as named"
+        hint = difflib.get_close_matches(name, archives, n=1, cutoff=0.5) or list(archives)[-1:]
+        raise BackupError(f"there is no archive {name!r}", f"Did you mean {hint[0]}?" if hint else "")
+    own = [found for found in archives if fnmatch.fnmatchcase(found, archive_pattern(label))]
+    known, of_what = (own, f"of label {label!r}") if own else (list(archives), "of any label")
+    if until:
+        known = [found for found in known if archives[found] < until]
+        of_what += f" until {until - timedelta(seconds=1):%Y-%m-%dT%H:%M:%S}"
+    if not known:
+        oldest = min(archives.values(), default=None)
+        hint = f"The oldest archive is of {oldest:%Y-%m-%dT%H:%M:%S}." if oldest else "Run a backup first."
+        raise BackupError(f"there is no archive {of_what}", hint)
+    return max(known, key=lambda found: archives[found]), f"the newest {of_what}"
+
+
+def archive_times(repository: Repository) -> dict[str, datetime]:
+    """All archives and their times, the oldest first."""
+    listed = repository.borg.run(borg_names(repository.borg.repository)).output
+    times = {
+        entry["name"]: datetime.fromisoformat(entry["start"]).astimezone()
+        for entry in json.loads(listed)["archives"]
+    }
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of an archive's listing."""
+
+    kind: str  # `-` for a file, `d` for a folder
+    path: str
+    size_bytes: int
+    modified: int
+    is_whole: bool
+
+
+def parse_entry(line: str) -> Entry:
+    """An entry from a line of JSON. Its time is given in UTC, as borg was told."""
+    given = json.loads(line)
+    kind = "h" if given["mode"][0] == "h" else given["type"]
+    modified = datetime.fromisoformat(given["mtime"]).replace(tzinfo=UTC).timestamp()
+    return Entry(kind, given["path"], given["size"], math.floor(modified), given["healthy"])
+
+
+def sort_entries(entries: Sequence[Entry], source: Path) -> Inventory:
+    """What an archive holds. `source` is where the source would be mounted now."""
+    prefix = archive_prefix(entries, source)
+    folders = {entry.path for entry in entries if entry.kind == "d"}
+    folders.difference_update([os.path.dirname(entry.path) for entry in entries])
+    items, others = [], []
+    for entry in entries:
+        key = entry.path.removeprefix(prefix)
+        if entry.kind == "-" and not UNREPRESENTABLE.search(key):
+            items.append(Item(entry.path, key, entry.size_bytes, entry.modified, entry.is_whole))
+        elif entry.kind != "d":
+            others.append(key)
+    empty = [path.removeprefix(prefix) for path in folders if path.startswith(prefix)]
+    return Inventory(prefix, items, sorted(key for key in empty if not UNREPRESENTABLE.search(key)), others)
+
+
+def archive_prefix(entries: Sequence[Entry], source: Path) -> str:
+    """What stands before the keys: the path under which the source was mounted, or nothing.
+
+    A run archives that folder itself first.
+    """
+    guesses = [str(source).lstrip("/")]
+    if entries and entries[0].kind == "d" and os.path.basename(entries[0].path) == source.name:
+        guesses.insert(0, entries[0].path)
+    for guess in guesses:
+        if all(entry.path == guess or entry.path.startswith(f"{guess}/") for entry in entries):
+            return f"{guess}/"
+    return ""
+
+
+def read_contents(runtime: Runtime, repository: Repository, archive: str) -> Inventory:
+    """What an archive holds, by its metadata alone."""
+    entries: list[Entry] = []
+    repository.borg.run(
+        borg_items(repository.borg.repository, archive),
+        on_output=lambda line: entries.append(parse_entry(line)),
+        own={"TZ": "UTC"},
+    )
+    return sort_entries(entries, runtime.settings.mount_point(runtime.settings.source))
+
+
+def ancestors(key: str) -> Iterator[str]:
+    """A key and the folders that it is in."""
+    yield key
+    while slash := key.rpartition("/")[0]:
+        yield slash
+        key = slash
+
+
+def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
+    """The objects that `paths` name, which are keys or folders. Raises BackupError for what names none."""
+    if not paths:
+        return contents
+    wanted = {path.strip("/").removeprefix(contents.prefix): path for path in paths}
+    met: set[str] = set()
+
+    def is_meant(key: str) -> bool:
+        found = wanted.keys() & set(ancestors(key))
+        met.update(found)
+        return bool(found)
+
+    items = [item for item in contents.items if is_meant(item.key)]
+    folders = [key for key in contents.empty_folders if is_meant(key)]
+    others = [key for key in contents.others if is_meant(key)]
+    if unmet := [path for name, path in wanted.items() if name not in met]:
+        known = dict.fromkeys(name for item in contents.items for name in ancestors(item.key))
+        close = difflib.get_close_matches(unmet[0].strip("/"), itertools.islice(known, 20_000), n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
+        raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
+    return Inventory(contents.prefix, items, folders, others)
+
+
+# ETags. TigrisFS uploads what is larger than 5 MiB in parts.
+MIB = 1024 * 1024
+PARTS = ((5 * MIB, 1000), (25 * MIB, 1000), (125 * MIB, 8000))  # their size and number, TigrisFS's defaults
+
+
+def part_end(offset: int) -> int:
+    """Where the part of a large object that `offset` lies in ends."""
+    start = 0
+    for part_bytes, number in PARTS:
+        if offset < start + part_bytes * number:
+            return start + ((offset - start) // part_bytes + 1) * part_bytes
+        start += part_bytes * number
+    return start
+
+
+class Etag:
+    """The ETag that S3 gives to what TigrisFS uploads: its MD5, or the MD5 of the MD5s of its parts."""
+
+    def __init__(self, in_parts: bool) -> None:
+        """Nothing was hashed yet."""
+        self._offset, self._end = 0, part_end(0) if in_parts else 0
+        self._digests: list[bytes] = []
+        self._hash = hashlib.md5(usedforsecurity=False)
+
+    def update(self, data: bytes) -> None:
+        """Takes the next bytes in."""
+        rest = memoryview(data)
+        while rest:
+            piece = rest[: self._end - self._offset] if self._end else rest
+            self._hash.update(piece)
+            self._offset += len(piece)
+            rest = rest[len(piece) :]
+            if self._offset == self._end:
+                self._digests.append(self._hash.digest())
+                self._hash = hashlib.md5(usedforsecurity=False)
+                self._end = part_end(self._offset)
+
+    def text(self) -> str:
+        """The ETag of what was taken in."""
+        if not self._end:
+            return self._hash.hexdigest()
+        last = [] if self._offset and self._hash.digest() == EMPTY_MD5 else [self._hash.digest()]
+        digests = self._digests + last
+        return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
+
+
+EMPTY_MD5 = hashlib.md5(usedforsecurity=False).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies already where an object is to be written."""
+
+    size_bytes: int
+    etag: str = ""  # of an object
+    modified: int | None = None  # of a file
+
+
+class Fate(enum.Enum):
+    """What is to be done about an object."""
+
+    WRITE = "write"
+    KEEP = "there"  # as it is to be
+    DIFFERENT = "different"  # it is there with other content
+    UNKNOWN = "unknown"  # its content has to be compared
+
+
+def first_fate(item: Item, found: Found | None) -> Fate:
+    """What size and time say. A file gets its time when it is complete."""
+    if found is None or found.size_bytes == 0 < item.size_bytes:
+        return Fate.WRITE
+    if found.size_bytes > item.size_bytes:
+        return Fate.DIFFERENT
+    is_complete = found.size_bytes == item.size_bytes
+    if is_complete and (not item.size_bytes or found.modified == item.modified):
+        return Fate.KEEP
+    return Fate.UNKNOWN
+
+
+def fate_by_etag(item: Item, found: Found, stream: IO[bytes], etags_are_md5: bool) -> Fate:
+    """What the ETag says, which for an object uploaded in parts may be nothing."""
+    if not (etags_are_md5 and found.etag and found.size_bytes == item.size_bytes):
+        return Fate.UNKNOWN
+    in_parts = "-" in found.etag
+    etag = Etag(in_parts)
+    while data := stream.read(READ_BYTES):
+        etag.update(data)
+    if etag.text() == found.etag:
+        return Fate.KEEP
+    return Fate.UNKNOWN if in_parts else Fate.DIFFERENT
+
+
+def fate_by_content(item: Item, path: str, stream: IO[bytes]) -> Fate:
+    """What the content says: a beginning of what is to be written may be completed. Raises OSError."""
+    with open(path, "rb") as there:
+        while data := there.read(READ_BYTES):
+            if stream.read(len(data)) != data:
+                return Fate.DIFFERENT
+    return Fate.WRITE if stream.read(1) else Fate.KEEP
+
+
+@dataclass
+class Landing:
+    """Where objects are restored to: a folder of the machine, or the mount of a bucket."""
+
+    title: str
+    root: Path
+    mount: Mount | None = None  # with `client`, where it is a bucket
+    client: S3Client | None = None
+    etags_are_md5: bool = False
+
+    @property
+    def mounts(self) -> list[Mount]:
+        """What has to live while something is written."""
+        return [self.mount] if self.mount else []
+
+    def find(self, runtime: Runtime, items: Sequence[Item]) -> dict[str, Found]:
+        """What lies already where these objects are to be written, by key."""
+        if not self.client:
+            return find_files(self.root, items)
+        client = self.client
+        what = f"{client.store.name}: listing the bucket"
+        return within(LIST_SECONDS, what, lambda: find_objects(client, items), runtime.stop)
+
+
+def find_files(root: Path, items: Iterable[Item]) -> dict[str, Found]:
+    """The files that lie where these objects are to be written. What is no file cannot be overwritten."""
+    found = {}
+    for item in items:
+        with contextlib.suppress(OSError):  # nothing there, or no file can have that name
+            status = os.lstat(root / item.key)
+            if stat.S_ISREG(status.st_mode):
+                found[item.key] = Found(status.st_size, modified=math.floor(status.st_mtime))
+    return found
+
+
+def listing(client: S3Client, keys: Collection[str]) -> Iterator[tuple[str, S3Object]]:
+    """What the bucket lists under these keys: key below the store's prefix, entry. Raises S3Error."""
+    prefix = client.store.key_prefix
+    pairs = zip(min(keys, default=""), max(keys, default=""), strict=False)
+    common = [first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    for entry in client.list_objects(prefix + "".join(common)):
+        key = entry.key[len(prefix) :]
+        if key in keys:
+            yield key, entry
+
+
+def find_objects(client: S3Client, items: Sequence[Item]) -> dict[str, Found]:
+    """The objects that lie where these are to be written."""
+    keys = {item.key for item in items}
+    return {key: Found(entry.size_bytes, entry.etag) for key, entry in listing(client, keys)}
+
+
+@contextlib.contextmanager
+def opened_place(runtime: Runtime, order: Order) -> Iterator[Landing]:
+    """Where `order` has objects restored to, ready to be written to, unless it only asks what would be done.
+
+    On leaving, what was written is on the disk, or uploaded. Raises BackupError.
+    """
+    if order.folder:
+        yield opened_folder(runtime, order.folder, order.dry_run)
+        return
+    assert order.bucket
+    with opened_bucket(runtime, order.bucket, order.dry_run) as place:
+        yield place
+
+
+def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
+    """A folder to restore into, which is made where it is not there. Raises BackupError."""
+    try:
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        root = folder.resolve()
+        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
+    except FileNotFoundError:
+        return Landing(str(folder), folder)
+    except OSError as error:
+        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
+    if is_inside:
+        runtime.console.warning(
+            "restore",
+            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
+            f' there: docker run -v "$PWD/restored:{root}"',
+        )
+    return Landing(str(root), root)
+
+
+@contextlib.contextmanager
+def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterator[Landing]:
+    """A bucket to restore into. Raises BackupError, within seconds where a permission is missing."""
+    found = preflight_one(runtime, store, write=not dry_run)
+    client = S3Client(store, found.region, PROVEN)
+    title = f"{store.location} at {store.endpoint}"
+    if dry_run:
+        etags_are_md5 = True
+    else:
+        [etags_are_md5] = side_by_side([lambda: gives_md5(client)], runtime.stop)
+        if isinstance(etags_are_md5, BackupError):
+            raise etags_are_md5
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-", ignore_cleanup_errors=True) as folder:
+        # Metadata that is archived comes back as extended attributes, whatever this run would archive.
+        settings = dataclasses.replace(runtime.settings, data_dir=Path(folder), source_metadata=True)
+        private = dataclasses.replace(runtime, settings=settings)
+        with mounted(private, store, client.region, read_only=dry_run) as mount:
+            mount.ask = probe_write if not dry_run else mount.ask
+            mount.holds_nothing = True
+            wait_until_usable(private, mount)
+            try:
+                yield Landing(title, mount.path, mount, client, etags_are_md5)
+            except S3Error as error:  # then TigrisFS would try in vain, too
+                raise Stuck(error.message, error.hint) from error
+    if not dry_run:
+        with contextlib.suppress(S3Error):
+            remove_probes(client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)))
+
+
+def gives_md5(client: S3Client) -> bool:
+    """Whether the ETag of an object is its MD5, which it is not with some kinds of encryption.
+
+    Old probes are removed. Raises S3Error.
+    """
+    remove_probes(client)
+    key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
+    try:
+        return client.put(key, body).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
+    finally:
+        client.delete(key)
+
+
+def remove_probes(client: S3Client) -> None:
+    """Deletes the probes that could not be deleted, because S3 failed or a restore was killed."""
+    for entry in client.list_objects(f"{client.store.key_prefix}{PROBE_NAME}"):
+        client.delete(entry.key)
+
+
+class Progress:
+    """How many objects and bytes of all are done. Safe to use from several threads."""
+
+    def __init__(self, runtime: Runtime, verb: str, items: Sequence[Item]) -> None:
+        """None are."""
+        self.bytes = self.objects = 0
+        self._console, self._verb = runtime.console, verb
+        self._all_objects, self._all_bytes = len(items), sum(item.size_bytes for item in items)
+        self._lock, self._shown_at = threading.Lock(), 0.0
+
+    def add(self, objects: int, more_bytes: int) -> None:
+        """Takes in what is done."""
+        with self._lock:
+            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
+            now = time.monotonic()
+            if now - self._shown_at < POLL_SECONDS:
+                return
+            self._shown_at = now
+        self._console.progress(
+            "restore",
+            f"{self._verb} {self.objects:,} of {count(self._all_objects, 'object')},"
+            f" {size(self.bytes)} of {size(self._all_bytes)}",
+        )
+
+
+Handler = Callable[[Item, IO[bytes], Mapping[str, str]], None]  # the last: user metadata
+
+
+def export(
+    runtime: Runtime,
+    repository: Repository,
+    place: Landing,
+    archive: str,
+    items: Sequence[Item],
+    handle: Handler,
+) -> None:
+    """Hands each of these objects out of the archive to `handle`, small ones in several threads.
+
+    Raises BackupError, also where the archive does not give all of them.
+    """
+    by_path = {item.path: item for item in items}
+    handled: set[str] = set()
+
+    def take(item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        handle(item, stream, metadata)
+        handled.add(item.path)
+
+    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+        chosen = Path(folder, "chosen")
+        chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
+        reading, writing = os.pipe()
+        output = os.fdopen(writing, "wb")
+        work = in_background(lambda: take_out(reading, by_path, take))
+        try:
+            repository.borg.beside(*place.mounts).run(
+                borg_export(repository.borg.repository, archive, Path(f"/dev/fd/{writing}")),
+                on_start=lambda _: output.close(),
+                own={"S3BORGBACKUP_EXPORTED": str(chosen)},
+                pass_fds=[writing],
+            )
+        except BackupError as error:
+            output.close()
+            concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
+            failure = work.exception() if work.done() else None
+            if isinstance(failure, BackupError) and not isinstance(error, Stopped | Stuck | S3Error):
+                raise failure from error
+            raise
+        wait_for_threads(runtime, place, work, handled)
+    if lost := by_path.keys() - handled:
+        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+        raise BackupError(
+            f"{repository.target.store.name}: the archive did not give {min(lost)!r}{more}",
+            f"Check the repository: backup.py borg {repository.target.name} check.",
+        )
+
+
+def wait_for_threads(
+    runtime: Runtime, place: Landing, work: concurrent.futures.Future[None], handled: set[str]
+) -> None:
+    """Waits until what borg has given is written, too. Raises what `work` raised; Stuck, Stopped, S3Error."""
+    seconds = runtime.settings.stall_seconds
+    meters = [mount.meter(seconds) for mount in place.mounts]
+    stall = StallClock(seconds, [lambda: len(handled), lambda: io_bytes(os.getpid()), *meters])
+    while concurrent.futures.wait([work], timeout=POLL_SECONDS).not_done:
+        runtime.stop.check()
+        for mount in place.mounts:
+            mount.check_alive()
+            mount.check_store()
+        stall.check(lambda: f"writing to {place.title} does not end")
+    work.result()
+
+
+def take_out(fd: int, items: Mapping[str, Item], handle: Handler) -> None:
+    """Reads a tar file, and hands the objects in it on. Raises what `handle` raises first."""
+    failures: list[BaseException] = []
+    room = threading.BoundedSemaphore(WAITING_OBJECTS)
+
+    def handle_small(item: Item, content: bytes, metadata: Mapping[str, str]) -> None:
+        try:
+            if not failures:
+                handle(item, io.BytesIO(content), metadata)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            room.release()
+
+    # borg writes it by the same module, surrogates included.
+    with (
+        os.fdopen(fd, "rb") as stream,
+        ThreadPoolExecutor(RESTORE_THREADS) as pool,
+        tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES // 8, encoding="utf-8") as tar,
+    ):
+        while not failures and (member := tar.next()):
+            tar.members.clear()  # it would remember each
+            item = items.get(member.name)
+            content = tar.extractfile(member) if member.isreg() else None
+            if item is None or content is None:
+                continue
+            if member.size > SMALL_BYTES:
+                handle(item, content, user_metadata(member))
+                continue
+            room.acquire()
+            pool.submit(handle_small, item, content.read(), user_metadata(member))
+    if failures:
+        raise failures[0]
+
+
+TAR_METADATA = "SCHILY.xattr."
+
+
+def user_metadata(member: tarfile.TarInfo) -> dict[str, str]:
+    """The extended attributes that a tar file has of a member."""
+    return {
+        name.removeprefix(TAR_METADATA): value
+        for name, value in member.pax_headers.items()
+        if name.startswith(TAR_METADATA)
+    }
+
+
+def compare(
+    runtime: Runtime, repository: Repository, place: Landing, archive: str, items: Sequence[Item]
+) -> tuple[dict[str, Fate], dict[str, Found]]:
+    """What is to be done about each object, by key, and what lies where they are to be written.
+
+    Content is compared where size and time do not tell: by ETag in a bucket, and by reading what is there.
+    """
+    found = place.find(runtime, items)
+    fates = {item.key: first_fate(item, found.get(item.key)) for item in items}
+
+    def by_etag(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
+        fates[item.key] = fate_by_etag(item, found[item.key], stream, place.etags_are_md5)
+        progress.add(1, item.size_bytes)
+
+    def by_content(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
+        try:
+            fates[item.key] = fate_by_content(item, f"{place.root}/{item.key}", stream)
+        except OSError as error:
+            raise BackupError(
+                f"{item.key!r} in {place.title} cannot be compared: {error.strerror}"
+            ) from error
+        progress.add(1, item.size_bytes)
+
+    for handler in (by_etag, by_content) if place.client else (by_content,):
+        if unknown := [item for item in items if fates[item.key] is Fate.UNKNOWN]:
+            progress = Progress(runtime, "compared", unknown)
+            export(runtime, repository, place, archive, unknown, handler)
+    return fates, found
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written to a bucket's mount."""
+
+    size_bytes: int
+    etag: str
+    previous: str  # the ETag of what it overwrites
+
+
+class Writer:
+    """Writes objects as they come out of an archive, into a place."""
+
+    def __init__(
+        self, runtime: Runtime, place: Landing, items: Sequence[Item], found: Mapping[str, Found]
+    ) -> None:
+        """Nothing was written yet; `found` is what may be overwritten."""
+        self.written: dict[str, Written] = {}
+        self.refused: list[tuple[str, str]] = []  # key, reason
+        self.without_metadata = 0
+        self.progress = Progress(runtime, "restored", items)
+        self._place, self._found = place, found
+        self._folders: set[str] = set()
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
+        path = f"{self._place.root}/{item.key}"
+        try:
+            self._make_folder(os.path.dirname(path))
+            etag = self._fill(item, path, stream, metadata)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise self._failure(item, error) from error
+            self.refused.append((item.key, error.strerror or str(error)))
+            return
+        found = self._found.get(item.key)
+        self.written[item.key] = Written(item.size_bytes, etag, found.etag if found else "")
+        self.progress.add(1, 0)
+
+    def _make_folder(self, folder: str) -> None:
+        if folder not in self._folders:
+            os.makedirs(folder, exist_ok=True)
+            self._folders.add(folder)
+
+    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> str:
+        """Writes the content; returns the ETag that it should get."""
+        is_there = item.key in self._found
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags | (os.O_TRUNC if is_there else os.O_EXCL), 0o644)
+        try:
+            etag = Etag(in_parts=item.size_bytes > part_end(0))
+            while data := stream.read(READ_BYTES):
+                if self._place.mount:
+                    etag.update(data)
+                write_all(fd, data)
+                self.progress.add(0, len(data))
+            for name, value in metadata.items():
+                self._set_metadata(fd, name, value)
+            if not self._place.mount:
+                os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+        finally:
+            os.close(fd)
+        return etag.text()
+
+    def _set_metadata(self, fd: int, name: str, value: str) -> None:
+        try:
+            os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            if error.errno not in NO_METADATA:
+                raise
+            self.without_metadata += 1
+
+    def _failure(self, item: Item, error: OSError) -> BackupError:
+        """The error for a place that takes no more."""
+        mount = self._place.mount
+        reason = f"{error.strerror}: {mount.log.reason}" if mount else f"{error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "Make room, and run it again" if full else "Run it again"
+        return BackupError(
+            f"cannot write {item.key!r} to {self._place.title}: {reason}",
+            f"{hint}: it goes on where it was.",
+        )
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of `data`. TigrisFS has no memory left for a moment while uploads fail. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            time.sleep(POLL_SECONDS * 5)  # whoever waits for us has a deadline
+
+
+def restore(runtime: Runtime, target: Target, order: Order) -> int:
+    """Restores an archive, or a part of it; returns the exit code. Raises BackupError."""
+    start, console = time.monotonic(), runtime.console
+    with opened_place(runtime, order) as place:
+        with opened_for_reading(runtime, target, "a restore") as repository:
+            archives = archive_times(repository)
+            archive, why = choose_archive(archives, runtime.settings.label, order.archive, order.until)
+            console.info("restore", f"archive {archive} of target {target.name} ({why})")
+            contents = select(read_contents(runtime, repository, archive), order.paths)
+            fates, found = compare(runtime, repository, place, archive, contents.items)
+            if order.dry_run:
+                return tell(runtime, place, contents, fates, order.overwrite)
+            items = to_write(runtime, place, contents, fates, order.overwrite)
+            writer = Writer(runtime, place, items, found)
+            if items:
+                write_items(runtime, repository, place, archive, items, writer)
+        make_empty_folders(place, contents, writer)
+        if place.mount:
+            settle_objects(runtime, place, writer.written)
+        else:
+            flush_disk(place)
+    if place.client:
+        audit_objects(runtime, place, writer.written)
+    return report(runtime, place, contents, fates, writer, time.monotonic() - start)
+
+
+def write_items(
+    runtime: Runtime,
+    repository: Repository,
+    place: Landing,
+    archive: str,
+    items: Sequence[Item],
+    writer: Writer,
+) -> None:
+    """Writes these objects out of the archive to their place."""
+    if place.mount:
+        place.mount.holds_nothing = False
+    export(runtime, repository, place, archive, items, writer.write)
+
+
+def summarize(items: Iterable[Item]) -> str:
+    """`3 objects, 12 kB`."""
+    sizes = [item.size_bytes for item in items]
+    return f"{count(len(sizes), 'object')}, {size(sum(sizes))}"
+
+
+def tell(
+    runtime: Runtime, place: Landing, contents: Inventory, fates: Mapping[str, Fate], overwrite: bool
+) -> int:
+    """What a restore would do, one line for each object, and in all."""
+    words = {Fate.DIFFERENT: "overwrite" if overwrite else "refuse"}
+    rows = [(words.get(fates[item.key], fates[item.key].value), item) for item in contents.items]
+    for word, item in rows:
+        runtime.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}")
+    for word in dict.fromkeys(word for word, _ in rows):
+        text = summarize(item for other, item in rows if other == word)
+        runtime.console.info("restore", f"dry run to {place.title}: {word}: {text}")
+    return EXIT_FAILURE if any(word == "refuse" for word, _ in rows) else EXIT_OK
+
+
+def to_write(
+    runtime: Runtime, place: Landing, contents: Inventory, fates: Mapping[str, Fate], overwrite: bool
+) -> list[Item]:
+    """The objects to be written. Raises BackupError where some would be overwritten that must not be."""
+    items = [item for item in contents.items if fates[item.key] is not Fate.KEEP]
+    different = [item for item in items if fates[item.key] is Fate.DIFFERENT]
+    if different and not overwrite:
+        for item in different[:PREVIOUS_NAMED]:
+            runtime.console.error("restore", f"{item.key!r} is there with other content")
+        raise BackupError(
+            f"{count(len(different), 'object')} in {place.title} would be overwritten; nothing was written",
+            "Restore to another place, or say --overwrite.",
+        )
+    kept = len(contents.items) - len(items)
+    there = f"; {count(kept, 'object')} there already" if kept else ""
+    runtime.console.info("restore", f"to {place.title}: {summarize(items)}{there}")
+    if not place.mount:
+        check_room(place, items)
+    return items
+
+
+def check_room(place: Landing, items: Iterable[Item]) -> None:
+    """Raises BackupError where the disk is certain to be too small."""
+    needed = sum(item.size_bytes for item in items)
+    disk = os.statvfs(place.root)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free and disk.f_blocks:
+        raise BackupError(
+            f"{place.title} has {size(free)} free, and {size(needed)} are to be written; nothing was written",
+            "Make room, restore a part of it, or restore to another place.",
+        )
+
+
+def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> None:
+    """Makes the folders in which nothing is. In a bucket that is an empty object."""
+    for key in contents.empty_folders:
+        try:
+            if place.client:
+                place.client.put(f"{place.client.store.key_prefix}{key}/", b"")
+            else:
+                os.makedirs(place.root / key, exist_ok=True)
+        except OSError as error:
+            writer.refused.append((f"{key}/", error.strerror or str(error)))
+
+
+def flush_disk(place: Landing) -> None:
+    """Waits until the disk has what was written. Raises BackupError where it could not take it."""
+    fd = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if LIBC.syncfs(fd):
+            reason = os.strerror(ctypes.get_errno())
+            raise BackupError(
+                f"{place.title}: the disk could not take what was written: {reason}", "Run it again."
+            )
+    finally:
+        os.close(fd)
+
+
+def object_mistake(written: Written, listed: S3Object, etags_are_md5: bool) -> str:
+    """What is wrong with an object that was written, as the bucket lists it; nothing if all is well."""
+    if listed.size_bytes != written.size_bytes:
+        return f"has {listed.size_bytes:,} of {written.size_bytes:,} bytes"
+    if written.previous and listed.etag == written.previous:
+        return "is not overwritten"
+    by_content = etags_are_md5 and "-" not in listed.etag + written.etag
+    return "has other content" if by_content and listed.etag != written.etag else ""
+
+
+def object_mistakes(client: S3Client, written: Mapping[str, Written], etags_are_md5: bool) -> list[str]:
+    """What the bucket lacks of what was written, or has otherwise. Raises S3Error."""
+    mistakes, seen = [], set()
+    for key, entry in listing(client, written.keys()):
+        seen.add(key)
+        if mistake := object_mistake(written[key], entry, etags_are_md5):
+            mistakes.append(f"{key!r} {mistake}")
+    return mistakes + [f"{key!r} is missing" for key in written if key not in seen]
+
+
+def settle_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
+    """Waits until the bucket lists what was written. Raises Stuck where there is no progress, S3Error.
+
+    TigrisFS repeats uploads that failed only until it is told to end. Where nothing has failed, and yet
+    nothing more appears, it is: it may have much to upload, or somebody else may have changed an object.
+    """
+    assert place.mount
+    mount, least, since = place.mount, math.inf, 0.0
+
+    def mistakes() -> list[str]:
+        nonlocal least, since
+        found = compare_objects(runtime, place, written)
+        mount.holds_nothing = not found
+        if len(found) < least:
+            least, since = len(found), time.monotonic()
+        is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
+        return [] if is_quiet else found
+
+    if written:
+        wait_until_listed(runtime, mount, mistakes)
+
+
+def compare_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> list[str]:
+    """`object_mistakes` of a place. Raises S3Error, Stopped."""
+    assert place.client
+    client = place.client
+    return within(
+        LIST_SECONDS,
+        f"{client.store.name}: listing the bucket",
+        lambda: object_mistakes(client, written, place.etags_are_md5),
+        runtime.stop,
+    )
+
+
+def audit_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
+    """Raises BackupError unless the bucket, now that nobody writes any more, lists all that was written."""
+    mistakes = compare_objects(runtime, place, written)
+    if mistakes:
+        raise BackupError(
+            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
+            f"{f' and {len(mistakes) - 5:,} more' if len(mistakes) > 5 else ''}",
+            "Run it again: it goes on where it was.",
+        )
+
+
+def report(
+    runtime: Runtime,
+    place: Landing,
+    contents: Inventory,
+    fates: Mapping[str, Fate],
+    writer: Writer,
+    seconds: float,
+) -> int:
+    """Says what was restored and names what was not; returns the exit code."""
+    console = runtime.console
+    warnings = [f"{key!r} could not be restored: {reason}" for key, reason in sorted(writer.refused)]
+    warnings += [f"{key!r} is no plain file, and is left out" for key in contents.others]
+    warnings += [
+        f"{item.key!r} is damaged in the repository: parts of it are zeros"
+        for item in contents.items
+        if not item.is_whole
+    ]
+    for warning in warnings[:MAX_NAMED]:
+        console.warning("restore", warning)
+    if len(warnings) > MAX_NAMED:
+        console.warning("restore", f"{len(warnings) - MAX_NAMED:,} more warnings")
+    if writer.without_metadata:
+        console.warning("restore", f"{place.title} takes no user metadata: it was left out")
+    kept = sum(fate is Fate.KEEP for fate in fates.values())
+    done = sum(written.size_bytes for written in writer.written.values())
+    console.info(
+        "restore",
+        f"restored {count(len(writer.written), 'object')}, {size(done)}, to {place.title} in"
+        f" {duration(seconds)}{f'; {kept:,} were there already' if kept else ''}",
+    )
+    return EXIT_WARNINGS if warnings or writer.without_metadata else EXIT_OK
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
@@ -7019,6 +8069,64 @@ def mount_mistake(arguments: Arguments) -> str:
     return "`--read-write` goes with `mount source`" if wrong else ""
 
 
+def declare_restore(parser: OptionParser) -> None:
+    """The options of `restore`."""
+    parser.add_argument("--archive", metavar="NAME", default="", help="this one, instead of the newest")
+    parser.add_argument("--at", metavar="TIME", help="the newest one until then, such as 2025-01-31T03:00")
+    parser.add_argument("--to", metavar="DIR", help="restore into this folder")
+    parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
+    parser.add_argument("--overwrite", action="store_true", help="what is there with other content, too")
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
+
+
+def restore_mistake(arguments: Arguments) -> str:
+    """What is wrong with the words of `restore`."""
+    options = arguments.options
+    if (options["to"] is None) == (options["to_bucket"] is None):
+        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
+    if options["archive"] and options["at"]:
+        return "`restore` takes --archive NAME or --at TIME, not both"
+    if options["to"] == "":
+        return "--to: name a folder"
+    if any(not path.strip("/") for path in arguments.names[1:]):
+        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
+    try:
+        end_of_time(options["at"] or "2025-01-31")
+    except ValueError:
+        return f"--at: {options['at']!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
+    return ""
+
+
+def chosen_destination(settings: Settings, location: str) -> Destination:
+    """The bucket to restore into. Raises ConfigurationError."""
+    bucket, _, prefix = location.partition(":")
+    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
+    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistakes += missing_settings(store) if bucket else []
+    for target in settings.targets:
+        mistakes += overlap_mistakes([target.store, store])
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return store
+
+
+def command_restore(runtime: Runtime, arguments: Arguments) -> int:
+    """An archive, back where it can be used."""
+    options, (name, *paths) = arguments.options, arguments.names
+    order = Order(
+        tuple(paths),
+        options["archive"],
+        end_of_time(options["at"]) if options["at"] else None,
+        Path(options["to"]) if options["to"] else None,
+        chosen_destination(runtime.settings, options["to_bucket"])
+        if options["to_bucket"] is not None
+        else None,
+        options["overwrite"],
+        options["dry_run"],
+    )
+    return restore(runtime, chosen_target(runtime.settings, name), order)
+
+
 def command_run(runtime: Runtime, arguments: Arguments) -> int:
     """A backup."""
     return run_backup(runtime, chosen_targets(runtime.settings, arguments.names))
@@ -7199,6 +8307,14 @@ COMMANDS = {
         command_borg,
         prints_data=True,
     ),
+    "restore": Command(
+        "NAME [PATH...]",
+        "restore the newest archive, or objects and folders of it, --to DIR or --to-bucket BUCKET[:PREFIX]",
+        Takes(1, math.inf, "the name of a target, and keys or folders of keys"),
+        command_restore,
+        declare_restore,
+        mistake=restore_mistake,
+    ),
     "mount": Command(
         "NAME",
         "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
@@ -7241,6 +8357,7 @@ Any other word that is a program is run in our place: `docker run -it ... s3borg
 examples:
   docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
       --security-opt apparmor:unconfined s3borgbackup check-config
+  backup.py restore first photos/2025 --to /restored      (a folder of the machine, mounted there)
   backup.py mount target-first && borg list /data/target-first && backup.py umount target-first
 
 exit codes:

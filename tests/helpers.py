@@ -184,6 +184,31 @@ def remove_leftovers(folder: Path) -> None:
         subprocess.run(["fusermount3", "-uz", mount_point], check=False)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A disk of 4 MB at `folder`."""
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "s3borgbackup-test", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        skip_or_fail(f"no tmpfs can be mounted: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """No byte is left on the disk of `folder`."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    yield
+    ballast.unlink()
+
+
 # ---------------------------------------------------------------------------------------------------- Buckets
 
 

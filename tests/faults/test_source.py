@@ -1,11 +1,9 @@
 """What a run works on goes away in the middle: a mount's process, the source's key or bucket, the disk."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,10 @@ from helpers import (
     Result,
     command_line,
     descendants,
+    full,
     run_backup,
     settings,
-    skip_or_fail,
+    small_disk,
     wait_until,
     with_target,
 )
@@ -187,31 +186,6 @@ def test_a_source_that_goes_away_in_mid_run_is_a_failure_that_names_it_and_nothi
 
 
 # ------------------------------------------------------------------------------------------------- Full disks
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """A disk of 4 MB at `folder`."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "s3borgbackup-test", folder], capture_output=True, text=True
-    )
-    if done.returncode:
-        skip_or_fail(f"no tmpfs can be mounted: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-@contextlib.contextmanager
-def full(folder: Path) -> Iterator[None]:
-    """No byte is left on the disk of `folder`."""
-    ballast = folder / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    yield
-    ballast.unlink()
 
 
 @pytest.mark.parametrize("which", ["cache", "config"])

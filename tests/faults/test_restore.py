@@ -1,0 +1,261 @@
+"""A restore that is killed, stopped or refused: it never says that it is done, and its repetition ends it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from helpers import (
+    Backup,
+    Bucket,
+    Result,
+    command_line,
+    descendants,
+    full,
+    is_running,
+    mounts_below,
+    remove_leftovers,
+    run_backup,
+    sample_objects,
+    settings,
+    small_disk,
+    tree,
+    wait_until,
+    with_target,
+)
+from proof import Table
+from proxy import Action, FaultProxy, Request
+from servers import WRITER, SeaweedFS
+
+pytestmark = pytest.mark.usefixtures("needs_fuse")
+
+KILLS = 6
+OUTAGE_SECONDS = 40
+
+
+@dataclass
+class Site:
+    """A repository, and a destination behind a proxy."""
+
+    environment: dict[str, str]
+    objects: dict[str, bytes]
+    source: Bucket
+    target: Bucket
+    destination: Bucket
+    proxy: FaultProxy
+    folder: Path
+
+    @property
+    def to_bucket(self) -> tuple[str, ...]:
+        """The command that restores into the destination."""
+        return "restore", "first", "--to-bucket", self.destination.name
+
+    def restore(self, **variables: str) -> Result:
+        """Restores into the destination."""
+        return run_backup({**self.environment, **variables}, *self.to_bucket, timeout_seconds=200)
+
+    def prove(self) -> None:
+        """The same command, with nothing in its way, ends what was interrupted."""
+        self.proxy.clear()
+        self.restore().expect(0)
+        assert self.destination.contents() == self.objects
+
+
+@pytest.fixture
+def site(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path) -> Iterator[Site]:
+    """With small objects and some that are uploaded in parts."""
+    source, target, destination = (new_bucket(name) for name in ("source", "target", "destination"))
+    objects = sample_objects(31, 400, largest_bytes=100_000)
+    objects |= {f"large/{number}": os.urandom(7_000_000) for number in range(6)}
+    source.put(objects)
+    with FaultProxy(server.endpoint, 3) as proxy:
+        environment = settings(
+            server,
+            tmp_path,
+            source.name,
+            {"first": target.name},
+            LEASE_TTL="10",
+            RESTORE_ENDPOINT=proxy.endpoint,
+            RESTORE_ACCESS_KEY_ID=WRITER.access_key_id,
+            RESTORE_SECRET_ACCESS_KEY=WRITER.secret_access_key,
+        )
+        run_backup(environment).expect(0)
+        yield Site(environment, objects, source, target, destination, proxy, tmp_path)
+
+
+def writes(request: Request) -> bool:
+    """What writes an object that is restored."""
+    return request.is_write and ".s3borgbackup-" not in request.key
+
+
+def tigrisfs_of(running: Backup, bucket: Bucket) -> int:
+    """The process that serves a bucket's mount; 0 when there is none."""
+    return next((pid for pid in descendants(running.pid) if f" {bucket.name} " in command_line(pid)), 0)
+
+
+def kill_everything(running: Backup) -> None:
+    """SIGKILL for backup.py; what it had started ends with it."""
+    everybody = [running.pid, *descendants(running.pid)]
+    running.process.kill()
+    running.wait(10).expect(137)
+    wait_until(lambda: not any(is_running(pid) for pid in everybody), 10, "all of them are gone")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("to_bucket", [True, False])
+def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
+    site: Site, table: Table, to_bucket: bool
+) -> None:
+    """Half-written objects are no hindrance, and what is whole is not written again."""
+    out = site.folder / "out"
+    words = site.to_bucket if to_bucket else ("restore", "first", "--to", str(out))
+    start = time.monotonic()
+    with Backup(site.environment, *words) as running:
+        running.wait().expect(0)
+    seconds = time.monotonic() - start
+    for number in range(KILLS):
+        site.destination.clear()
+        for name in tree(out):
+            (out / name).unlink()
+        with table.attempt("SIGKILL of a restore, in its middle"):
+            with Backup(site.environment, *words) as running:
+                running.wait_for_line(": 406 objects")
+                with contextlib.suppress(AssertionError):
+                    moment = number / KILLS * seconds / 3
+                    wait_until(lambda running=running: running.process.poll() is not None, moment, "its end")
+                if running.process.poll() is None:
+                    kill_everything(running)
+            remove_leftovers(site.folder)  # dead mounts, which a container takes along
+            run_backup(site.environment, *words).expect(0)
+            assert (site.destination.contents() if to_bucket else tree(out)) == site.objects
+
+
+@pytest.mark.timeout(600)
+def test_a_restore_that_is_stopped_ends_in_order_and_goes_on_later(site: Site, table: Table) -> None:
+    slow = site.proxy.add(writes, Action.DELAY, seconds=0.3)
+    with table.attempt("SIGTERM to a restore"):
+        with Backup(site.environment, *site.to_bucket) as running:
+            wait_until(lambda: slow.hit > 20, 60, "it writes")
+            running.send_signal(signal.SIGTERM)
+            site.proxy.clear()
+            result = running.wait(30).expect(143)
+        assert "restored" not in result.output.replace("restored into", "")
+        assert mounts_below(site.folder) == []
+        done = len(site.destination.sizes())
+        assert done
+        site.prove()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", ["503", "reset"])
+def test_a_destination_that_fails_for_a_while_is_waited_for(site: Site, table: Table, fault: str) -> None:
+    storms = {
+        "503": {"action": Action.REFUSE, "status": 503, "code": "SlowDown"},
+        "reset": {"action": Action.RESET},
+    }
+    with table.attempt(f"{OUTAGE_SECONDS} s of nothing but errors from the destination"):
+        with Backup(site.environment, *site.to_bucket) as running:
+            wait_until(lambda: site.proxy.count(writes) > 50, 60, "it writes")
+            storm = site.proxy.add(lambda _: True, **storms[fault])
+            wait_until(lambda: storm.hit, 30, "the storm is noticed")
+            time.sleep(OUTAGE_SECONDS)
+            assert running.process.poll() is None, "\n".join(running.lines)
+            site.proxy.clear()
+            running.wait(200).expect(0)
+        assert site.destination.contents() == site.objects
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("action", "probability"), [(Action.REFUSE, 0.33), (Action.LOSE_ANSWER, 0.05), (Action.RESET, 0.2)]
+)
+def test_requests_that_fail_at_random_lose_nothing(
+    site: Site, table: Table, action: Action, probability: float
+) -> None:
+    word = f"{probability:.0%} of a destination's requests fail ({action.name.lower()})"
+    with table.attempt(word):
+        site.proxy.add(lambda _: True, action, probability=probability, status=503, code="SlowDown")
+        result = site.restore(STALL_TIMEOUT="60")
+        if "no progress" not in result.output:
+            result.expect(0)
+            assert site.destination.contents() == site.objects
+        site.prove()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("after", [0, 10, 200, 423])
+def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Table, after: int) -> None:
+    """From the first on, in the middle, and the last alone."""
+    probes = 4
+    with table.attempt("writes to the destination are refused (403)"):
+        fault = site.proxy.add(
+            lambda request: request.is_write, Action.REFUSE, after=after + probes, code="AccessDenied"
+        )
+        result = site.restore().expect(2)
+        assert fault.hit
+        assert "AccessDenied (403)" in result.output
+        assert "RESTORE_ACCESS_KEY_ID" in result.output
+        assert "restored" not in result.output
+        assert result.duration_seconds < 60
+        site.prove()
+
+
+@pytest.mark.timeout(600)
+def test_a_tigrisfs_of_the_destination_that_dies_is_told_at_once(site: Site, table: Table) -> None:
+    slow = site.proxy.add(writes, Action.DELAY, seconds=0.3)
+    with table.attempt("tigrisfs of the destination is killed"):
+        with Backup(site.environment, *site.to_bucket) as running:
+            wait_until(lambda: slow.hit > 20, 60, "it writes")
+            os.kill(tigrisfs_of(running, site.destination), signal.SIGKILL)
+            result = running.wait(30).expect(2)
+        assert "destination: tigrisfs ended with 137" in result.output
+        site.prove()
+
+
+@pytest.mark.timeout(600)
+def test_a_full_disk_is_told(site: Site, table: Table, tmp_path: Path) -> None:
+    """Before anything is written, where the sizes tell; else when it is full."""
+    words, disk = ("restore", "first", "--to"), tmp_path / "disk"
+    disk.mkdir()
+    with table.attempt("the disk that is restored to is full"), small_disk(disk):
+        result = run_backup(site.environment, *words, str(disk)).expect(2)
+        assert "free, and" in result.output
+        assert "nothing was written" in result.output
+        assert tree(disk) == {}
+        with full(disk):
+            result = run_backup(site.environment, *words, str(disk), "plain.txt").expect(2)
+            assert "nothing was written" in result.output
+    tiny = {f"tiny/{number}": b"x" for number in range(1100)}  # each takes 4096 bytes
+    site.source.put(tiny)
+    run_backup(site.environment).expect(0)
+    with table.attempt("the disk that is restored to becomes full"), small_disk(disk):
+        result = run_backup(site.environment, *words, str(disk), "tiny").expect(2)
+        assert "No space left on device. Make room, and run it again" in result.output
+        kept = len(tree(disk))
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        result = run_backup(site.environment, *words, str(disk), "tiny").expect(0)
+        assert tree(disk) == tiny
+        assert kept > 500
+
+
+@pytest.mark.timeout(600)
+def test_a_repository_that_changes_meanwhile_is_named_as_the_cause(site: Site, table: Table) -> None:
+    """As when it is compacted by somebody whom no lease stops."""
+    with FaultProxy(site.target.server.endpoint) as proxy:
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
+        hanging = proxy.add(
+            lambda request: request.kind == "GET" and "/data/" in request.path, Action.HANG, after=2
+        )
+        with table.attempt("the repository's segments vanish while they are read"):
+            with Backup(environment, *site.to_bucket) as running:
+                wait_until(lambda: hanging.hit, 60, "it reads")
+                site.target.delete(*[key for key in site.target.sizes() if key.startswith("data/")])
+                proxy.clear()
+                result = running.wait(120).expect(2)
+            assert "another run changed the repository while it was read" in result.output

@@ -1,0 +1,792 @@
+"""Restoring: what comes back is what was there, nothing is overwritten unasked, and it can be interrupted."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+import backup
+from faults.proxy import Action, FaultProxy
+from helpers import (
+    BACKUP,
+    Backup,
+    Bucket,
+    Result,
+    run_backup,
+    sample_objects,
+    settings,
+    tree,
+    wait_until,
+    with_target,
+    with_target_secrets,
+)
+from servers import READER, WRITER, SeaweedFS
+
+LEASE = ".s3borgbackup-lease"
+
+
+@dataclass
+class Site:
+    """A configuration with one target, and the buckets behind it; `destination` is empty."""
+
+    environment: dict[str, str]
+    source: Bucket
+    target: Bucket
+    destination: Bucket
+    folder: Path
+
+    def restore(self, *words: str, environment: Mapping[str, str] | None = None) -> Result:
+        """Runs `restore first`."""
+        return run_backup(environment or self.environment, "restore", "first", *words)
+
+    def back_up(self) -> str:
+        """Makes an archive; returns its name."""
+        result = run_backup(self.environment).expect(0)
+        return next(line for line in result.lines if line.startswith("first ")).split()[-1]
+
+    def archive_by_hand(self, path: str) -> None:
+        """Makes an archive `by-hand`, of a folder or file, with borg."""
+        command = [sys.executable, str(BACKUP), "borg", "first", "create", "::by-hand", path]
+        subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True, check=True)
+
+    def worst_day(self) -> dict[str, str]:
+        """The configuration of a new machine: the target, with keys that may only read, and nothing else."""
+        keys = {"access_key_id": READER.access_key_id, "secret_access_key": READER.secret_access_key}
+        names = ("PATH", "HOME", "TMPDIR", "TARGETS", "TARGET_SECRETS")
+        known = {name: self.environment[name] for name in names}
+        return with_target_secrets(known, "first", **keys)
+
+
+def make_site(server: SeaweedFS, new_bucket: Callable[..., Bucket], folder: Path) -> Site:
+    """A site with empty buckets on a server."""
+    source, target, destination = (
+        new_bucket(purpose, on=server) for purpose in ("source", "target", "destination")
+    )
+    keys = {
+        "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
+        "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+    }
+    environment = settings(server, folder, source.name, {"first": target.name}, **keys)
+    return Site(environment, source, target, destination, folder)
+
+
+@pytest.fixture
+def site(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, needs_fuse: None) -> Site:
+    """A site with empty buckets."""
+    return make_site(server, new_bucket, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- What is meant
+
+
+def moment(text: str) -> datetime:
+    """A local time."""
+    return datetime.fromisoformat(text).astimezone()
+
+
+ARCHIVES = {
+    "other-2025-01-01T00:00:00": moment("2025-01-01T00:00:00"),
+    "label-2025-01-02T03:00:05": moment("2025-01-02T03:00:05"),
+    "label-2025-01-03T03:00:05": moment("2025-01-03T03:00:05"),
+    "label-two-2025-01-04T03:00:05": moment("2025-01-04T03:00:05"),
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "name", "at", "chosen"),
+    [
+        ("label", "", "", "label-2025-01-03T03:00:05"),
+        ("label-two", "", "", "label-two-2025-01-04T03:00:05"),
+        ("nothing", "", "", "label-two-2025-01-04T03:00:05"),
+        ("label", "other-2025-01-01T00:00:00", "", "other-2025-01-01T00:00:00"),
+        ("label", "", "2025-01-02", "label-2025-01-02T03:00:05"),
+        ("label", "", "2025-01-02T03:00", "label-2025-01-02T03:00:05"),
+        ("label", "", "2025-01-03 03:00", "label-2025-01-03T03:00:05"),
+        ("label", "", "2025-01-03T03:00:04", "label-2025-01-02T03:00:05"),
+        ("label", "", "2025-01-03T03:00:05", "label-2025-01-03T03:00:05"),
+        ("label", "", "2026-01-01", "label-2025-01-03T03:00:05"),
+        ("nothing", "", "2025-01-01", "other-2025-01-01T00:00:00"),
+    ],
+)
+def test_the_archive_is_the_newest_of_the_label_until_the_time(
+    label: str, name: str, at: str, chosen: str
+) -> None:
+    """A time without seconds means the end of its minute, one without hours the end of its day."""
+    until = backup.end_of_time(at) if at else None
+    assert backup.choose_archive(ARCHIVES, label, name, until)[0] == chosen
+
+
+def test_a_time_may_name_its_zone() -> None:
+    assert backup.end_of_time("2025-01-02T03:00Z") == datetime(2025, 1, 2, 3, 1, tzinfo=UTC)
+    assert backup.end_of_time("2025-01-02T03:00:00+02:00") == datetime(2025, 1, 2, 1, 0, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "words"),
+    [
+        ("label-2025-01-03T03:00:50", "", "Did you mean label-2025-01-03T03:00:05?"),
+        ("", "2024-12-31", "The oldest archive is of 2025-01-01T00:00:00."),
+    ],
+)
+def test_an_archive_that_is_not_there_is_named_with_a_near_one(name: str, at: str, words: str) -> None:
+    until = backup.end_of_time(at) if at else None
+    with pytest.raises(backup.BackupError) as error:
+        backup.choose_archive(ARCHIVES, "label", name, until)
+    assert words in str(error.value)
+
+
+def entry(path: str, kind: str = "-") -> backup.Entry:
+    """A line of an archive's listing."""
+    return backup.Entry(kind, path, 1, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("paths", "prefix"),
+    [
+        ([("data/source", "d"), ("data/source/a", "-")], "data/source/"),
+        ([("srv/x/source", "d"), ("srv/x/source/a/b", "-")], "srv/x/source/"),
+        ([("data/source/photos", "d"), ("data/source/photos/a", "-")], "data/source/"),
+        ([("photos", "d"), ("photos/a", "-")], ""),
+        ([("data/source", "d"), ("data/sourceless/a", "-")], ""),
+        ([("file", "-")], ""),
+        ([], "data/source/"),
+    ],
+)
+def test_keys_begin_below_the_folder_that_was_archived(paths: list[tuple[str, str]], prefix: str) -> None:
+    """Wherever the source was mounted then; an archive that somebody made by hand may hold anything."""
+    entries = [entry(*pair) for pair in paths]
+    assert backup.sort_entries(entries, Path("/data/source")).prefix == prefix
+
+
+CONTENTS = backup.sort_entries(
+    [
+        entry("data/source", "d"),
+        entry("data/source/photos", "d"),
+        entry("data/source/photos/a", "-"),
+        entry("data/source/photos/b", "-"),
+        entry("data/source/photos2", "-"),
+        entry("data/source/empty", "d"),
+        entry("data/source/link", "l"),
+        entry("data/source/../evil", "-"),
+    ],
+    Path("/data/source"),
+)
+
+
+@pytest.mark.parametrize(
+    ("paths", "keys"),
+    [
+        ((), {"photos/a", "photos/b", "photos2"}),
+        (("photos",), {"photos/a", "photos/b"}),
+        (("photos/",), {"photos/a", "photos/b"}),
+        (("/photos/a", "photos2"), {"photos/a", "photos2"}),
+        (("data/source/photos/b",), {"photos/b"}),
+        (("empty",), set()),
+    ],
+)
+def test_a_path_is_a_key_or_a_folder(paths: tuple[str, ...], keys: set[str]) -> None:
+    assert {item.key for item in backup.select(CONTENTS, paths).items} == keys
+
+
+def test_what_is_no_object_is_told_apart() -> None:
+    assert CONTENTS.empty_folders == ["empty"]
+    assert CONTENTS.others == ["link", "../evil"]
+
+
+def test_a_path_that_names_nothing_is_named() -> None:
+    with pytest.raises(backup.BackupError) as error:
+        backup.select(CONTENTS, ("photos", "fotos"))
+    assert str(error.value) == "the archive holds nothing at 'fotos'. Did you mean 'photos'?"
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "found", "fate"),
+    [
+        (5, None, backup.Fate.WRITE),
+        (5, backup.Found(0), backup.Fate.WRITE),
+        (5, backup.Found(6, modified=100), backup.Fate.DIFFERENT),
+        (5, backup.Found(5, modified=100), backup.Fate.KEEP),
+        (5, backup.Found(5, modified=101), backup.Fate.UNKNOWN),
+        (5, backup.Found(5, etag="x"), backup.Fate.UNKNOWN),
+        (5, backup.Found(4, modified=100), backup.Fate.UNKNOWN),
+        (0, backup.Found(0), backup.Fate.KEEP),
+        (0, backup.Found(1), backup.Fate.DIFFERENT),
+    ],
+)
+def test_what_is_there_decides_what_is_done(
+    size_bytes: int, found: backup.Found | None, fate: backup.Fate
+) -> None:
+    assert backup.first_fate(backup.Item("p", "k", size_bytes, 100, True), found) is fate
+
+
+@pytest.mark.parametrize(
+    ("etag", "trusted", "fate"),
+    [
+        (hashlib.md5(b"12345").hexdigest(), True, backup.Fate.KEEP),
+        (hashlib.md5(b"54321").hexdigest(), True, backup.Fate.DIFFERENT),
+        (hashlib.md5(b"54321").hexdigest(), False, backup.Fate.UNKNOWN),
+        (hashlib.md5(hashlib.md5(b"12345").digest()).hexdigest() + "-1", True, backup.Fate.KEEP),
+        (hashlib.md5(b"of other parts").hexdigest() + "-3", True, backup.Fate.UNKNOWN),
+        ("", True, backup.Fate.UNKNOWN),
+    ],
+)
+def test_an_etag_tells_content_where_it_is_an_md5(etag: str, trusted: bool, fate: backup.Fate) -> None:
+    item, found = backup.Item("p", "k", 5, 0, True), backup.Found(5, etag)
+    assert backup.fate_by_etag(item, found, io.BytesIO(b"12345"), trusted) is fate
+
+
+@pytest.mark.parametrize(
+    ("there", "fate"),
+    [
+        (b"12345", backup.Fate.KEEP),
+        (b"123", backup.Fate.WRITE),
+        (b"124", backup.Fate.DIFFERENT),
+        (b"123456", backup.Fate.DIFFERENT),
+    ],
+)
+def test_a_beginning_counts_as_half_written(tmp_path: Path, there: bytes, fate: backup.Fate) -> None:
+    (tmp_path / "file").write_bytes(there)
+    item = backup.Item("p", "k", 5, 0, True)
+    assert backup.fate_by_content(item, str(tmp_path / "file"), io.BytesIO(b"12345")) is fate
+
+
+def test_etags_are_foretold_as_tigrisfs_uploads(site: Site) -> None:
+    """Up to 5 MiB in one piece, larger objects in parts of 5 MiB."""
+    sizes = (0, 1, 5 * 2**20, 5 * 2**20 + 1, 10 * 2**20, 10 * 2**20 + 7)
+    objects = {f"{size_bytes}": os.urandom(size_bytes) for size_bytes in sizes}
+    site.source.put(objects)
+    site.back_up()
+    site.restore("--to-bucket", site.destination.name).expect(0)
+    for key, body in objects.items():
+        etag = backup.Etag(in_parts=len(body) > 5 * 2**20)
+        etag.update(body)
+        head = site.destination.client.head_object(Bucket=site.destination.name, Key=key)
+        assert head["ETag"].strip('"') == etag.text()
+
+
+@pytest.mark.parametrize(
+    ("offset", "end"),
+    [
+        (0, 5),
+        (4, 5),
+        (5, 10),
+        (4999, 5000),
+        (5000, 5025),
+        (5024, 5025),
+        (5025, 5050),
+        (29_999, 30_000),
+        (30_000, 30_125),
+    ],
+)
+def test_parts_grow_with_an_object(offset: int, end: int) -> None:
+    """In MiB, as TigrisFS has them by default."""
+    assert backup.part_end(offset * 2**20) == end * 2**20
+
+
+@pytest.mark.parametrize(
+    ("listed_bytes", "etag", "previous", "trusted", "mistake"),
+    [
+        (5, "a", "", True, ""),
+        (4, "a", "", True, "has 4 of 5 bytes"),
+        (5, "b", "", True, "has other content"),
+        (5, "b", "", False, ""),
+        (5, "b-2", "", True, ""),
+        (5, "b", "b", False, "is not overwritten"),
+    ],
+)
+def test_what_was_written_is_compared_with_the_listing(
+    listed_bytes: int, etag: str, previous: str, trusted: bool, mistake: str
+) -> None:
+    listed = backup.S3Object("key", listed_bytes, datetime.now(UTC), etag)
+    assert backup.object_mistake(backup.Written(5, "a", previous), listed, trusted) == mistake
+
+
+# ----------------------------------------------------------------------------------------------- Command line
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        (["first"], "`restore` takes either --to DIR or --to-bucket"),
+        (["first", "--to", "x", "--to-bucket", "y"], "`restore` takes either --to DIR or --to-bucket"),
+        (["first", "--to", "x", "--at", "2025-01-01", "--archive", "y"], "not both"),
+        (["first", "--to", "x", "--at", "yesterday"], "'yesterday' is no time"),
+        (["first", "--to", ""], "name a folder"),
+        (["first", "/", "--to", "x"], "leave it out to restore everything"),
+        (["--to", "x"], "takes the name of a target"),
+        (["first", "--to", "x", "--overwritte"], "did you mean --overwrite?"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(words: list[str], mistake: str) -> None:
+    with pytest.raises(backup.ConfigurationError) as error:
+        backup.parse_arguments(["restore", *words])
+    assert mistake in str(error.value)
+
+
+def loaded(**variables: str) -> backup.Settings:
+    """Settings with one target, `first`, in bucket `backups:borg`, and these variables."""
+    target = {"endpoint": "http://127.0.0.1:1", "path": "backups:borg"}
+    secrets = {"access_key_id": "a", "secret_access_key": "b", "borg_passphrase": "c"}
+    given = {"TARGETS": json.dumps({"first": target}), "TARGET_SECRETS": json.dumps({"first": secrets})}
+    return backup.load_settings({**given, **variables}, needs_source=False)
+
+
+SOURCE = {
+    "SOURCE_ENDPOINT": "http://127.0.0.1:1",
+    "SOURCE_PATH": "things",
+    "SOURCE_ACCESS_KEY_ID": "source-id",
+    "SOURCE_SECRET_ACCESS_KEY": "source-secret",
+    "SOURCE_REGION": "source-region",
+}
+
+
+def test_a_destination_is_reached_like_the_source_unless_told_otherwise() -> None:
+    store = backup.chosen_destination(loaded(**SOURCE), "things:photos/")
+    assert (store.bucket, store.prefix, store.region) == ("things", "photos", "source-region")
+    assert store.access_key_id == "source-id"
+    assert store.setting("access_key_id") == "RESTORE_ACCESS_KEY_ID (now SOURCE_ACCESS_KEY_ID)"
+    keys = {"RESTORE_ACCESS_KEY_ID": "own-id", "RESTORE_SECRET_ACCESS_KEY": "own-secret"}
+    store = backup.chosen_destination(loaded(**SOURCE, **keys), "things")
+    assert (store.endpoint, store.access_key_id) == ("http://127.0.0.1:1", "own-id")
+    assert store.setting("access_key_id") == "RESTORE_ACCESS_KEY_ID"
+    store = backup.chosen_destination(loaded(**SOURCE, RESTORE_ENDPOINT="http://elsewhere/"), "things")
+    assert (store.endpoint, store.region, store.name) == ("http://elsewhere", None, "destination")
+
+
+@pytest.mark.parametrize(
+    ("variables", "location", "mistake"),
+    [
+        ({}, "things", "RESTORE_ENDPOINT: is missing"),
+        ({}, "things", "RESTORE_SECRET_ACCESS_KEY: is missing"),
+        (SOURCE, "a/b", "--to-bucket: 'a/b' is not a bucket name"),
+        (SOURCE, "", "--to-bucket: '' is not a bucket name"),
+        (SOURCE, "backups", '--to-bucket: overlaps TARGETS "first"."path"'),
+        (SOURCE, "backups:borg/data", '--to-bucket: overlaps TARGETS "first"."path"'),
+        ({**SOURCE, "RESTORE_ACCESS_KEY_ID": "x"}, "things", "one is missing; write both"),
+        ({**SOURCE, "RESTORE_ENDPOINT": "x"}, "things", "RESTORE_ENDPOINT: is not an http(s) URL"),
+    ],
+)
+def test_a_destination_that_cannot_be_is_refused(
+    variables: Mapping[str, str], location: str, mistake: str
+) -> None:
+    """A repository least of all may be restored into."""
+    with pytest.raises(backup.ConfigurationError) as error:
+        backup.chosen_destination(loaded(**variables), location)
+    assert mistake in str(error.value)
+
+
+def test_a_destination_beside_a_repository_is_fine() -> None:
+    assert backup.chosen_destination(loaded(**SOURCE), "backups:restored").prefix == "restored"
+
+
+# ------------------------------------------------------------------------------------------------ To a folder
+
+
+def test_a_folder_gets_every_object_and_later_only_what_it_lacks(site: Site) -> None:
+    """Unusual keys, empty and large objects; owned by whoever restores, with their times."""
+    objects = {**sample_objects(21, 60), "large": os.urandom(3_000_000)}
+    site.source.put(objects)
+    site.source.put({"nothing in it/": b""})
+    site.back_up()
+    folder = site.folder / "new" / "restored"
+    site.restore("--to", str(folder)).expect(0)
+    assert tree(folder) == objects
+    assert (folder / "nothing in it").is_dir()
+    for path, mode in ((folder / "large", 0o644), (folder / "nothing in it", 0o755)):
+        status = path.stat()
+        assert (status.st_uid, status.st_mode & 0o777) == (os.getuid(), mode)
+    archived = site.source.client.head_object(Bucket=site.source.name, Key="large")["LastModified"]
+    assert int((folder / "large").stat().st_mtime) == int(archived.timestamp())
+    before = {path: path.stat().st_ctime_ns for path in folder.rglob("*") if path.is_file()}
+    (folder / "plain.txt").unlink()
+    result = site.restore("--to", str(folder)).expect(0)
+    assert "restored 1 object" in result.output
+    assert f"; {len(objects) - 1} were there already" in result.output
+    after = {path: path.stat().st_ctime_ns for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before[path]} == {folder / "plain.txt"}
+    assert tree(folder) == objects
+
+
+def test_on_the_worst_day_a_passphrase_and_a_key_that_may_read_are_enough(site: Site) -> None:
+    """Nothing is configured but the target; the source was mounted elsewhere; nothing is written to it."""
+    site.source.put({"a/b": b"1", "c": b"2"})
+    site.back_up()
+    before = site.target.contents()
+    result = site.restore("a", "--to", str(site.folder / "out"), environment=site.worst_day()).expect(0)
+    assert tree(site.folder / "out") == {"a/b": b"1"}
+    assert "without the lease" in result.output
+    server = {"RESTORE_ENDPOINT": site.source.server.endpoint}
+    keys = {name: site.environment[name] for name in site.environment if name.startswith("RESTORE_")}
+    environment = {**site.worst_day(), **server, **keys}
+    words = ("--to-bucket", site.destination.name)
+    assert "restored 2 objects" in site.restore(*words, environment=environment).expect(0).output
+    assert "restored 0 objects" in site.restore(*words, environment=environment).expect(0).output
+    assert site.destination.contents() == site.source.contents()
+    assert site.target.contents() == before
+
+
+def test_an_archive_is_chosen_by_name_or_time(site: Site) -> None:
+    archives, contents = [], [b"first", b"second"]
+    for content in contents:
+        site.source.put({"object": content})
+        archives.append(site.back_up())
+    time = archives[0][-len("2025-01-31T03:00:00") :]
+    ways = (["--archive", archives[0]], ["--at", time], ["--at", "2999-12-31"], [])
+    for number, words in enumerate(ways):
+        folder = site.folder / f"out{number}"
+        result = site.restore("--to", str(folder), *words).expect(0)
+        assert tree(folder) == {"object": contents[number // 2]}
+        assert f"archive {archives[number // 2]} of target first" in result.output
+    result = site.restore("--to", str(site.folder / "out9"), "--archive", archives[0][:-1]).expect(2)
+    assert f"Did you mean {archives[0]}?" in result.output or f"Did you mean {archives[1]}?" in result.output
+
+
+def test_a_path_without_objects_restores_nothing(site: Site) -> None:
+    site.source.put({"photos/a": b"1"})
+    site.back_up()
+    result = site.restore("photos", "pohtos", "--to", str(site.folder / "out")).expect(2)
+    assert "holds nothing at 'pohtos'. Did you mean 'photos'?" in result.output
+    assert tree(site.folder / "out") == {}
+
+
+def test_files_are_not_overwritten_unasked(site: Site) -> None:
+    """Not one is written then; what is there with the same content is no hindrance, half of it neither."""
+    objects = {f"{number}": os.urandom(1000) for number in range(30)}
+    site.source.put(objects)
+    site.back_up()
+    folder = site.folder / "out"
+    folder.mkdir()
+    there = {
+        "0": objects["0"],
+        "1": objects["1"][:500],
+        "2": b"",
+        **{f"{number}": b"x" * 1000 for number in range(3, 28)},
+        "foreign": b"f",
+    }
+    for name, content in there.items():
+        (folder / name).write_bytes(content)
+    result = site.restore("--to", str(folder)).expect(2)
+    assert "'3' is there with other content" in result.output
+    assert f"25 objects in {folder} would be overwritten; nothing was written" in result.output
+    assert result.output.count("is there with other content") == backup.PREVIOUS_NAMED
+    assert tree(folder) == there
+    result = site.restore("--to", str(folder), "--dry-run").expect(2)
+    assert re.search(r"^refuse +1 kB  3$", result.output, re.MULTILINE)
+    assert re.search(r"^there +1 kB  0$", result.output, re.MULTILINE)
+    assert re.search(r"^write +1 kB  29$", result.output, re.MULTILINE)
+    assert tree(folder) == there
+    assert "overwrite: 25 objects" in site.restore("--to", str(folder), "--dry-run", "--overwrite").output
+    site.restore("--to", str(folder), "--overwrite").expect(0)
+    assert tree(folder) == {**objects, "foreign": b"f"}
+
+
+def test_a_dry_run_changes_nothing(site: Site) -> None:
+    site.source.put({"a": b"1", "b": b"22"})
+    site.back_up()
+    before = site.target.contents()
+    result = site.restore("--to", str(site.folder / "out"), "--dry-run").expect(0)
+    assert "write: 2 objects, 3 B" in result.output
+    assert not (site.folder / "out").exists()
+    result = site.restore("--to-bucket", site.destination.name, "--dry-run").expect(0)
+    assert "write: 2 objects, 3 B" in result.output
+    assert site.destination.sizes() == {}
+    assert {key: body for key, body in site.target.contents().items() if key != LEASE} == before
+
+
+def test_names_that_a_disk_cannot_take_are_named_and_the_others_restored(site: Site) -> None:
+    """S3 may have keys that no disk can have; what is no file of the archive is named, too."""
+    folder = site.folder / "tree"
+    (folder / "data" / "source").mkdir(parents=True)
+    (folder / "data" / "source" / "fine").write_bytes(b"1")
+    (folder / "data" / "source" / "link").symlink_to("fine")
+    site.source.put({"fine": b"1"})
+    site.back_up()
+    site.archive_by_hand(str(folder / "data" / "source"))
+    out = site.folder / "out"
+    (out / "in the way").mkdir(parents=True)
+    restored = site.restore("--archive", "by-hand", "--to", str(out)).expect(1)
+    assert "'link' is no plain file, and is left out" in restored.output
+    assert tree(out) == {"fine": b"1"}
+    (out / "fine").unlink()
+    (out / "fine").mkdir()
+    restored = site.restore("--archive", "by-hand", "--to", str(out)).expect(1)
+    assert "'fine' could not be restored: File exists" in restored.output
+    assert not list((out / "fine").iterdir())
+
+
+def test_a_long_name_hinders_no_other(tmp_path: Path) -> None:
+    """255 bytes is what disks take; a bucket takes more, and so does TigrisFS."""
+    console = backup.Console(debug=False)
+    runtime = backup.Runtime(loaded(), {}, console, backup.Stop(), 1000)
+    items = [backup.Item(key, key, 1, 0, True) for key in ("x" * 256, "fine", "fine/below")]
+    writer = backup.Writer(runtime, backup.Landing("here", tmp_path), items, {})
+    for item in items:
+        writer.write(item, io.BytesIO(b"1"), {})
+    assert [key for key, _ in writer.refused] == ["x" * 256, "fine/below"]
+    assert tree(tmp_path) == {"fine": b"1"}
+
+
+def test_names_that_differ_in_case_only_are_not_written_over_each_other(tmp_path: Path) -> None:
+    """On a disk that takes them for one, the second is named: what was not there before must not be there."""
+    runtime = backup.Runtime(loaded(), {}, backup.Console(debug=False), backup.Stop(), 1000)
+    item = backup.Item("k", "k", 1, 0, True)
+    writer = backup.Writer(runtime, backup.Landing("here", tmp_path), [item], {})
+    (tmp_path / "k").write_bytes(b"K")
+    writer.write(item, io.BytesIO(b"1"), {})
+    assert writer.refused == [("k", os.strerror(errno.EEXIST))]
+    assert (tmp_path / "k").read_bytes() == b"K"
+
+
+# ------------------------------------------------------------------------------------------------ To a bucket
+
+
+def requests(server: SeaweedFS, bucket: Bucket) -> dict[str, int]:
+    """How many requests of each kind a bucket has answered."""
+    counted: dict[str, int] = {}
+    pattern = rf'^SeaweedFS_s3_request_total\{{.*bucket="{bucket.name}".*type="(\w+)"\}} (\S+)'
+    for kind, number in re.findall(pattern, server.metrics(), re.MULTILINE):
+        counted[kind] = counted.get(kind, 0) + int(float(number))
+    return counted
+
+
+def test_a_bucket_gets_every_object_once(
+    new_bucket: Callable[..., Bucket], tmp_path: Path, needs_fuse: None
+) -> None:
+    """Every key as it was and no other; a second restore writes nothing, a third what is missing."""
+    with SeaweedFS(tmp_path / "server", has_metrics=True) as server:
+        site = make_site(server, new_bucket, tmp_path / "site")
+        objects = {**sample_objects(22, 60), "large": os.urandom(12_000_000)}
+        site.source.put(objects)
+        site.source.put({"nothing in it/": b""})
+        site.back_up()
+        site.restore("--to-bucket", site.destination.name).expect(0)
+        assert site.destination.contents() == objects
+        assert set(site.destination.sizes()) == {*objects, "nothing in it/"}
+        first = requests(server, site.destination)
+        site.restore("--to-bucket", site.destination.name).expect(0)
+        second = requests(server, site.destination)
+        probes = 3  # two of preflight, and the empty folder's object
+        assert second["PUT"] - first["PUT"] == probes
+        assert second["GET"] - first["GET"] < 10  # ETags tell
+        site.destination.delete("plain.txt", "large")
+        deleted = requests(server, site.destination)
+        result = site.restore("--to-bucket", site.destination.name).expect(0)
+        third = requests(server, site.destination)
+        assert third["PUT"] - deleted["PUT"] == probes + 1 + 3  # and one, and three parts
+        assert f"restored 2 objects, 12 MB, to {site.destination.name}" in result.output
+        assert site.destination.contents() == objects
+
+
+def test_of_an_archive_only_what_is_asked_for_is_read(site: Site) -> None:
+    site.source.put({"small": b"1", **{f"large/{number}": os.urandom(10_000_000) for number in range(4)}})
+    site.back_up()
+    with FaultProxy(site.target.server.endpoint) as proxy:
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
+        out = site.folder / "out"
+        site.restore("small", "--to", str(out), environment=environment).expect(0)
+        assert tree(out) == {"small": b"1"}
+        few = proxy.count(lambda request: request.kind == "GET" and "/data/" in request.path)
+        site.restore("--to", str(out), environment=environment).expect(0)
+        many = proxy.count(lambda request: request.kind == "GET" and "/data/" in request.path) - few
+        assert few < many / 3
+
+
+def test_a_prefix_of_a_bucket_is_restored_into(site: Site) -> None:
+    site.source.put({"photos/a": b"1", "photos/b": b"2", "c": b"3"})
+    site.back_up()
+    site.destination.put({"photos/a": b"another", "x/y/photos/b": b"2"})
+    site.restore("photos/", "--to-bucket", f"{site.destination.name}:x/y").expect(0)
+    expected = {"photos/a": b"another", "x/y/photos/a": b"1", "x/y/photos/b": b"2"}
+    assert site.destination.contents() == expected
+
+
+def test_objects_are_not_overwritten_unasked(site: Site) -> None:
+    """All that would be overwritten are counted before anything is written."""
+    objects = {**{f"{number}": os.urandom(1000) for number in range(30)}, "large": os.urandom(6_000_000)}
+    site.source.put(objects)
+    site.back_up()
+    there = {
+        "0": objects["0"],
+        "1": objects["1"][:500],
+        "2": b"",
+        **{f"{number}": b"x" * 1000 for number in range(3, 28)},
+        "foreign": b"f",
+    }
+    site.destination.put(there)
+    result = site.restore("--to-bucket", site.destination.name).expect(2)
+    assert "'3' is there with other content" in result.output
+    assert "25 objects in" in result.output
+    assert "would be overwritten; nothing was written" in result.output
+    assert site.destination.contents() == there
+    site.restore("--to-bucket", site.destination.name, "--overwrite").expect(0)
+    assert site.destination.contents() == {**objects, "foreign": b"f"}
+
+
+def test_large_objects_that_another_program_uploaded_are_recognised(site: Site) -> None:
+    """In parts of another size, so that the ETag does not tell."""
+    body = os.urandom(20_000_000)
+    site.source.put({"large": body})
+    site.back_up()
+    client, name = site.destination.client, site.destination.name
+    upload = client.create_multipart_upload(Bucket=name, Key="large")["UploadId"]
+    parts = []
+    for number, start in enumerate(range(0, len(body), 8 * 2**20), 1):
+        part = body[start : start + 8 * 2**20]
+        etag = client.upload_part(Bucket=name, Key="large", UploadId=upload, PartNumber=number, Body=part)[
+            "ETag"
+        ]
+        parts.append({"ETag": etag, "PartNumber": number})
+    client.complete_multipart_upload(
+        Bucket=name, Key="large", UploadId=upload, MultipartUpload={"Parts": parts}
+    )
+    before = client.head_object(Bucket=name, Key="large")
+    result = site.restore("--to-bucket", name).expect(0)
+    assert "1 were there already" in result.output
+    after = client.head_object(Bucket=name, Key="large")
+    assert (after["ETag"], after["LastModified"]) == (before["ETag"], before["LastModified"])
+
+
+def test_a_whole_bucket_is_put_back_into_the_source(site: Site) -> None:
+    """As after an accident: some objects are gone, one was overwritten, the rest is as it was."""
+    objects = sample_objects(23, 40)
+    site.source.put(objects)
+    site.back_up()
+    site.source.delete("plain.txt", *[key for key in objects if key.startswith("folder 1")])
+    site.source.put({"100%.txt": b"by mistake", "new": b"n"})
+    site.restore("--to-bucket", site.source.name).expect(2)
+    result = site.restore("--to-bucket", site.source.name, "--overwrite").expect(0)
+    assert site.source.contents() == {**objects, "new": b"n"}
+    gone = 2 + sum(key.startswith("folder 1") for key in objects)
+    assert f"restored {gone} objects" in result.output
+
+
+@pytest.mark.parametrize("to_bucket", [True, False])
+def test_user_metadata_comes_back(site: Site, to_bucket: bool) -> None:
+    """Where it was archived (SOURCE_METADATA)."""
+    metadata = {"colour": "blue", "owner": "Ann O'Nym"}
+    site.source.client.put_object(Bucket=site.source.name, Key="a/b", Body=b"1", Metadata=metadata)
+    site.source.put({"plain": b"2", "large": os.urandom(400_000)})
+    run_backup({**site.environment, "SOURCE_METADATA": "true"}).expect(0)
+    if to_bucket:
+        site.restore("--to-bucket", site.destination.name).expect(0)
+        head = site.destination.client.head_object(Bucket=site.destination.name, Key="a/b")
+        assert head["Metadata"] == metadata
+        assert site.destination.contents() == site.source.contents()
+        return
+    folder = site.folder / "out"
+    result = site.restore("--to", str(folder))
+    assert tree(folder) == site.source.contents()
+    if result.exit_code == 0:
+        assert os.getxattr(folder / "a" / "b", "user.colour") == b"blue"
+    else:
+        result.expect(1)
+        assert "takes no user metadata" in result.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {
+                "RESTORE_ACCESS_KEY_ID": READER.access_key_id,
+                "RESTORE_SECRET_ACCESS_KEY": READER.secret_access_key,
+            },
+            "AccessDenied (403)",
+        ),
+        ({"RESTORE_ACCESS_KEY_ID": "unknown"}, "InvalidAccessKeyId (403)"),
+        ({"RESTORE_ENDPOINT": "http://127.0.0.1:9"}, "Check RESTORE_ENDPOINT and the network."),
+    ],
+)
+def test_a_destination_that_refuses_is_told_at_once(
+    site: Site, variables: Mapping[str, str], words: str
+) -> None:
+    site.source.put({"a": b"1"})
+    site.back_up()
+    environment = {**site.environment, **variables}
+    result = site.restore("--to-bucket", site.destination.name, environment=environment).expect(2)
+    assert words in result.output
+    assert "RESTORE_" in result.output
+    assert result.duration_seconds < 20
+    assert site.destination.sizes() == {}
+
+
+def test_a_bucket_that_is_not_there_is_named(site: Site) -> None:
+    site.source.put({"a": b"1"})
+    site.back_up()
+    result = site.restore("--to-bucket", "no-such-bucket").expect(2)
+    assert "NoSuchBucket (404)" in result.output
+    assert "correct --to-bucket" in result.output
+
+
+# ---------------------------------------------------------------------------------------- Beside other things
+
+
+@contextmanager
+def long_backup(site: Site) -> Iterator[Backup]:
+    """A run that is in the middle of `borg create`."""
+    site.source.put({"large": os.urandom(40_000_000)})
+    with Backup(with_target(site.environment, "first", compression="lzma,9")) as running:
+        running.wait_for_line("borg create begins")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
+        yield running
+        assert running.process.poll() is None, "the run was too short for the test"
+    site.target.clear()
+
+
+def test_a_restore_does_not_wait_for_a_backup(site: Site) -> None:
+    """Its lease is held by the other one, which is said."""
+    site.source.put({"a": b"1"})
+    site.back_up()
+    with long_backup(site):
+        result = site.restore("--to", str(site.folder / "out")).expect(0)
+        assert "another run works on this repository: a backup" in result.output
+        assert "without the lease" in result.output
+        assert tree(site.folder / "out") == {"a": b"1"}
+
+
+def test_a_backup_waits_for_a_restore(site: Site) -> None:
+    """So that it does not compact what is read: the restore has the lease, where its key may write."""
+    site.source.put({"large": os.urandom(30_000_000)})
+    site.back_up()
+    with FaultProxy(site.source.server.endpoint) as proxy:
+        slow = proxy.add(lambda request: request.kind in ("PART", "COMPLETE"), Action.DELAY, seconds=60)
+        environment = {**site.environment, "RESTORE_ENDPOINT": proxy.endpoint}
+        with Backup(environment, "restore", "first", "--to-bucket", site.destination.name) as running:
+            wait_until(lambda: slow.hit, 60, "it writes")
+            assert json.loads(site.target.get(LEASE))["purpose"] == "a restore"
+            result = run_backup({**site.environment, "LEASE_WAIT": "0"}).expect(75)
+            assert "another run works on this repository: a restore" in result.output
+            proxy.clear()
+            running.wait().expect(0)
+    assert LEASE not in site.target.sizes()
+
+
+def test_a_wrong_passphrase_is_told(site: Site) -> None:
+    site.source.put({"a": b"1"})
+    site.back_up()
+    environment = with_target_secrets(site.environment, "first", borg_passphrase="wrong")
+    result = site.restore("--to-bucket", site.destination.name, environment=environment).expect(2)
+    assert 'Correct TARGET_SECRETS "first"."borg_passphrase".' in result.output
+    assert "wrong" not in result.output.replace("passphrase", "")
+
+
+def test_an_archive_of_plain_borg_is_restored(site: Site) -> None:
+    """Made by hand, of whatever: its paths are the keys."""
+    site.source.put({"a": b"1"})
+    site.back_up()
+    (site.folder / "photos").mkdir()
+    (site.folder / "photos" / "one.jpg").write_bytes(b"jpg")
+    site.archive_by_hand("photos")
+    site.restore("--archive", "by-hand", "--to-bucket", site.destination.name).expect(0)
+    assert site.destination.contents() == {"photos/one.jpg": b"jpg"}
