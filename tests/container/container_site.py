@@ -83,11 +83,13 @@ class Site:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, docker: Docker, image: str, server: SeaweedFS, folder: Path) -> Iterator[Self]:
+    def opened(
+        cls, docker: Docker, image: str, server: SeaweedFS, folder: Path, build_arguments: Sequence[str] = ()
+    ) -> Iterator[Self]:
         """The folder; at the end containers, volumes and the name are gone."""
         name = f"s3borgbackup-test-{uuid.uuid4().hex[:8]}"
         docker("tag", image, name)
-        site = cls(wrapped(docker, folder / "bin", name), image, server, folder, name)
+        site = cls(wrapped(docker, folder / "bin", name, build_arguments), image, server, folder, name)
         try:
             yield site
         finally:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ class SeaweedFSContainer(SeaweedFS):
         """`image` is any that runs a static program."""
         super().__init__(directory)
         self._docker, self._image = docker, image
-        self.container = f"s3borgbackup-test-seaweedfs-{directory.parent.name[-20:]}"
+        self.container = f"s3borgbackup-test-seaweedfs-{uuid.uuid4().hex[:8]}"
 
     def command(self) -> Sequence[str | Path]:
         program, *arguments = super().command()

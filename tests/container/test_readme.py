@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ import yaml
 import backup
 from benchmark_contenders import count_traffic
 from container_site import Site, Terminal
-from docker_client import Docker
+from docker_client import BaseImages, Docker
 from helpers import PASSPHRASE, Bucket, Repository, Result, sample_objects, tree, wait_until
-from readme import README, code_block, code_blocks
+from readme import README, TOP, code_block, code_blocks
 from servers import WRITER, SeaweedFS
 
 PHOTOS = sample_objects(5, 40, prefix="photos/")
@@ -204,13 +205,25 @@ def test_a_person_backs_up_mounts_checks_and_lists_in_a_shell(place: Place) -> N
     assert place.first.locks() == []
 
 
-def test_a_key_is_exported_and_copied_out_of_the_volume(place: Place) -> None:
+def test_a_key_is_exported_and_imported_again(place: Place) -> None:
+    """Only the key goes to standard output; runs ask for the export until then."""
+    assert "its key was never exported" in place.site.run(arguments=["run", "first"]).expect(0).output
+    [export] = code_blocks("Keys and passphrases", "shell")
+    place.site.shell(export).expect(0)
+    key = (place.site.folder / "first.key").read_text()
+    assert key.startswith("BORG_KEY ")
+    assert "never exported" not in place.site.run(arguments=["run", "first"]).expect(0).output
+    shell = SHELL.replace("s3borgbackup ash", '-v "$PWD/first.key:/first.key:ro" s3borgbackup ash')
+    with place.site.terminal(shell) as terminal:
+        terminal.type("backup.py borg first key import :: /first.key")
+        assert "my-bucket-" in terminal.type("backup.py list first")
+
+
+def test_everything_is_restored_with_one_command(place: Place) -> None:
     place.site.run(arguments=["run", "first"]).expect(0)
-    export, copy = code_blocks("Keys and passphrases", "shell")
-    with place.site.terminal(SHELL) as terminal:
-        type_all(terminal, f"export BORG_PASSPHRASE={shlex.quote(PASSPHRASE)}\n{export}")
-    place.site.shell(copy).expect(0)
-    assert (place.site.folder / "first.key").read_text().startswith("BORG_KEY ")
+    restore = code_block("Restoring", "shell", "restore first --to /restored")
+    place.site.shell(restore).expect(0)
+    assert tree(place.site.folder / "restored") == OBJECTS
 
 
 def test_everything_is_restored_to_a_folder_of_the_host(place: Place) -> None:
@@ -238,6 +251,43 @@ def test_a_folder_is_restored_into_the_bucket(place: Place) -> None:
         terminal.type(f"export BORG_PASSPHRASE={shlex.quote(PASSPHRASE)}")
         type_all(terminal, block, **{SAMPLE_ARCHIVE: archive})
     assert place.source.contents() == {**PHOTOS, **later}
+
+
+# ---------------------------------------------------------------------------------------------- The worst day
+
+
+def test_the_disaster_drill_step_by_step(
+    place: Place,
+    docker: Docker,
+    bases: BaseImages,
+    image: str,
+    new_bucket: Callable[..., Bucket],
+    tmp_path: Path,
+) -> None:
+    """A new machine with nothing but .env; the source is gone. The blocks run as they stand, in one shell."""
+    place.site.run(arguments=["run", "first"]).expect(0)
+    place.source.clear()
+    rescued = new_bucket("source-rescued")
+    arguments = bases.build_arguments
+    with Site.opened(docker, image, place.site.server, tmp_path / "new machine", arguments) as site:
+        for name in ("Dockerfile", ".dockerignore", "backup.py"):
+            shutil.copy(TOP / name, site.folder)
+        shutil.copy(place.site.folder / ".env", site.folder)
+        site.edit(
+            {
+                "RESTORE_ENDPOINT": place.site.server.endpoint,
+                "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
+                "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+            }
+        )
+        script = "\n".join(["set -e -o pipefail", *code_blocks("Disaster drill", "shell")])
+        result = site.shell(script.replace("--to-bucket rescued", f"--to-bucket {rescued.name}"), 280).expect(
+            0
+        )
+        assert rescued.contents() == OBJECTS, result.output
+        assert tree(site.folder / "restored") == OBJECTS
+        site.edit({"SOURCE_PATH": rescued.name})
+        assert site.run(arguments=["run", "first"]).expect(0)
 
 
 # ---------------------------------------------------------------------------------------------- Little things
