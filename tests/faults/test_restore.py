@@ -1,7 +1,7 @@
 """A restore that is killed, stopped or refused: it never says that it is done, and its repetition ends it."""
 
-import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -35,7 +35,6 @@ from servers import WRITER, SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
-KILLS = 6
 OUTAGE_SECONDS = 40
 
 
@@ -107,6 +106,19 @@ def kill_everything(running: Backup) -> None:
     wait_until(lambda: not any(is_running(pid) for pid in everybody), 10, "all of them are gone")
 
 
+KILLED_WITH = (*range(1, 402, 80), "large/0", "large/3", "large/5")
+
+
+def wait_for_the_moment(running: Backup, written: Callable[[], set[str]], moment: int | str) -> None:
+    """Returns when so many objects are being written or are written, or when this one is."""
+
+    def has_come() -> bool:
+        names = written()
+        return len(names) >= moment if isinstance(moment, int) else moment in names
+
+    wait_until(lambda: has_come() or running.process.poll() is not None, 60, f"{moment} is written")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("to_bucket", [True, False])
 def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
@@ -115,25 +127,27 @@ def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
     """Half-written objects are no hindrance, and what is whole is not written again."""
     out = site.folder / "out"
     words = site.to_bucket if to_bucket else ("restore", "first", "--to", str(out))
-    start = time.monotonic()
-    with Backup(site.environment, *words) as running:
-        running.wait().expect(0)
-    seconds = time.monotonic() - start
-    for number in range(KILLS):
+    interrupted = 0
+
+    def written() -> set[str]:
+        if not to_bucket:
+            return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        return {request.key for request, _ in site.proxy.requests[before:] if writes(request)}
+
+    for moment in KILLED_WITH:
         site.destination.clear()
-        for name in tree(out):
-            (out / name).unlink()
+        shutil.rmtree(out, ignore_errors=True)
+        before = len(site.proxy.requests)
         with table.attempt("SIGKILL of a restore, in its middle"):
             with Backup(site.environment, *words) as running:
-                running.wait_for_line(": 406 objects")
-                with contextlib.suppress(AssertionError):
-                    moment = number / KILLS * seconds / 3
-                    wait_until(lambda running=running: running.process.poll() is not None, moment, "its end")
+                wait_for_the_moment(running, written, moment)
                 if running.process.poll() is None:
+                    interrupted += 1
                     kill_everything(running)
             remove_leftovers(site.folder)  # dead mounts, which a container takes along
             run_backup(site.environment, *words).expect(0)
             assert (site.destination.contents() if to_bucket else tree(out)) == site.objects
+    assert interrupted >= len(KILLED_WITH) // 2, "moments that came too late"
 
 
 @pytest.mark.timeout(600)
