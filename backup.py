@@ -1964,6 +1964,7 @@ class Report:
     targets: list[dict[str, Any]] = field(default_factory=list)  # how each went, as JSON has it
     table: str = ""  # the same for people
     configured: tuple[str, ...] | None = None  # all targets' names, once they are known
+    command: str = "run"
 
 
 @dataclass
@@ -4227,7 +4228,8 @@ def audit_source(
 # is told of start and end, a webhook gets the run as JSON, and Prometheus a file. None of this makes a run
 # fail, or holds it for long; and of the URLs, which are secrets, only scheme and host are ever printed.
 
-TOLD_COMMANDS = ("run",)  # what somebody is told of: what a schedule starts, not what a person types
+# What somebody is told of: what a schedule starts, not what a person types.
+TOLD_COMMANDS = {"run": "Backup", "maintain": "Maintenance"}
 BODY_BYTES = 100_000  # what healthchecks.io keeps of a ping's body ("Pinging API" in its documentation)
 KUMA_PATH = "/api/push/"  # what the path of a push monitor's URL has
 KUMA_LETTERS = 300  # it takes the text in the URL
@@ -4386,6 +4388,7 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
     ]
     return {
         "run_id": report.run_id,
+        "command": report.command,
         "version": VERSION,
         "host": socket.gethostname(),
         "label": report.label,
@@ -4404,7 +4407,8 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
 
 def run_text(report: Report, code: int, troubles: Troubles) -> str:
     """The same for people: a line, the table, the errors and warnings."""
-    head = f"Backup {report.label} on {socket.gethostname()}: {result_name(code)[1]} (exit code {code})"
+    what = f"{TOLD_COMMANDS[report.command]} {report.label} on {socket.gethostname()}"
+    head = f"{what}: {result_name(code)[1]} (exit code {code})"
     reasons = [f"{target['name']}: {target['reason']}" for target in report.targets if target["reason"]]
     # One that is the end of another line says nothing new.
     lines = [line for line in troubles.lines() if not any(line.endswith(reason) for reason in reasons)]
@@ -4442,7 +4446,7 @@ class Reporter:
             str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
             for message in self._end_messages(document)
         }
-        if path := self._reporting.metrics_file:
+        if (path := self._reporting.metrics_file) and self.report.command == "run":
             jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(Path(path), code, finished))
         self._wait(jobs)
 
@@ -4626,20 +4630,22 @@ class RepositoryState(enum.Enum):
 
 
 OWN_NAMES = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*", re.DOTALL)
+SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
 def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryState:
     """The state from the names and sizes at the beginning of a listing.
 
-    `borg init` writes README, config, the first segments, and last an index. Until there is an index,
-    nothing can have been archived, so what is small and has only borg's own names may be made anew.
+    `borg init` writes README, config, the segments 0 and 1, and last an index. Where there is no further
+    segment, nothing can have been archived, so what has only borg's own names may be made anew.
     """
     names = {name for name in sizes if name and not name.startswith(OWN_PREFIX)}
     own = {name for name in names if OWN_NAMES.fullmatch(name)}
     if not names:
         return RepositoryState.EMPTY
-    small = complete and own == names and sum(sizes.values()) < UNFINISHED_MAX_BYTES
+    later = any(found and int(found[1]) > 1 for found in map(SEGMENT_FILE.fullmatch, own))
+    small = complete and own == names and sum(sizes.values()) < UNFINISHED_MAX_BYTES and not later
     has_index = any(name.startswith("index.") for name in own)
     if small and "README" in own and not ("config" in own and has_index):
         return RepositoryState.UNFINISHED
@@ -5491,21 +5497,21 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
             raise source
         back_up_all(runtime, source, list(zip(outcomes, checks, strict=True)))
         runtime.stop.check()
-    except BackupError:
-        for outcome in outcomes:
-            if not outcome.seconds:
-                outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
-        conclude(runtime, outcomes)
-        raise
-    conclude(runtime, outcomes)
+    finally:
+        conclude(runtime, outcomes, summary)
     return overall(outcomes)
 
 
-def conclude(runtime: Runtime, outcomes: Sequence[Outcome]) -> None:
+def conclude(
+    runtime: Runtime, outcomes: Sequence[Outcome], tabulate: Callable[[Sequence[Outcome]], str]
+) -> None:
     """Prints how it went with each target, and notes it for those who are told."""
     report, console = runtime.report, runtime.console
+    for outcome in outcomes:
+        if not outcome.seconds:
+            outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
     report.targets = [outcome.as_json() for outcome in outcomes]
-    report.table = summary(outcomes)
+    report.table = tabulate(outcomes)
     if not console.as_json:
         console.plain(report.table)
         return
@@ -5922,8 +5928,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         )
         for outcome in outcomes
     ]
-    reasons = [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
-    return "\n".join([*table(rows), *reasons])
+    return "\n".join([*table(rows), *reasons(outcomes)])
+
+
+def reasons(outcomes: Sequence[Outcome]) -> list[str]:
+    """Why it went so, for each target that has a reason."""
+    return [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -6265,25 +6275,37 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
     Raises Stopped.
     """
     outcomes = [Outcome(target) for target in targets]
-    for outcome in outcomes:
-        start = time.monotonic()
-        try:
-            maintain_target(runtime, outcome)
-        except Stopped:
-            raise
-        except (BackupError, OSError) as error:
-            outcome.fail(error)
-            runtime.console.error(outcome.target.store.name, str(error))
-        finally:
-            outcome.seconds = time.monotonic() - start
+    try:
+        for outcome in outcomes:
+            maintain_or_fail(runtime, outcome)
+    finally:
+        conclude(runtime, outcomes, maintenance_summary)
+    return overall(outcomes)
+
+
+def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
+    """The table at a maintenance's end."""
     rows = [("target", "result", "archives", "duration")]
     rows += [
         (outcome.target.name, outcome.verdict.value, outcome.archive or "-", duration(outcome.seconds))
         for outcome in outcomes
     ]
-    reasons = [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
-    runtime.console.plain("\n".join([*table(rows), *reasons]))
-    return overall(outcomes)
+    return "\n".join([*table(rows), *reasons(outcomes)])
+
+
+def maintain_or_fail(runtime: Runtime, outcome: Outcome) -> None:
+    """Maintains one target; a failure becomes its outcome, so that the others go on. Raises Stopped."""
+    start = time.monotonic()
+    try:
+        maintain_target(runtime, outcome)
+    except Stopped:
+        outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
+        raise
+    except (BackupError, OSError) as error:
+        outcome.fail(error)
+        runtime.console.error(outcome.target.store.name, str(error))
+    finally:
+        outcome.seconds = time.monotonic() - start
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
@@ -8515,6 +8537,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     values = read_variables(environ, mistakes)
     reporting = parse_reporting(values, [])
     report = Report(secrets.token_hex(6), label_for_reports(values), datetime.now(UTC))
+    report.command = argv[0] if argv else "run"
     console = Console(False, reporting.as_json, report.run_id, environ)
     stop = Stop()
     stop.install()
@@ -8522,7 +8545,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     code = perform(
         argv, environ, lambda needs_source: checked_settings(values, mistakes, needs_source), reporter
     )
-    if not argv or argv[0] in TOLD_COMMANDS:
+    if report.command in TOLD_COMMANDS:
         reporter.end(code)
     return code
 

@@ -111,6 +111,14 @@ def zombies(pid: int) -> list[int]:
     return [child for child in descendants(pid) if (stat := _stat(child)) and stat[0] == "Z"]
 
 
+def kill_all(pids: Sequence[int]) -> None:
+    """SIGKILL for processes in this order; returns when all are gone, or zombies of somebody else."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(is_running(pid) for pid in pids), 10, "all of them are gone")
+
+
 def ancestors(pid: int) -> list[int]:
     """The parents of a process, nearest first."""
     found: list[int] = []

@@ -161,6 +161,9 @@ def test_the_passphrase_goes_through_a_pipe_whole() -> None:
         (["README"], True, backup.RepositoryState.UNFINISHED),
         (["README", "config", "data/0/0"], True, backup.RepositoryState.UNFINISHED),
         (["README", "data/0/0", "index.1"], True, backup.RepositoryState.UNFINISHED),
+        # Something was archived since, and its index was lost: borg makes a new one.
+        (["README", "config", "data/0/0", "data/0/1", "data/0/2"], True, backup.RepositoryState.READY),
+        (["README", "data/0/0", "data/0/1", "data/0/2"], True, backup.RepositoryState.FOREIGN),
         (["README", "photo.jpg"], True, backup.RepositoryState.FOREIGN),
         (["config"], True, backup.RepositoryState.FOREIGN),
         (["photo.jpg", "config"], True, backup.RepositoryState.FOREIGN),

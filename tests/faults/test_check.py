@@ -1,6 +1,5 @@
 """What can happen to a check, and what a check finds: a run stores its archive whatever it is."""
 
-import contextlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from helpers import (
     Bucket,
     descendants,
     is_running,
+    kill_all,
     run_backup,
     settings,
     wait_until,
@@ -93,9 +93,7 @@ def kill_in_check(environment: Mapping[str, str], site: Site, seconds: float) ->
     wait_until(lambda: site.record().get("segment", -1) > before, 60, "a place is noted")
     time.sleep(seconds)
     everybody = [check.pid, *descendants(check.pid)]
-    for pid in everybody:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill_all(everybody)
     assert check.wait(10) == -signal.SIGKILL
     wait_until(lambda: not any(is_running(pid) for pid in everybody), 10, "all of them are gone")
 

@@ -1,7 +1,6 @@
 """SIGKILL of a whole run, at moments spread over all that it does: the next run needs nobody."""
 
 import contextlib
-import os
 import random
 import signal
 import time
@@ -19,7 +18,7 @@ from helpers import (
     Bucket,
     Result,
     descendants,
-    is_running,
+    kill_all,
     run_backup,
     settings,
     wait_until,
@@ -73,12 +72,8 @@ def kill_everything(backup: Backup, chance: random.Random) -> Result:
     everybody = [backup.pid, *descendants(backup.pid)]
     if chance.random() < 0.5:
         chance.shuffle(everybody)
-    for pid in everybody:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    result = backup.wait(10)
-    wait_until(lambda: not any(is_running(pid) for pid in everybody), 10, "all of them are gone")
-    return result
+    kill_all(everybody)
+    return backup.wait(10)
 
 
 def kill_after(environment: dict[str, str], seconds: float, chance: random.Random, line: str = "") -> None:
