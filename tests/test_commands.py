@@ -197,9 +197,10 @@ def test_what_reads_needs_no_key_that_may_write_and_no_source(site: Site) -> Non
 
 @contextmanager
 def long_backup(site: Site) -> Iterator[Backup]:
-    """A run that is in the middle of `borg create`."""
+    """A run that is in the middle of `borg create`, and is seen to live before it is over."""
     site.source.put({"large": os.urandom(40_000_000)})
-    with Backup(with_target(site.environment, "first", compression="lzma,9")) as running:
+    slow = with_target(site.environment, "first", compression="lzma,9")
+    with Backup({**slow, "LEASE_TTL": "10"}) as running:
         running.wait_for_line("borg create begins")
         wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
         yield running
