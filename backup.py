@@ -3467,12 +3467,6 @@ class Borg:
         self._runtime, self._target = runtime, target
         self._mounts, self._folders = mounts, folders or {}
 
-    def beside(self, *mounts: Mount) -> Borg:
-        """The same, which works with these mounts, too."""
-        twin = copy.copy(self)
-        twin._mounts = [*self._mounts, *mounts]
-        return twin
-
     def run(
         self,
         arguments: Sequence[str],
@@ -7403,22 +7397,8 @@ def export(
         chosen = Path(folder, "chosen")
         chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
         reading, writing = os.pipe()
-        output = os.fdopen(writing, "wb")
         work = in_background(lambda: take_out(reading, by_path, take))
-        try:
-            repository.borg.beside(*place.mounts).run(
-                borg_export(repository.borg.repository, archive, Path(f"/dev/fd/{writing}")),
-                on_start=lambda _: output.close(),
-                own={"S3BORGBACKUP_EXPORTED": str(chosen)},
-                pass_fds=[writing],
-            )
-        except BackupError as error:
-            output.close()
-            concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-            failure = work.exception() if work.done() else None
-            if isinstance(failure, BackupError) and not isinstance(error, Stopped | Stuck | S3Error):
-                raise failure from error
-            raise
+        run_export(repository.borg.with_mounts(*place.mounts), archive, chosen, writing, work)
         wait_for_threads(runtime, place, work, handled)
     if lost := by_path.keys() - handled:
         more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
@@ -7426,6 +7406,30 @@ def export(
             f"{repository.target.store.name}: the archive did not give {min(lost)!r}{more}",
             f"Check the repository: backup.py borg {repository.target.name} check.",
         )
+
+
+def run_export(
+    borg: Borg, archive: str, chosen: Path, writing: int, work: concurrent.futures.Future[None]
+) -> None:
+    """Has borg write what `chosen` names to a pipe, which `work` reads.
+
+    Raises BackupError; that of `work` where it failed, and borg because of it.
+    """
+    output = os.fdopen(writing, "wb")
+    try:
+        borg.run(
+            borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
+            on_start=lambda _: output.close(),
+            own={"S3BORGBACKUP_EXPORTED": str(chosen)},
+            pass_fds=[writing],
+        )
+    except BackupError as error:
+        output.close()
+        concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
+        failure = work.exception() if work.done() else None
+        if isinstance(failure, BackupError) and not isinstance(error, Stopped | Stuck | S3Error):
+            raise failure from error
+        raise
 
 
 def wait_for_threads(
