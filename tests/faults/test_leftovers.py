@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import backup
 from helpers import BACKUP, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
 from proof import Table, prove_intact
 from servers import SeaweedFS
@@ -188,14 +189,44 @@ def test_an_interrupted_init_is_made_anew(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
     """`config` is what `borg init` needs first and we upload last."""
+    local = Repository(tmp_path / "local")
+    local.borg("init", "-e", "repokey-blake2", str(local.folder))
+    target.clear()
+    target.put({key: body for key, body in tree(local.folder).items() if key != "config"})
+    with table.attempt("an init that did not reach its end"):
+        result = prove_intact(environment, source, target, tmp_path)
+        assert "interrupted `borg init`" in result.output
+
+
+def small_repository(environment: Mapping[str, str], source: Bucket, target: Bucket) -> None:
+    """A repository with one archive that takes no more than a new one."""
     target.clear()
     source.clear()
     source.put({"small": b"small"})
     run_backup(environment).expect(0)
+    assert sum(target.sizes().values()) < backup.UNFINISHED_MAX_BYTES
+
+
+def test_a_small_repository_that_lost_its_index_keeps_its_archives(
+    environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    small_repository(environment, source, target)
+    target.delete(*[key for key in target.sizes() if key.startswith(INDEX_FILES)])
+    with table.attempt("the index of a small repository is gone"):
+        prove_intact(environment, source, target, tmp_path)
+        assert len(Repository.download(target, tmp_path / "two").archives()) == 2
+
+
+def test_a_small_repository_without_its_config_is_not_removed(
+    environment: Mapping[str, str], source: Bucket, target: Bucket, table: Table
+) -> None:
+    """It holds more than an init writes."""
+    small_repository(environment, source, target)
     target.delete("config")
-    with table.attempt("an init that did not reach its end"):
-        result = prove_intact(environment, source, target, tmp_path)
-        assert "interrupted `borg init`" in result.output
+    before = target.contents("data/")
+    with table.attempt("the config of a small repository is gone"):
+        run_backup(environment).expect(2)
+        assert target.contents("data/") == before
 
 
 def test_a_repository_that_was_deleted_in_a_hurry_is_not_taken_for_an_interrupted_init(
