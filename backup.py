@@ -8335,7 +8335,7 @@ COMMANDS = {
     ),
     "restore": Command(
         "NAME [PATH...]",
-        "restore the newest archive, or objects and folders of it, --to DIR or --to-bucket BUCKET[:PREFIX]",
+        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
         Takes(1, math.inf, "the name of a target, and keys or folders of keys"),
         command_restore,
         declare_restore,
