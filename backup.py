@@ -8320,7 +8320,7 @@ COMMANDS = {
     ),
     "check": Command(
         "NAME",
-        "check a repository with `borg check`, all of it or for some time; never repairs anything",
+        "check a repository with `borg check`, whole or for some time; never repairs",
         A_TARGET,
         command_check,
         declare_check,
