@@ -3491,11 +3491,10 @@ class Borg:
         log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
-        own = {"BORG_EXIT_CODES": "modern", **({"S3BORGBACKUP_SIZES": "yes"} if command == "list" else {})}
-        with self._environment(own) as (env, fd):
+        sizes = {"S3BORGBACKUP_SIZES": "yes"} if command == "list" else {}
+        with self._environment({"BORG_EXIT_CODES": "modern", **sizes, **(own or {})}) as (env, fd):
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            env.update(own or {})
             kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
             child = kind(argv, env, take, log.feed, pass_fds=(fd, *pass_fds))
             on_start(child)
@@ -7012,10 +7011,19 @@ def archive_times(repository: Repository) -> dict[str, datetime]:
     """All archives and their times, the oldest first."""
     listed = repository.borg.run(borg_names(repository.borg.repository)).output
     times = {
-        entry["name"]: datetime.fromisoformat(entry["start"]).astimezone()
+        entry["name"]: archive_time(entry["name"], datetime.fromisoformat(entry["start"]).astimezone())
         for entry in json.loads(listed)["archives"]
     }
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
+
+
+def archive_time(name: str, start: datetime) -> datetime:
+    """When an archive was made, as its name has it: borg writes that a moment before it notes the start."""
+    try:
+        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :]).astimezone()
+    except ValueError:
+        return start
+    return named if timedelta(0) <= start - named < timedelta(seconds=5) else start
 
 
 @dataclass(frozen=True, slots=True)

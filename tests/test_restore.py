@@ -525,10 +525,30 @@ def test_names_that_a_disk_cannot_take_are_named_and_the_others_restored(site: S
     assert not list((out / "fine").iterdir())
 
 
+def runtime_of_nobody() -> backup.Runtime:
+    """What a part of a restore needs that is tried alone."""
+    report = backup.Report("id", "label", datetime.now(UTC))
+    return backup.Runtime(loaded(), {}, backup.Console(debug=False), backup.Stop(), 1000, report)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "time"),
+    [
+        ("x-2026-01-02T03:04:05", "2026-01-02T03:04:06.2", "2026-01-02T03:04:05"),
+        ("x-2026-01-02T03:04:05", "2026-01-02T04:04:05.9", "2026-01-02T04:04:05.9"),
+        ("x-2026-01-02T03:04:05", "2026-01-02T03:04:04", "2026-01-02T03:04:04"),
+        ("by-hand", "2026-01-02T03:04:06", "2026-01-02T03:04:06"),
+    ],
+)
+def test_an_archive_is_of_the_time_in_its_name(name: str, start: str, time: str) -> None:
+    """Unless that is another one: of a copy, or of another time zone."""
+    started = datetime.fromisoformat(start).astimezone()
+    assert backup.archive_time(name, started) == datetime.fromisoformat(time).astimezone()
+
+
 def test_a_long_name_hinders_no_other(tmp_path: Path) -> None:
     """255 bytes is what disks take; a bucket takes more, and so does TigrisFS."""
-    console = backup.Console(debug=False)
-    runtime = backup.Runtime(loaded(), {}, console, backup.Stop(), 1000)
+    runtime = runtime_of_nobody()
     items = [backup.Item(key, key, 1, 0, True) for key in ("x" * 256, "fine", "fine/below")]
     writer = backup.Writer(runtime, backup.Landing("here", tmp_path), items, {})
     for item in items:
@@ -539,7 +559,7 @@ def test_a_long_name_hinders_no_other(tmp_path: Path) -> None:
 
 def test_names_that_differ_in_case_only_are_not_written_over_each_other(tmp_path: Path) -> None:
     """On a disk that takes them for one, the second is named: what was not there before must not be there."""
-    runtime = backup.Runtime(loaded(), {}, backup.Console(debug=False), backup.Stop(), 1000)
+    runtime = runtime_of_nobody()
     item = backup.Item("k", "k", 1, 0, True)
     writer = backup.Writer(runtime, backup.Landing("here", tmp_path), [item], {})
     (tmp_path / "k").write_bytes(b"K")
