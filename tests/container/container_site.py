@@ -76,7 +76,6 @@ class Site:
     """The folder, and the commands that work in it."""
 
     docker: Docker
-    image: str
     server: SeaweedFS
     folder: Path
     name: str  # what the image, the volumes and containers of this site are called
@@ -89,7 +88,7 @@ class Site:
         """The folder; at the end containers, volumes and the name are gone."""
         name = f"s3borgbackup-test-{uuid.uuid4().hex[:8]}"
         docker("tag", image, name)
-        site = cls(wrapped(docker, folder / "bin", name, build_arguments), image, server, folder, name)
+        site = cls(wrapped(docker, folder / "bin", name, build_arguments), server, folder, name)
         try:
             yield site
         finally:
@@ -108,7 +107,7 @@ class Site:
         own = settings(self.server, self.folder / "unused", source.name, targets, **more)
         values = {name: value for name, value in own.items() if name in backup.VARIABLES}
         del values["DATA_DIR"]
-        self.shell("cp $EXAMPLE .env".replace("$EXAMPLE", shlex.quote(str(TOP / "example.env")))).expect(0)
+        self.shell(f"cp {shlex.quote(str(TOP / 'example.env'))} .env").expect(0)
         self.edit(values)
 
     def edit(self, values: Mapping[str, str]) -> None:

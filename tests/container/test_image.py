@@ -138,7 +138,7 @@ def test_it_works_with_next_to_no_privileges_on_a_read_only_root(configured: Sit
 
 
 def sleepers(container: Container) -> str:
-    """The container's processes that are or were a `sleep`; `docker top` does not show those that are dead."""
+    """The processes that are or were a `sleep`; `docker top` does not show those that are dead."""
     return container.docker(
         "exec", container.name, "ash", "-c", "cat /proc/[0-9]*/stat | grep '(sleep)' || true"
     )
