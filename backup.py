@@ -101,8 +101,7 @@ POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited 
 MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
-SETTLE_SECONDS = 30  # for what failed to be tried again, where TigrisFS does not say so
-QUIET_SECONDS = 3  # for the last deletions and renames, where nothing failed
+SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wait 8 s before it says so
 FIRST_PAUSE_SECONDS = 0.05  # between two looks at what is uploaded; each further one is twice as long
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
@@ -4009,21 +4008,24 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
     return missing + wrong + extra
 
 
-def settle(runtime: Runtime, mount: Mount, client: S3Client, expected: Mapping[str, int]) -> None:
-    """Waits for a while until the bucket lists what borg left in the mount: then tigrisfs holds nothing more.
+def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> None:
+    """Waits until `compare` finds nothing more that the bucket lacks: then tigrisfs holds nothing more.
 
-    What borg overwrites without changing its size, it does by renaming a file that was uploaded before. At
-    its end TigrisFS tries each upload and each deletion just once; until then it repeats those that failed,
-    some without a word. So where it has complained, this waits for as long as there is progress; it raises
-    Stuck when there is none, or the mount is gone.
+    At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that failed,
+    some without a word, and what its SDK repeats is told after many seconds. So this ends without success only
+    when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost track of a file,
+    or somebody else has changed the bucket. It raises Stuck when there is no progress, or the mount is gone.
     """
-    start = time.monotonic()
+    least, since = math.inf, 0.0
 
     def mistakes() -> list[str]:
-        found = upload_mistakes(expected, listed_files(runtime, client))
+        nonlocal least, since
+        found = compare()
         mount.holds_nothing = not found
-        patience = SETTLE_SECONDS if mount.log.complaint_count else QUIET_SECONDS
-        return found if mount.log.is_complaining or time.monotonic() - start < patience else []
+        if len(found) < least:
+            least, since = len(found), time.monotonic()
+        is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
+        return [] if is_quiet else found
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -4952,7 +4954,8 @@ def writable(
         yield Repository(target, client, mount, borg, lease, identity, cache, {})
         mount.check_alive()
         written = repository_files(runtime, store, mount.path)
-        settle(runtime, mount, client, written)
+        # What borg overwrites without changing its size, it does by renaming a file that was uploaded before.
+        settle(runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client)))
     if not mount.holds_nothing:
         audit_upload(runtime, client, written)
     if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
@@ -7255,8 +7258,10 @@ def find_files(root: Path, items: Iterable[Item]) -> dict[str, Found]:
 
 def listing(client: S3Client, keys: Collection[str]) -> Iterator[tuple[str, S3Object]]:
     """What the bucket lists under these keys: key below the store's prefix, entry. Raises S3Error."""
+    if not keys:
+        return
     prefix = client.store.key_prefix
-    pairs = zip(min(keys, default=""), max(keys, default=""), strict=False)
+    pairs = zip(min(keys), max(keys), strict=False)
     common = [first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     for entry in client.list_objects(prefix + "".join(common)):
         key = entry.key[len(prefix) :]
@@ -7646,7 +7651,7 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
                 write_items(runtime, repository, place, archive, items, writer)
         make_empty_folders(place, contents, writer)
         if place.mount:
-            settle_objects(runtime, place, writer.written)
+            settle(runtime, place.mount, lambda: compare_objects(runtime, place, writer.written))
         else:
             flush_disk(place)
     if place.client:
@@ -7764,28 +7769,6 @@ def object_mistakes(client: S3Client, written: Mapping[str, Written], etags_are_
         if mistake := object_mistake(written[key], entry, etags_are_md5):
             mistakes.append(f"{key!r} {mistake}")
     return mistakes + [f"{key!r} is missing" for key in written if key not in seen]
-
-
-def settle_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
-    """Waits until the bucket lists what was written. Raises Stuck where there is no progress, S3Error.
-
-    TigrisFS repeats uploads that failed only until it is told to end. Where nothing has failed, and yet
-    nothing more appears, it is: it may have much to upload, or somebody else may have changed an object.
-    """
-    assert place.mount
-    mount, least, since = place.mount, math.inf, 0.0
-
-    def mistakes() -> list[str]:
-        nonlocal least, since
-        found = compare_objects(runtime, place, written)
-        mount.holds_nothing = not found
-        if len(found) < least:
-            least, since = len(found), time.monotonic()
-        is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
-        return [] if is_quiet else found
-
-    if written:
-        wait_until_listed(runtime, mount, mistakes)
 
 
 def compare_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> list[str]:

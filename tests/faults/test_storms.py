@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("needs_fuse")
 
 OUTAGE_SECONDS = 130
 LARGE_BYTES = 60_000_000
+SDK_TRIES = 4  # of TigrisFS for one deletion, before it says that it failed
 
 STORMS = {
     "503": {"action": Action.REFUSE, "status": 503, "code": "SlowDown"},
@@ -101,4 +102,25 @@ def test_requests_that_fail_at_random_lose_nothing(
         if action is not Action.RESET or "no progress" not in result.output:
             result.expect(0)
         proxy.clear()
+        prove_intact(environment, source, target, tmp_path)
+
+
+def test_a_last_deletion_that_fails_for_longer_than_tigrisfs_is_silent_is_waited_for(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    """TigrisFS's SDK repeats it for seconds before TigrisFS complains; at an unmount it would be the last try."""
+    source.put(sample_objects(13, 5))
+    with table.attempt("503 for the last deletion of a run"), FaultProxy(server.endpoint) as proxy:
+        entry = {"path": target.name, "endpoint": proxy.endpoint}
+        environment = settings(server, tmp_path, source.name, {"first": entry})
+        run_backup(environment).expect(0)
+        fault = proxy.add(
+            lambda request: request.kind == "DELETE" and request.key.startswith("integrity."),
+            Action.REFUSE,
+            times=SDK_TRIES + 2,
+            status=503,
+            code="SlowDown",
+        )
+        run_backup(environment).expect(0)
+        assert fault.hit == SDK_TRIES + 2
         prove_intact(environment, source, target, tmp_path)
