@@ -440,18 +440,11 @@ class Settings:
         return self.data_dir / store.name
 
 
-def load_settings(environ: Mapping[str, str], needs_source: bool = True) -> Settings:
-    """The settings that `environ` and the files it points to describe.
-
-    Raises ConfigurationError with every mistake found; that the source's settings are missing is none unless
-    it is needed. Touches nothing but the files named by `*_FILE` variables.
-    """
-    mistakes: list[str] = []
-    return checked_settings(read_variables(environ, mistakes), mistakes, needs_source)
-
-
 def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
-    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found."""
+    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
+
+    That the source's settings are missing is no mistake unless it is needed.
+    """
     settings = parse_settings(values, mistakes)
     if needs_source:
         mistakes[:0] = missing_settings(settings.source)
@@ -3229,7 +3222,7 @@ def borg_names(repository: Path) -> list[str]:
 
 
 def borg_items(repository: Path, archive: str) -> list[str]:
-    """Lists what is in an archive; nothing of its content is read."""
+    """Lists what is in an archive, a JSON object a line; nothing of its content is read."""
     return ["list", "--json-lines", "--format", "{size}{mtime}", f"{repository}::{archive}"]
 
 
@@ -3258,12 +3251,6 @@ def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
     """Checks all segments, the index and the archives, and with `verify_data` each piece of data."""
     options = ["--verify-data"] if verify_data else []
     return ["check", "--info", "--progress", *options, str(repository)]
-
-
-def borg_list_files(repository: Path, archive: str) -> list[str]:
-    """Lists an archive's content, a JSON object a line."""
-    options = ["--json-lines", "--format", "{type}{path}{size}{mtime}"]
-    return ["list", *options, f"{repository}::{archive}"]
 
 
 def borg_find_archive(repository: Path, pattern: str) -> list[str]:
@@ -4011,10 +3998,11 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
 def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> None:
     """Waits until `compare` finds nothing more that the bucket lacks: then tigrisfs holds nothing more.
 
-    At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that failed,
-    some without a word, and what its SDK repeats is told after many seconds. So this ends without success only
-    when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost track of a file,
-    or somebody else has changed the bucket. It raises Stuck when there is no progress, or the mount is gone.
+    At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that
+    failed, some without a word, and what its SDK repeats is told after many seconds. So this ends without
+    success only when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost
+    track of a file, or somebody else has changed the bucket. It raises Stuck when there is no progress, or
+    the mount is gone.
     """
     least, since = math.inf, 0.0
 
@@ -6776,7 +6764,7 @@ def compare_lists(
             chooser.take(Chosen(entry["path"], entry["size"], unchanged))
 
     borg = repository.borg.in_utc()
-    borg.run(borg_list_files(borg.repository, found.archive), consume=consume)
+    borg.run(borg_items(borg.repository, found.archive), consume=consume)
     chooser.finish()
     if outside and not found.archived:
         raise BackupError(

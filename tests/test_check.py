@@ -14,6 +14,7 @@ import pytest
 import backup
 from faults.proxy import Action, FaultProxy
 from helpers import Backup, Bucket, Repository, run_backup, settings, wait_until, with_target
+from loading import load_settings
 from servers import SeaweedFS
 
 RECORD = ".s3borgbackup-checked"
@@ -81,7 +82,7 @@ def test_a_wrong_check_is_reported_with_all_other_mistakes(value: object) -> Non
         ),
     }
     with pytest.raises(backup.ConfigurationError) as caught:
-        backup.load_settings(environment, needs_source=False)
+        load_settings(environment, needs_source=False)
     assert len(caught.value.mistakes) == 2
     assert len([mistake for mistake in caught.value.mistakes if '"check"' in mistake]) == 1
 

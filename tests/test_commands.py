@@ -34,6 +34,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
+from loading import load_settings
 from servers import READER, SeaweedFS
 
 LEASE = ".s3borgbackup-lease"
@@ -129,7 +130,7 @@ def test_every_command_of_borg_is_known() -> None:
 def test_a_target_is_called_by_its_name_or_its_stores(name: str) -> None:
     store = backup.Store("first", "http://127.0.0.1:1", "bucket", "", "id", "secret")
     target = backup.Target("first", store, "p", "none", False, "lz4", (), None)
-    loaded = backup.load_settings(
+    loaded = load_settings(
         {
             "TARGETS": json.dumps({"first": {"endpoint": store.endpoint, "path": "bucket"}}),
             "TARGET_SECRETS": json.dumps(
@@ -271,7 +272,7 @@ def test_a_reader_is_told_that_a_compaction_took_away_what_it_needed(site: Site)
     """As if another run had removed a segment after the reader has looked."""
     site.source.put({"big": os.urandom(100_000)})
     run_backup(site.environment).expect(0)
-    loaded = backup.load_settings(site.environment)
+    loaded = load_settings(site.environment)
     report = backup.Report("id", loaded.label, datetime.now(UTC))
     console, stop = backup.Console(debug=False), backup.Stop()
     runtime = backup.Runtime(loaded, site.environment, console, stop, 1000, report)

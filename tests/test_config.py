@@ -9,6 +9,7 @@ from borg.compress import CompressionSpec
 from borg.crypto.key import key_argument_names
 
 import backup
+from loading import load_settings
 
 SECRETS = ("source-secret-value", "target-secret-value", "passphrase-value")
 
@@ -54,7 +55,7 @@ def with_targets(**paths: str) -> dict[str, str]:
 def mistakes_of(environment: dict[str, str]) -> tuple[str, ...]:
     """What is reported for an environment; empty where it is good."""
     try:
-        backup.load_settings(environment)
+        load_settings(environment)
     except backup.ConfigurationError as error:
         return error.mistakes
     return ()
@@ -203,17 +204,17 @@ def test_what_needs_no_source_needs_no_settings_of_it(left: tuple[str, ...]) -> 
     environment = {
         name: value for name, value in environ().items() if not name.startswith("SOURCE_") or name in left
     }
-    settings = backup.load_settings(environment, needs_source=False)
+    settings = load_settings(environment, needs_source=False)
     with pytest.raises(backup.ConfigurationError) as raised:
         settings.require_source()
     assert len(raised.value.mistakes) == 4 - len(left)
     assert raised.value.mistakes == mistakes_of(environment)
     with pytest.raises(backup.ConfigurationError, match="SOURCE_PATH"):
-        backup.load_settings({**environment, "SOURCE_PATH": "a b"}, needs_source=False)
+        load_settings({**environment, "SOURCE_PATH": "a b"}, needs_source=False)
 
 
 def test_defaults() -> None:
-    settings = backup.load_settings(environ())
+    settings = load_settings(environ())
     target = settings.targets[0]
     assert (settings.label, settings.data_dir, settings.debug) == ("backup", Path("/data"), False)
     assert (target.encryption, target.must_match, target.compression) == (
@@ -233,13 +234,13 @@ def test_defaults() -> None:
     [("b", "b", ""), ("b:", "b", ""), ("b:p", "b", "p"), ("b:/p/q/", "b", "p/q"), ("b:ü +%", "b", "ü +%")],
 )
 def test_paths(path: str, bucket: str, prefix: str) -> None:
-    source = backup.load_settings(environ(SOURCE_PATH=path)).source
+    source = load_settings(environ(SOURCE_PATH=path)).source
     assert (source.bucket, source.prefix) == (bucket, prefix)
 
 
 @pytest.mark.parametrize(("value", "percent"), [(True, 10), (False, None), (0, 0), (25, 25), (100, 100)])
 def test_compact(value: object, percent: int | None) -> None:
-    assert backup.load_settings(with_target(compact=value)).targets[0].compact_percent == percent
+    assert load_settings(with_target(compact=value)).targets[0].compact_percent == percent
 
 
 def test_a_value_from_a_file_loses_its_line_end(tmp_path: Path) -> None:
@@ -247,12 +248,12 @@ def test_a_value_from_a_file_loses_its_line_end(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.write_text(f"{SECRETS[0]}\n", encoding="utf-8")
     environment = environ(SOURCE_SECRET_ACCESS_KEY=None, SOURCE_SECRET_ACCESS_KEY_FILE=str(path))
-    assert backup.load_settings(environment).source.secret_access_key == SECRETS[0]
+    assert load_settings(environment).source.secret_access_key == SECRETS[0]
 
 
 def test_secrets_are_not_in_a_representation() -> None:
     """What a traceback or a debugger might print."""
-    text = repr(backup.load_settings(environ()))
+    text = repr(load_settings(environ()))
     assert not [secret for secret in SECRETS if secret in text]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import backup
+from loading import load_settings
 
 TOP = Path(__file__).resolve().parent.parent
 EXAMPLE = (TOP / "example.env").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def explained(words: Iterable[str]) -> set[str]:
 def accepted(environment: Mapping[str, str]) -> backup.Settings:
     """The settings of an environment; fails with all mistakes that the program finds."""
     try:
-        return backup.load_settings(environment)
+        return load_settings(environment)
     except backup.ConfigurationError as error:
         pytest.fail("\n".join(error.mistakes))
 

@@ -9,6 +9,7 @@ import pytest
 
 import backup
 from helpers import Backup, Bucket, children, command_line, run_backup, settings
+from loading import load_settings
 from servers import SeaweedFS
 
 MACHINE_MB = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000
@@ -83,7 +84,7 @@ def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
 @pytest.fixture
 def stores(server: SeaweedFS, tmp_path: Path) -> tuple[backup.Store, backup.Store]:
     """The source and a target of a configuration."""
-    loaded = backup.load_settings(settings(server, tmp_path, "source", {"first": "target"}))
+    loaded = load_settings(settings(server, tmp_path, "source", {"first": "target"}))
     return loaded.source, loaded.targets[0].store
 
 

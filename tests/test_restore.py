@@ -31,6 +31,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
+from loading import load_settings
 from servers import READER, WRITER, SeaweedFS
 
 LEASE = ".s3borgbackup-lease"
@@ -339,7 +340,7 @@ def loaded(**variables: str) -> backup.Settings:
     target = {"endpoint": "http://127.0.0.1:1", "path": "backups:borg"}
     secrets = {"access_key_id": "a", "secret_access_key": "b", "borg_passphrase": "c"}
     given = {"TARGETS": json.dumps({"first": target}), "TARGET_SECRETS": json.dumps({"first": secrets})}
-    return backup.load_settings({**given, **variables}, needs_source=False)
+    return load_settings({**given, **variables}, needs_source=False)
 
 
 SOURCE = {
@@ -780,10 +781,10 @@ def test_a_backup_waits_for_a_restore(site: Site) -> None:
     site.source.put({"large": os.urandom(30_000_000)})
     site.back_up()
     with FaultProxy(site.source.server.endpoint) as proxy:
-        slow = proxy.add(lambda request: request.kind in ("PART", "COMPLETE"), Action.DELAY, seconds=60)
-        environment = {**site.environment, "RESTORE_ENDPOINT": proxy.endpoint}
+        slow = proxy.add(lambda request: request.key.startswith("data/"), Action.DELAY, seconds=60)
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
         with Backup(environment, "restore", "first", "--to-bucket", site.destination.name) as running:
-            wait_until(lambda: slow.hit, 60, "it writes")
+            wait_until(lambda: slow.hit, 60, "it reads the repository")
             assert json.loads(site.target.get(LEASE))["purpose"] == "a restore"
             result = run_backup({**site.environment, "LEASE_WAIT": "0"}).expect(75)
             assert "another run works on this repository: a restore" in result.output

@@ -326,14 +326,19 @@ def test_content_that_differs_under_the_same_size_and_time_is_a_failure(
 def test_what_is_overwritten_or_deleted_meanwhile_is_no_damage(
     environment: dict[str, str], source: Bucket
 ) -> None:
-    """With the same size, after the source was listed."""
+    """With the same size, after the source was listed and before it is read."""
     source.put({f"folder/{number}": os.urandom(2000) for number in range(20)})
     run_backup(environment).expect(0)
-    with Backup(environment, "verify", "first", "--json") as running:
-        running.wait_for_line("20 objects are proved")
-        source.put({f"folder/{number}": os.urandom(2000) for number in range(15)})
-        source.delete("folder/15")
-        result = running.wait().expect(0)
+    with FaultProxy(source.server.endpoint) as proxy:
+        # Preflight's is one.
+        proxy.add(lambda request: request.kind == "GET", Action.DELAY, after=1, seconds=60)
+        slow = {**environment, "SOURCE_ENDPOINT": proxy.endpoint}
+        with Backup(slow, "verify", "first", "--json") as running:
+            running.wait_for_line("20 objects are proved")
+            source.put({f"folder/{number}": os.urandom(2000) for number in range(15)})
+            source.delete("folder/15")
+            proxy.clear()
+            result = running.wait().expect(0)
     found = json.loads(next(line for line in result.lines if line.startswith("{")))
     assert found["changed"]["count"] == 0, "the source was listed too late for this test"
     sample = found["sample"]

@@ -29,20 +29,24 @@ def docker() -> Docker:
 
 @pytest.fixture(scope="session")
 def bases(docker: Docker) -> BaseImages:
-    """What to build on: what PYTHON_IMAGE and GO_IMAGE name, else the real images, else stand-ins."""
-    genuine = BaseImages(
-        os.environ.get("PYTHON_IMAGE", "python:3-alpine"),
-        os.environ.get("GO_IMAGE", "golang:1-alpine"),
-        "alpine:latest",
-        are_genuine=True,
-    )
-    if all(docker.succeeds("pull", "--quiet", name) for name in (genuine.python, genuine.golang)):
-        return genuine
+    """What to build on: what PYTHON_IMAGE and GO_IMAGE name; else the real images, or stand-ins."""
+    named = {name: os.environ[name] for name in ("PYTHON_IMAGE", "GO_IMAGE") if os.environ.get(name)}
+    images = {"PYTHON_IMAGE": "python:3-alpine", "GO_IMAGE": "golang:1-alpine"} | named
+    absent = [name for name, image in images.items() if not is_obtainable(docker, image)]
+    if not absent:
+        return BaseImages(images["PYTHON_IMAGE"], images["GO_IMAGE"], "alpine:latest", are_genuine=True)
+    for name in named.keys() & absent:
+        pytest.fail(f"{name}={named[name]} can neither be pulled, nor is it here")
     try:
         return standins(docker, CACHE)
     except Exception as error:
         skip_or_fail(f"no base images: none can be pulled, and no stand-ins can be made here: {error}")
         raise
+
+
+def is_obtainable(docker: Docker, image: str) -> bool:
+    """Whether an image can be pulled, or is on this machine already."""
+    return docker.succeeds("pull", "--quiet", image) or docker.succeeds("image", "inspect", image)
 
 
 @pytest.fixture(scope="session")

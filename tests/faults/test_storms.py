@@ -108,7 +108,7 @@ def test_requests_that_fail_at_random_lose_nothing(
 def test_a_last_deletion_that_fails_for_longer_than_tigrisfs_is_silent_is_waited_for(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
-    """TigrisFS's SDK repeats it for seconds before TigrisFS complains; at an unmount it would be the last try."""
+    """Its SDK repeats it for seconds before TigrisFS complains; at an unmount it would be the last try."""
     source.put(sample_objects(13, 5))
     with table.attempt("503 for the last deletion of a run"), FaultProxy(server.endpoint) as proxy:
         entry = {"path": target.name, "endpoint": proxy.endpoint}
