@@ -2505,6 +2505,11 @@ class TigrisLog:
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
+    def is_refused(self) -> bool:
+        """Whether S3 refused a short while ago what no repetition makes right."""
+        return self.is_complaining and "status code: 403" in self.reason
+
+    @property
     def reason(self) -> str:
         """What it complained about last."""
         return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
@@ -4000,9 +4005,9 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
 
     At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that
     failed, some without a word, and what its SDK repeats is told after many seconds. So this ends without
-    success only when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost
-    track of a file, or somebody else has changed the bucket. It raises Stuck when there is no progress, or
-    the mount is gone.
+    success only when S3 refuses something, or when nothing was uploaded and nothing complained about for a
+    while: tigrisfs may have lost track of a file, or somebody else has changed the bucket. It raises Stuck
+    when there is no progress, or the mount is gone.
     """
     least, since = math.inf, 0.0
 
@@ -4013,7 +4018,7 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
         if len(found) < least:
             least, since = len(found), time.monotonic()
         is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
-        return [] if is_quiet else found
+        return [] if is_quiet or mount.log.is_refused else found
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -7822,6 +7827,8 @@ def report(
 # unlike a process id, cannot be mistaken, and writes its exit code there at the end.
 
 READY_LINE = "the mount is ready"
+REQUEST = ".upload"  # the suffix of the file that asks a keeper to upload all that the mount shows
+BUSY_TRIES = 5
 MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
 
 
@@ -7937,8 +7944,8 @@ def keep_store(
 ) -> None:
     """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
     store = client.store
-    listing = state.with_suffix(".listing")
-    listing.unlink(missing_ok=True)
+    request = state.with_suffix(REQUEST)
+    request.unlink(missing_ok=True)
     lease = None
     if store.target and check.repository_state(store) is RepositoryState.READY:
         lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
@@ -7954,10 +7961,60 @@ def keep_store(
             mount.lease.add(mount.child)
         print(READY_LINE, flush=True)
         detach_output(state.with_suffix(".log"))
-        while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-            pass
-    if listing.exists():
-        audit_upload(runtime, client, json.loads(listing.read_text(encoding="utf-8")))
+        written, uploaded_at = until_unmounted(runtime, mount, client, request)
+    if written:
+        audit_upload(runtime, client, written)
+    elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
+        raise BackupError(
+            f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
+            "Mount it again, compare, and copy what is missing.",
+        )
+
+
+def until_unmounted(
+    runtime: Runtime, mount: Mount, client: S3Client, request: Path
+) -> tuple[dict[str, int], float]:
+    """Waits until the mount is gone or a stop signal comes, and uploads everything when somebody asks for it.
+
+    Returns what they said that the repository holds, and when all was uploaded as far as it could be.
+    """
+    written, uploaded_at = {}, 0.0
+    while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+        if request.exists():
+            written = json.loads(request.read_text(encoding="utf-8"))
+            upload(runtime, mount, client, written)
+            uploaded_at = time.monotonic()
+            request.unlink()
+    return written, uploaded_at
+
+
+def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
+    """Waits until everything is uploaded, as far as it can be: at its end TigrisFS tries each file just once.
+
+    `written` is what a repository holds. What was written elsewhere nobody knows: there TigrisFS must have
+    had nothing to complain about for a while, after it was told to upload all of it. Raises Stuck.
+    """
+    if mount.holds_nothing:  # it is read-only
+        return
+    told = in_background(lambda: sync_folder(mount.path))
+
+    def unsure() -> list[str]:
+        return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
+
+    def differences() -> list[str]:
+        return upload_mistakes(written, listed_files(runtime, client))
+
+    settle(runtime, mount, differences if written else unsure)
+    mount.holds_nothing = False  # whoever works in it may go on
+
+
+def sync_folder(folder: Path) -> None:
+    """Has a file system write all that is below a folder. TigrisFS does, and tells of no error."""
+    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder_fd)
+    finally:
+        os.close(folder_fd)
 
 
 def detach_output(log: Path) -> None:
@@ -7968,6 +8025,32 @@ def detach_output(log: Path) -> None:
     os.close(log_fd)
 
 
+def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) -> None:
+    """Has the keeper upload everything; returns when it has, or gives up.
+
+    It gets to know what a repository holds, to compare it with the bucket as long as it has the lease.
+    """
+    written = repository_files(runtime, store, path) if store.target else {}
+    replace_file(request, json.dumps(written))
+    while request.exists() and keeper_is_alive(runtime, store):
+        runtime.stop.check()
+        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
+        time.sleep(POLL_SECONDS / 4)
+
+
+def detach_by_hand(runtime: Runtime, store: Store, path: Path, lazy: bool) -> None:
+    """Detaches a mount. Raises BackupError where somebody uses it."""
+    for _ in range(BUSY_TRIES):  # the keeper has a file open, too, for a moment now and then
+        reason = detach(runtime, path, lazy)
+        if not reason:
+            return
+        time.sleep(POLL_SECONDS)
+    raise BackupError(
+        f"{store.name}: cannot be unmounted: {reason}",
+        f"Leave {path} (cd /), close what is open there and repeat.",
+    )
+
+
 def umount_manually(runtime: Runtime, store: Store) -> int:
     """Unmounts what `mount_manually` mounted; returns when everything is uploaded."""
     path, state = runtime.settings.mount_point(store), state_file(runtime, store)
@@ -7975,20 +8058,10 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
     if not alive and not is_mounted:
         runtime.console.info(store.name, f"is not mounted at {path}")
         return EXIT_OK
-    if is_mounted and alive and store.target is not None:
-        # For the keeper, which compares it with the bucket as long as it has the lease.
-        files = repository_files(runtime, store, path)
-        state.with_suffix(".listing").write_text(json.dumps(files), encoding="utf-8")
     if is_mounted:
-        reason = detach(runtime, path, lazy=not alive)
-        if reason:  # the keeper has a file open, too, for a moment now and then
-            time.sleep(POLL_SECONDS)
-            reason = detach(runtime, path, lazy=not alive)
-        if reason:
-            raise BackupError(
-                f"{store.name}: cannot be unmounted: {reason}",
-                f"Leave {path} (cd /), close what is open there and repeat.",
-            )
+        if alive:
+            request_upload(runtime, store, path, state.with_suffix(REQUEST))
+        detach_by_hand(runtime, store, path, lazy=not alive)
     while (stream := lock_file(state)) is None:
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers import Backup, Bucket, run_backup, sample_objects, settings
 from proof import Table, newest_contents, prove_intact
 from proxy import Action, FaultProxy
-from servers import SeaweedFS
+from servers import WRITER, SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
@@ -124,3 +125,45 @@ def test_a_last_deletion_that_fails_for_longer_than_tigrisfs_is_silent_is_waited
         run_backup(environment).expect(0)
         assert fault.hit == SDK_TRIES + 2
         prove_intact(environment, source, target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["source", "target-first"])
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [
+        ({"status": 503, "code": "SlowDown", "times": SDK_TRIES + 2}, 0),
+        ({"status": 403, "code": "AccessDenied"}, 2),
+    ],
+)
+def test_what_a_person_wrote_is_uploaded_before_umount_says_so(
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    table: Table,
+    name: str,
+    fault: dict[str, Any],
+    exit_code: int,
+) -> None:
+    """A refusal is told within seconds: no waiting helps."""
+    word = f"{fault['status']} for a file written by hand"
+    with table.attempt(word), FaultProxy(server.endpoint) as proxy:
+        environment = settings(
+            server,
+            tmp_path,
+            source.name,
+            {"first": {"path": target.name, "endpoint": proxy.endpoint}},
+            source_identity=WRITER,
+            SOURCE_ENDPOINT=proxy.endpoint,
+        )
+        options = ["--read-write"] if name == "source" else []
+        run_backup(environment, "mount", name, *options).expect(0)
+        proxy.add(lambda request: request.is_write and request.key == "file", Action.REFUSE, **fault)
+        (tmp_path / "data" / name / "file").write_bytes(b"written by hand")
+        result = run_backup(environment, "umount", name, timeout_seconds=60).expect(exit_code)
+        bucket = source if name == "source" else target
+        if exit_code:
+            assert "AccessDenied" in result.output
+            assert "everything is uploaded" not in result.output
+        else:
+            assert bucket.contents() == {"file": b"written by hand"}
