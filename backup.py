@@ -8101,6 +8101,7 @@ class Takes:
 
 NOTHING = Takes(0, 0, "no names")
 A_STORE = Takes(1, 1, "one name: source or target-<name>")
+STORES = Takes(0, math.inf, "names: source or target-<name>")
 A_TARGET = Takes(1, 1, "one name, that of a target")
 TARGETS = Takes(0, math.inf, "names of targets")
 
@@ -8219,8 +8220,22 @@ def command_mount(runtime: Runtime, arguments: Arguments) -> int:
 
 
 def command_umount(runtime: Runtime, arguments: Arguments) -> int:
-    """The end of such a mount."""
-    return umount_manually(runtime, chosen_store(runtime.settings, arguments.names[0]))
+    """The end of such mounts, of all without names."""
+    stores = [chosen_store(runtime.settings, name) for name in arguments.names]
+    if not stores:
+        stores = [store for store in runtime.settings.stores if keeper_is_alive(runtime, store)]
+    if not stores:
+        runtime.console.info("umount", "nothing is mounted")
+    codes = [EXIT_OK]
+    for store in stores:
+        try:
+            codes.append(umount_manually(runtime, store))
+        except Stopped:
+            raise
+        except BackupError as error:  # the others are unmounted all the same
+            runtime.console.error(store.name, str(error))
+            codes.append(error.exit_code)
+    return max(codes)
 
 
 def command_list(runtime: Runtime, arguments: Arguments) -> int:
@@ -8401,7 +8416,9 @@ COMMANDS = {
         declare_read_write,
         mistake=mount_mistake,
     ),
-    "umount": Command("NAME", "unmount it; returns when everything is uploaded", A_STORE, command_umount),
+    "umount": Command(
+        "[NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount
+    ),
 }
 HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
 
@@ -8533,41 +8550,75 @@ def is_ours(argv: Sequence[str]) -> bool:
     return not argv or argv[0].startswith("-") or argv[0] in COMMANDS or argv[0] in HIDDEN_COMMANDS
 
 
-def replace_ourselves(argv: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Becomes the program `argv` names, where there is one and it is no command of ours."""
-    if not is_ours(argv):
-        program = shutil.which(argv[0], path=environ.get("PATH"))
-        if program:
-            os.execve(program, list(argv), dict(environ))
+def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The program that `argv` names, such as a shell; nothing where it is a command of ours or not there."""
+    return "" if is_ours(argv) else shutil.which(argv[0], path=environ.get("PATH")) or ""
 
 
-# What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25.
+# What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25. Its arguments: the
+# child's process id, the numbers of the signals to pass on, and what to run when the child leaves keepers
+# behind, if anything.
 INIT = """\
 import os, signal, sys
 
-child = int(sys.argv[1])
-for number in sys.argv[2:]:
-    signal.signal(int(number), lambda number, _: os.kill(child, number))
+child, numbers, umount = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]
+
+def pass_on(number, _):
+    try:
+        os.kill(child, number)
+        if umount and number == signal.SIGTERM and os.isatty(0):
+            os.kill(child, signal.SIGHUP)  # a shell that talks to a person ignores SIGTERM
+    except ProcessLookupError:
+        pass
+
+def end():
+    while True:
+        ended, status = os.waitpid(-1, 0)
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+def is_kept(name):
+    try:
+        with open(f"/proc/{name}/cmdline", "rb") as stream:
+            return b"\\0KEEP_COMMAND\\0" in stream.read()
+    except OSError:
+        return False
+
+for number in numbers:
+    signal.signal(int(number), pass_on)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
-while True:
-    ended, status = os.waitpid(-1, 0)
-    if ended == child:
-        code = os.waitstatus_to_exitcode(status)
-        sys.exit(code if code >= 0 else 128 - code)
-"""
+code = end()
+if umount and any(is_kept(name) for name in os.listdir("/proc") if name.isdigit()):
+    child = os.posix_spawn(umount[0], umount, os.environ)
+    last = end()
+    code = code or last
+sys.exit(code)
+""".replace("KEEP_COMMAND", KEEP_COMMAND)
 
 
 def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """As PID 1: runs ourselves as a child, passes signals on, reaps orphans, ends with the child's exit code.
+    """As PID 1: runs a child, passes signals on, reaps orphans, ends with the child's exit code.
 
-    The kernel gives PID 1 no default signal actions, and every process whose parent has ended.
+    The kernel gives PID 1 no default signal actions, and every process whose parent has ended. The child is
+    ourselves, or what `argv` names: when that ends, so does the container, and what it left mounted by hand
+    must be unmounted first. A shell is left in the terminal's foreground process group, where Ctrl-C reaches
+    it from the terminal; we are in one of our own, so that it reaches us once, from PID 1.
     """
-    program = [sys.executable, os.path.abspath(__file__), *argv]
+    ourselves, numbers = [sys.executable, os.path.abspath(__file__)], list(STOP_SIGNALS)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until INIT can pass them on
-    # A process group of its own: Ctrl-C must reach it once, through us, not twice.
-    pid = os.posix_spawn(program[0], program, dict(environ), setpgroup=0, setsigmask=())
-    numbers = [str(signum.value) for signum in STOP_SIGNALS]
-    os.execve(sys.executable, [sys.executable, "-ISc", INIT, str(pid), *numbers], dict(environ))
+    if program := other_program(argv, environ):
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # nobody could have it go on; a shell sees to its own
+        if os.isatty(0):
+            numbers.remove(signal.SIGINT)
+        python_ignores = (signal.SIGPIPE, signal.SIGXFSZ)
+        pid = os.posix_spawn(program, argv, dict(environ), setsigmask=(), setsigdef=python_ignores)
+        last = [*ourselves, "umount"]
+    else:
+        last = []
+        pid = os.posix_spawn(ourselves[0], [*ourselves, *argv], dict(environ), setpgroup=0, setsigmask=())
+    passed_on = " ".join(str(signum.value) for signum in numbers)
+    os.execve(sys.executable, [sys.executable, "-ISc", INIT, str(pid), passed_on, *last], dict(environ))
 
 
 def told_at_once(argv: Sequence[str]) -> str:
@@ -8586,9 +8637,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if told := told_at_once(argv):
         print(told, end="")
         return EXIT_OK
-    replace_ourselves(argv, environ)
     if os.getpid() == 1:
         return be_init(argv, environ)
+    if program := other_program(argv, environ):
+        os.execve(program, list(argv), dict(environ))
     mistakes: list[str] = []
     values = read_variables(environ, mistakes)
     reporting = parse_reporting(values, [])

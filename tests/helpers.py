@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,15 @@ def full(folder: Path) -> Iterator[None]:
             file.write(bytes(4096))
     yield
     ballast.unlink()
+
+
+def as_pid_1(script: Path | str, *arguments: str) -> list[str]:
+    """A command line that runs a Python program as PID 1 of a new PID namespace."""
+    unshare = shutil.which("unshare")
+    if os.geteuid() != 0 or not unshare:
+        skip_or_fail("a PID namespace takes root and unshare(1)")
+    options = ["--pid", "--fork", "--mount-proc", "--kill-child"]
+    return [str(unshare), *options, sys.executable, str(script), *arguments]
 
 
 # ---------------------------------------------------------------------------------------------------- Buckets

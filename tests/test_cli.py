@@ -1,7 +1,6 @@
 """Command line: what can be typed, and exit codes that say what happened."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from helpers import BACKUP, skip_or_fail, wait_until
+from helpers import BACKUP, as_pid_1, wait_until
 
 README = (BACKUP.parent / "README.md").read_text(encoding="utf-8")
 PATH = {"PATH": os.environ["PATH"]}
@@ -41,7 +40,6 @@ def test_version() -> None:
         (["rum"], "did you mean run?"),
         (["check-conifg"], "did you mean check-config?"),
         (["mount"], "takes one name"),
-        (["umount", "a", "b"], "takes one name"),
         (["mount", "target-first", "--read-write"], "mount source"),
         (["run", "--fast"], "unknown option"),
         (["check-config", "first"], "takes no names"),
@@ -103,23 +101,6 @@ def test_a_program_with_the_name_of_a_command_does_not(tmp_path: Path) -> None:
     for words in (["list"], ["info"], ["borg", "first", "list"]):
         assert "the program" not in call(*words, PATH=path).stdout
     assert call("borg", "list", "/data/x", PATH=path).stdout == "the program list /data/x\n"
-
-
-def as_pid_1(script: Path | str, *arguments: str) -> list[str]:
-    """A command line that runs a Python program as PID 1 of a new PID namespace."""
-    unshare = shutil.which("unshare")
-    if os.geteuid() != 0 or not unshare:
-        skip_or_fail("a PID namespace takes root and unshare(1)")
-    return [
-        str(unshare),
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "--kill-child",
-        sys.executable,
-        str(script),
-        *arguments,
-    ]
 
 
 def test_as_pid_1_the_exit_code_is_passed_on() -> None:

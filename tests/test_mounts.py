@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 
 import backup
+from faults.proxy import Action, FaultProxy
 from helpers import (
     BACKUP,
     PASSPHRASE,
     Bucket,
     Repository,
+    as_pid_1,
     borg_environment,
+    children,
     command_line,
     is_running,
     mounts_below,
@@ -28,6 +31,7 @@ from helpers import (
     settings,
     tree,
     wait_until,
+    with_target,
     with_target_secrets,
 )
 from servers import WRITER, SeaweedFS
@@ -215,6 +219,69 @@ def test_a_mount_that_is_in_use_stays_and_the_reason_is_told(
         user.wait(10)
     run_backup(environment, "umount", "target-first").expect(0)
     assert target.contents() == {"file": b"x"}
+
+
+@needs_fuse
+def test_without_a_name_all_are_unmounted_whatever_becomes_of_one(
+    environment: dict[str, str], target: Bucket
+) -> None:
+    assert "nothing is mounted" in run_backup(environment, "umount").expect(0).output
+    for name in ("source", "target-first"):
+        run_backup(environment, "mount", name).expect(0)
+    data = Path(environment["DATA_DIR"])
+    (data / "target-first" / "file").write_bytes(b"x")
+    with subprocess.Popen(["cat"], cwd=data / "source", stdin=subprocess.PIPE) as user:
+        result = run_backup(environment, "umount").expect(2)
+        assert "source: cannot be unmounted" in result.output
+        assert mounts_below(data) == [data / "source"]
+        assert target.contents() == {"file": b"x"}
+        assert user.stdin
+        user.stdin.close()
+    run_backup(environment, "umount").expect(0)
+    assert mounts_below(data) == []
+
+
+# -------------------------------------------------------------------------------- A shell that is a container
+
+BY_HAND = f"{sys.executable} {BACKUP} mount target-first && echo by hand >$DATA_DIR/target-first/file"
+
+
+@needs_fuse
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_a_shell_left_mounted_is_unmounted_before_the_container_ends(
+    environment: dict[str, str], target: Bucket, code: int
+) -> None:
+    """With PID 1 all of its processes end, and what tigrisfs has not uploaded is lost."""
+    command = as_pid_1(BACKUP, "sh", "-c", f"{BY_HAND}; exit {code}")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code, done.stderr
+    assert "[target-first] is unmounted, everything is uploaded" in done.stdout + done.stderr
+    assert target.contents() == {"file": b"by hand\n"}, "and the lease is given back"
+
+
+@needs_fuse
+def test_what_could_not_be_uploaded_then_is_an_error_of_the_container(
+    environment: dict[str, str], target: Bucket
+) -> None:
+    with FaultProxy(target.server.endpoint) as proxy:
+        proxy.add(lambda request: request.is_write and request.key == "file", Action.REFUSE)
+        environment = with_target(environment, "first", endpoint=proxy.endpoint)
+        command = as_pid_1(BACKUP, "sh", "-c", BY_HAND)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "file is missing" in done.stderr
+    assert target.sizes() == {}
+
+
+@needs_fuse
+def test_a_shell_that_is_stopped_leaves_nothing_mounted(environment: dict[str, str], target: Bucket) -> None:
+    command = as_pid_1(BACKUP, "sh", "-c", f"{BY_HAND}; echo ready; sleep 100; true")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert "ready\n" in iter(process.stdout.readline, "")
+        os.kill(children(process.pid)[0], signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    assert target.contents() == {"file": b"by hand\n"}
 
 
 # --------------------------------------------------------------------------------------- Mounts that are dead

@@ -14,7 +14,7 @@ import yaml
 
 import backup
 from benchmark_contenders import count_traffic
-from container_site import Site, Terminal
+from container_site import PROMPT, Site, Terminal
 from docker_client import BaseImages, Docker
 from helpers import PASSPHRASE, Bucket, Repository, Result, sample_objects, tree, wait_until
 from readme import README, TOP, code_block, code_blocks
@@ -203,6 +203,28 @@ def test_a_person_backs_up_mounts_checks_and_lists_in_a_shell(place: Place) -> N
     assert "no problems found" in outputs["borg check -v /data/target-first"]
     assert "everything is uploaded" in outputs["backup.py umount target-first"]
     assert place.first.locks() == []
+
+
+def test_the_shell_is_a_whole_one_and_what_is_left_mounted_is_unmounted(place: Place) -> None:
+    """Below PID 1 it must still be the terminal's: for Ctrl-C, Ctrl-Z and `fg`."""
+    place.site.run(arguments=["run", "first"]).expect(0)
+    with place.site.terminal(SHELL) as terminal:
+        terminal.child.sendline("sh -c 'echo it runs; exec sleep 1000'")
+        terminal.child.expect(r"it runs\r\n")
+        terminal.child.sendcontrol("z")
+        terminal.child.expect("Stopped")
+        terminal.child.expect(PROMPT)
+        terminal.child.sendline("fg")
+        terminal.child.expect("exec sleep 1000")
+        terminal.child.sendcontrol("c")
+        terminal.child.expect(PROMPT)
+        assert "130" in terminal.type("echo $?")
+        terminal.type("yes | head -n 1")
+        terminal.type("backup.py mount target-first")
+        terminal.type("echo by hand > target-first/file")
+    assert "[target-first] is unmounted, everything is uploaded" in terminal.child.before
+    assert place.first.get("file") == b"by hand\n"
+    assert ".s3borgbackup-lease" not in place.first.sizes()
 
 
 def test_a_key_is_exported_and_imported_again(place: Place) -> None:
