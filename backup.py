@@ -7944,8 +7944,9 @@ def keep_store(
 ) -> None:
     """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
     store = client.store
-    request = state.with_suffix(REQUEST)
-    request.unlink(missing_ok=True)
+    request, log = state.with_suffix(REQUEST), state.with_suffix(".log")
+    for left_over in (request, log):
+        left_over.unlink(missing_ok=True)
     lease = None
     if store.target and check.repository_state(store) is RepositoryState.READY:
         lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
@@ -7960,7 +7961,7 @@ def keep_store(
             mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
             mount.lease.add(mount.child)
         print(READY_LINE, flush=True)
-        detach_output(state.with_suffix(".log"))
+        detach_output(log)
         written, uploaded_at = until_unmounted(runtime, mount, client, request)
     if written:
         audit_upload(runtime, client, written)
@@ -8053,16 +8054,18 @@ def detach_by_hand(runtime: Runtime, store: Store, path: Path, lazy: bool) -> No
 
 def umount_manually(runtime: Runtime, store: Store) -> int:
     """Unmounts what `mount_manually` mounted; returns when everything is uploaded."""
-    path, state = runtime.settings.mount_point(store), state_file(runtime, store)
-    alive, is_mounted = keeper_is_alive(runtime, store), str(resolved(path)) in mount_table()
-    if not alive and not is_mounted:
+    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
+    alive = keeper_is_alive(runtime, store)
+    if not alive and str(path) not in mount_table():
         runtime.console.info(store.name, f"is not mounted at {path}")
         return EXIT_OK
-    if is_mounted:
-        if alive:
-            request_upload(runtime, store, path, state.with_suffix(REQUEST))
-        detach_by_hand(runtime, store, path, lazy=not alive)
-    while (stream := lock_file(state)) is None:
+    while True:
+        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
+            if alive:
+                request_upload(runtime, store, path, state.with_suffix(REQUEST))
+            detach_by_hand(runtime, store, path, lazy=not alive)
+        if stream := lock_file(state):
+            break
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
         time.sleep(POLL_SECONDS / 4)  # the keeper sees to it that this ends

@@ -505,14 +505,6 @@ def settings(
     TARGETS (`{"path": …, "prune": …}`). Each target's compression is `lz4` unless given: the default is slow.
     `variables` are added as they are.
     """
-    entries: dict[str, dict[str, Any]] = {
-        name: {
-            "endpoint": server.endpoint,
-            "compression": "lz4",
-            **({"path": entry} if isinstance(entry, str) else entry),
-        }
-        for name, entry in targets.items()
-    }
     secrets = {
         "access_key_id": target_identity.access_key_id,
         "secret_access_key": target_identity.secret_access_key,
@@ -531,10 +523,16 @@ def settings(
         "SOURCE_PATH": source,
         "SOURCE_ACCESS_KEY_ID": source_identity.access_key_id,
         "SOURCE_SECRET_ACCESS_KEY": source_identity.secret_access_key,
-        "TARGETS": json.dumps(entries),
-        "TARGET_SECRETS": json.dumps(dict.fromkeys(entries, secrets)),
+        "TARGETS": json.dumps({name: _target(server, entry) for name, entry in targets.items()}),
+        "TARGET_SECRETS": json.dumps(dict.fromkeys(targets, secrets)),
         **variables,
     }
+
+
+def _target(server: Server, entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An entry in TARGETS."""
+    fields = {"path": entry} if isinstance(entry, str) else entry
+    return {"endpoint": server.endpoint, "compression": "lz4", **fields}
 
 
 def with_target(environment: Mapping[str, str], name: str, **fields: Any) -> dict[str, str]:

@@ -274,6 +274,18 @@ def test_what_could_not_be_uploaded_then_is_an_error_of_the_container(
 
 
 @needs_fuse
+def test_a_mount_that_has_only_begun_when_the_shell_ends_is_unmounted_too(
+    environment: dict[str, str], target: Bucket
+) -> None:
+    begun = "until grep -qs tigrisfs /proc/[0-9]*/comm; do :; done"
+    command = as_pid_1(BACKUP, "sh", "-c", f"{sys.executable} {BACKUP} mount target-first & {begun}")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[target-first] is unmounted, everything is uploaded" in done.stdout + done.stderr
+    assert target.sizes() == {}
+
+
+@needs_fuse
 def test_a_shell_that_is_stopped_leaves_nothing_mounted(environment: dict[str, str], target: Bucket) -> None:
     command = as_pid_1(BACKUP, "sh", "-c", f"{BY_HAND}; echo ready; sleep 100; true")
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
