@@ -133,11 +133,11 @@ class Site:
         assert left_out in ONE_SHOT
         return self.shell(with_options(ONE_SHOT.replace(left_out, ""), options))
 
-    def start(self, *options: str) -> "Container":
+    def start(self, *options: str, arguments: Sequence[str] = ()) -> "Container":
         """Starts the one-shot command in the background; `--rm` is left out, so that its end can be seen."""
         number = uuid.uuid4().hex[:6]
         options = ("--name", f"s3borgbackup-{number}", "--detach", *options)
-        self.shell(with_options(ONE_SHOT, options).replace(" --rm", "", 1)).expect(0)
+        self.shell(with_options(ONE_SHOT, options, arguments).replace(" --rm", "", 1)).expect(0)
         return Container(self.docker, f"{self.name}-{number}")
 
     @contextlib.contextmanager

@@ -134,6 +134,17 @@ def test_docker_stop_in_each_phase_of_a_later_run(place: Place, host_folder: Pat
     place.prove_intact(*propagated)
 
 
+def test_docker_stop_of_a_shell_unmounts_what_it_has_mounted(place: Place) -> None:
+    """A shell that talks to a person ignores SIGTERM, so that Docker would kill it after its grace."""
+    container = place.site.start("--interactive", "--tty", arguments=["ash"])
+    docker = place.site.docker
+    docker("exec", container.name, "backup.py", "mount", "target-first")
+    docker("exec", container.name, "sh", "-c", "echo by hand >/data/target-first/file")
+    assert stop(container) < DOCKER_STOP_SECONDS, container.output
+    assert "[target-first] is unmounted, everything is uploaded" in container.output
+    assert place.target.contents() == {"file": b"by hand\n"}, "and the lease is given back"
+
+
 def test_after_docker_kill_the_next_run_needs_nobody(place: Place, host_folder: Path) -> None:
     """It removes the lock, takes over the lease, and unmounts what is dead."""
     propagated = ("--volume", f"{host_folder}:/data:rshared")
