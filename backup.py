@@ -4482,7 +4482,7 @@ METRICS = {
     "last_run_timestamp_seconds": "When the last run ended, as Unix time.",
     "last_run_duration_seconds": "How long the last run took for this target.",
     "last_run_exit_code": "How the last run went for this target: 0 well, 1 warnings, 2 failed, 75 busy.",
-    "last_success_timestamp_seconds": "When the last run ended that made an archive, as Unix time.",
+    "last_success_timestamp_seconds": "When the last run ended that succeeded for this target, as Unix time.",
     "last_archive_objects": "Objects in the last archive.",
     "last_archive_bytes": "Bytes of the objects in the last archive.",
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
@@ -5949,7 +5949,10 @@ def check_config(runtime: Runtime) -> int:
     Changes nothing but a probe that it deletes again.
     """
     settings = runtime.settings
-    results = preflight(runtime, settings.targets)
+    results = [
+        suitable(store, result)
+        for store, result in zip(settings.stores, preflight(runtime, settings.targets), strict=True)
+    ]
     rows = [("store", "location", "endpoint", "region", "access", "result")]
     for store, result in zip(settings.stores, results, strict=True):
         access = "list, read" if store.target is None else "list, read, write, delete"
@@ -5964,6 +5967,16 @@ def check_config(runtime: Runtime) -> int:
     for failure in failures:
         runtime.console.error("check-config", str(failure))
     return EXIT_FAILURE if failures else EXIT_OK
+
+
+def suitable(store: Store, result: Preflight | BackupError) -> Preflight | BackupError:
+    """The same result, or the error that a run would meet in what lies at a target's place."""
+    if store.target is not None and isinstance(result, Preflight):
+        try:
+            what_lies_there(S3Client(store, result.region), result)
+        except BackupError as error:
+            return error
+    return result
 
 
 def describe(store: Store, result: Preflight) -> str:
@@ -6249,7 +6262,7 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
         except S3Error as error:
             runtime.console.warning(
                 target.store.name,
-                f"that the key was exported cannot be noted, and runs go on to warn: {error}",
+                f"that the key was exported cannot be noted, and runs go on to remind of it: {error}",
             )
     runtime.console.info(
         target.store.name,
@@ -8537,10 +8550,12 @@ def chosen_target(settings: Settings, name: str) -> Target:
 
 
 def chosen_store(settings: Settings, name: str) -> Store:
-    """The store called `source` or `target-NAME`. Raises ConfigurationError for any other name."""
-    known = {store.name: store for store in settings.stores}
+    """The store called `source`, `target-NAME` or just `NAME`. Raises ConfigurationError for other names."""
+    known = {target.name: target.store for target in settings.targets}
+    known.update({store.name: store for store in settings.stores})
     if name not in known:
-        raise ConfigurationError([f"there is no store {name!r}; {near(name, known)}"])
+        near_ones = [store.name for store in settings.stores]
+        raise ConfigurationError([f"there is no store {name!r}; {near(name, near_ones)}"])
     if name == "source":
         settings.require_source()
     return known[name]

@@ -226,7 +226,7 @@ def test_without_a_name_all_are_unmounted_whatever_becomes_of_one(
     environment: dict[str, str], target: Bucket
 ) -> None:
     assert "nothing is mounted" in run_backup(environment, "umount").expect(0).output
-    for name in ("source", "target-first"):
+    for name in ("source", "first"):  # for target-first
         run_backup(environment, "mount", name).expect(0)
     data = Path(environment["DATA_DIR"])
     (data / "target-first" / "file").write_bytes(b"x")

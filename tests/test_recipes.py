@@ -285,22 +285,26 @@ esac
 """
 
 
-@pytest.fixture
-def created(tmp_path: Path) -> Created:
-    """The README's commands are run, kubectl only takes down what it gets."""
-    executable(tmp_path / "bin" / "kubectl", KUBECTL)
-    (tmp_path / "out").mkdir()
-    # Docker takes a line that begins with a blank, too.
-    text = (TOP / "example.env").read_text().replace("\nTARGET_SECRETS=", "\n TARGET_SECRETS=")
-    (tmp_path / ".env").write_text(text)
+def create(folder: Path, text: str) -> Created:
+    """The README's commands are run on such an .env; kubectl only takes down what it gets."""
+    executable(folder / "bin" / "kubectl", KUBECTL)
+    (folder / "out").mkdir()
+    (folder / ".env").write_text(text)
     subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code_block("Kubernetes", "shell", "secret generic")],
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")},
+        cwd=folder,
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OUT": str(folder / "out")},
         check=True,
     )
     # kubectl reads such a file as Docker does (its env_file.go).
-    return Created({path.name: docker_env_file(path.read_text()) for path in (tmp_path / "out").iterdir()})
+    return Created({path.name: docker_env_file(path.read_text()) for path in (folder / "out").iterdir()})
+
+
+@pytest.fixture
+def created(tmp_path: Path) -> Created:
+    """From the example. Docker takes a line that begins with a blank, too."""
+    text = (TOP / "example.env").read_text()
+    return create(tmp_path, text.replace("\nTARGET_SECRETS=", "\n TARGET_SECRETS="))
 
 
 def expanded(entries: list[dict[str, Any]], index: int) -> dict[str, str]:
@@ -367,6 +371,15 @@ def test_the_secrets_are_files_and_nothing_else_is(kinds: Mapping[str, Any], cre
     assert files == {f"{key}_FILE": f"{mount['mountPath']}/{key}" for key in created.secret}
     assert {name.removesuffix("_FILE") for name in files} <= set(backup.VARIABLES)
     assert by_name(pod(kinds)["volumes"])["secrets"]["secret"]["defaultMode"] == 0o400
+
+
+def test_no_secret_that_can_be_set_becomes_public(tmp_path: Path) -> None:
+    text = re.sub(r"^#(?=[A-Z_]+=)", "", (TOP / "example.env").read_text(), flags=re.MULTILINE)
+    found = create(tmp_path, text)
+    secret = {name for name in docker_env_file(text) if re.search("ACCESS_KEY|SECRET|_URL$", name)}
+    assert len(secret) == 7
+    assert set(found.secret) == secret
+    assert not secret & set(found.config_map)
 
 
 @BOTH

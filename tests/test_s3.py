@@ -209,3 +209,7 @@ def test_check_config_says_what_is_wrong(
     assert "target-first" in result.output
     assert "SignatureDoesNotMatch" in result.output
     assert target.sizes() == {}
+    target.put({"photo.jpg": b"not borg's"})
+    result = run_backup(env, "check-config").expect(2)
+    assert "holds other objects (such as 'photo.jpg')" in result.output
+    assert target.sizes() == {"photo.jpg": 10}

@@ -230,15 +230,25 @@ def test_the_shell_is_a_whole_one_and_what_is_left_mounted_is_unmounted(place: P
 def test_a_key_is_exported_and_imported_again(place: Place) -> None:
     """Only the key goes to standard output; runs ask for the export until then."""
     assert "its key was never exported" in place.site.run(arguments=["run", "first"]).expect(0).output
-    [export] = code_blocks("Keys and passphrases", "shell")
+    export, put_back = code_blocks("Keys and passphrases", "shell")
     place.site.shell(export).expect(0)
     key = (place.site.folder / "first.key").read_text()
     assert key.startswith("BORG_KEY ")
     assert "never exported" not in place.site.run(arguments=["run", "first"]).expect(0).output
-    shell = SHELL.replace("s3borgbackup ash", '-v "$PWD/first.key:/first.key:ro" s3borgbackup ash')
-    with place.site.terminal(shell) as terminal:
-        terminal.type("backup.py borg first key import :: /first.key")
-        assert "my-bucket-" in terminal.type("backup.py list first")
+    place.site.shell(put_back).expect(0)
+    assert "my-bucket-" in place.site.run(arguments=["list", "first"]).expect(0).output
+
+
+def test_an_exported_key_opens_a_repository_whose_config_volume_is_lost(place: Place) -> None:
+    target = {"path": place.first.name, "encryption": "keyfile-blake2"}
+    place.site.configure(place.source, {"first": target}, BACKUP_LABEL="my-bucket")
+    place.site.run().expect(0)
+    export, put_back = code_blocks("Keys and passphrases", "shell")
+    place.site.shell(export).expect(0)
+    place.site.docker("volume", "rm", f"{place.site.name}-config")
+    assert "mount the volume" in place.site.run(arguments=["list"]).expect(2).output
+    place.site.shell(put_back).expect(0)
+    assert "my-bucket-" in place.site.run(arguments=["list"]).expect(0).output
 
 
 def test_everything_is_restored_with_one_command(place: Place) -> None:
@@ -254,7 +264,6 @@ def test_everything_is_restored_to_a_folder_of_the_host(place: Place) -> None:
     archive = Repository.download(place.first, place.site.folder / "copy").archives()[0]
     shell = SHELL.replace("s3borgbackup ash", '-v "$PWD/restored:/restored" s3borgbackup ash')
     with place.site.terminal(shell) as terminal:
-        terminal.type(f"export BORG_PASSPHRASE={shlex.quote(PASSPHRASE)}")
         type_all(terminal, block, **{SAMPLE_ARCHIVE: archive, " data/source/photos": ""})
     assert tree(place.site.folder / "restored/data/source") == OBJECTS
 
