@@ -2695,14 +2695,18 @@ def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
     within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
 
 
-def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
-    """Unmounts what is mounted on `path` when nobody serves it any more.
-
-    Raises BackupError when somebody does.
-    """
+def is_dead(runtime: Runtime, store: Store, path: Path) -> bool:
+    """Whether nobody serves a mount any more. Raises BackupError when it does not answer."""
     try:
         probe_mount(runtime, store, path)
     except OSError:
+        return True
+    return False
+
+
+def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
+    """Detaches a mount that nobody serves any more; raises BackupError where somebody does."""
+    if is_dead(runtime, store, path):
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
         detach(runtime, path, lazy=True)
         return
@@ -2739,6 +2743,18 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
         runtime.console.debug(name, f"{mount.store.location} is mounted at {mount.path}")
 
 
+def walk_files(store: Store, folder: Path) -> Iterator[Path]:
+    """The files below a mount's folder. Raises BackupError where a folder cannot be listed."""
+
+    def fail(error: OSError) -> None:
+        if error.errno != errno.ENOENT:  # it was removed meanwhile
+            raise BackupError(f"{store.name}: listing {error.filename}: {error.strerror}", TRY_AGAIN)
+
+    for name, _, files in os.walk(folder, onerror=fail):
+        for file in files:
+            yield Path(name, file)
+
+
 def warm_up(runtime: Runtime, mount: Mount) -> None:
     """Lists all folders of a repository once.
 
@@ -2748,7 +2764,7 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
     """
 
     def walk() -> None:
-        for _ in os.walk(mount.path):
+        for _ in walk_files(mount.store, mount.path):
             pass
 
     within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
@@ -3291,6 +3307,12 @@ def personal_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name in TERMINAL_VARIABLES or (name.startswith("BORG_") and name not in BORG_SECRETS)
     }
+
+
+def drain(stream: IO[bytes]) -> None:
+    """Reads what follows the end of borg's tar file: it pads it, and must not find the pipe closed."""
+    while stream.read(READ_BYTES):
+        pass
 
 
 def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
@@ -3963,8 +3985,11 @@ def repository_files(runtime: Runtime, store: Store, mount_point: Path) -> dict[
     """The repository's files as its mount shows them: path below the mount point -> size in bytes."""
 
     def walk() -> dict[str, int]:
-        paths = (Path(folder, name) for folder, _, names in os.walk(mount_point) for name in names)
-        return borgs_own({str(path.relative_to(mount_point)): path.stat().st_size for path in paths})
+        sizes = {}
+        for path in walk_files(store, mount_point):
+            with contextlib.suppress(FileNotFoundError):  # somebody still works in it
+                sizes[str(path.relative_to(mount_point))] = path.stat().st_size
+        return borgs_own(sizes)
 
     return within(WARM_UP_SECONDS, f"{store.name}: listing the repository", walk, runtime.stop)
 
@@ -4017,8 +4042,11 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
         mount.holds_nothing = not found
         if len(found) < least:
             least, since = len(found), time.monotonic()
+        if mount.log.is_refused:
+            mount.check_store()  # which may tell it in S3's words
+            return []
         is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
-        return [] if is_quiet or mount.log.is_refused else found
+        return [] if is_quiet else found
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -4812,8 +4840,13 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
     prefix = client.store.key_prefix
-    names = names_after_data(client)
-    roster = client.get(f"{prefix}lock.roster") if "lock.roster" in names else b""
+    names, roster = names_after_data(client), b""
+    if "lock.roster" in names:
+        try:
+            roster = client.get(f"{prefix}lock.roster")
+        except S3Error as error:
+            if error.status != 404:  # its last holder may just have left
+                raise
     return Leftovers.sort(names, roster)
 
 
@@ -4983,6 +5016,17 @@ READING_IS_NOT_ALONE = (
 
 
 @contextlib.contextmanager
+def full_disk_told(store: Store) -> Iterator[None]:
+    """Turns the OSError of a full disk into a BackupError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            raise BackupError(f"{store.name}: {os.strerror(errno.ENOSPC)}", DISK_HELP) from error
+        raise
+
+
+@contextlib.contextmanager
 def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> Iterator[Repository]:
     """An existing repository to read from, with keys that may list and read; whoever writes goes on.
 
@@ -4993,6 +5037,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     client = S3Client(target.store, found.region, PROVEN)
     expect_repository(client, found)
     with contextlib.ExitStack() as undo:
+        undo.enter_context(full_disk_told(target.store))
         if purpose:
             hold_if_possible(runtime, client, purpose, undo)
         remove_dead_views(runtime)
@@ -5372,10 +5417,10 @@ def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
 
     def walk() -> dict[int, Segment]:
         found = {}
-        for folder, _, names in os.walk(data):
-            for name in filter(str.isdigit, names):
-                status = os.stat(f"{folder}/{name}")
-                found[int(name)] = Segment(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+        for path in walk_files(repository.target.store, data):
+            if path.name.isdigit():
+                status = path.stat()
+                found[int(path.name)] = Segment(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
         return found
 
     what = f"{repository.target.store.name}: listing the repository"
@@ -5990,10 +6035,17 @@ def describe(store: Store, result: Preflight) -> str:
 
 
 def emit(text: str) -> None:
-    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
-    with contextlib.suppress(OSError):
+    """Prints a command's answer on standard output; that nobody reads it any more is no error.
+
+    Raises BackupError where it cannot be written.
+    """
+    try:
         for line in text.splitlines():
             print(printable(line), flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise BackupError(f"the answer could not be written: {error.strerror}", "Make room for it.") from None
 
 
 @dataclass(frozen=True)
@@ -6656,8 +6708,7 @@ def run_verify(
     except BackupError as error:
         found.error = str(error)
         runtime.console.error(target.store.name, found.error)
-    with contextlib.suppress(OSError):  # whoever reads it may be gone
-        print(found.as_json() if as_json else found.as_text())
+    emit(found.as_json() if as_json else found.as_text())
     codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
     return codes.get(found.verdict, EXIT_FAILURE)
 
@@ -6879,6 +6930,7 @@ class Prover:
                         self._take(self._current, member, tar.extractfile(member))
                         passed(self._original(self._current))
                         self._current = ""
+            drain(stream)
         except tarfile.ReadError:
             pass
 
@@ -6987,7 +7039,7 @@ def end_of_time(text: str) -> datetime:
     """The end of the day, minute or second that `text` names, in local time. Raises ValueError."""
     start = datetime.fromisoformat(text.replace(" ", "T").replace("Z", "+00:00"))
     if re.fullmatch(r"[0-9-]+", text):
-        return start.astimezone() + timedelta(days=1)
+        return (start + timedelta(days=1)).astimezone()  # days may have 23 or 25 hours
     is_minute = re.fullmatch(r".{10}.[0-9]{2}:?[0-9]{2}(Z|[+-][0-9:]+)?", text)
     return start.astimezone() + timedelta(seconds=60 if is_minute else 1)
 
@@ -7018,21 +7070,25 @@ def choose_archive(
 
 def archive_times(repository: Repository) -> dict[str, datetime]:
     """All archives and their times, the oldest first."""
-    listed = repository.borg.run(borg_names(repository.borg.repository)).output
+    listed = repository.borg.in_utc().run(borg_names(repository.borg.repository)).output
     times = {
-        entry["name"]: archive_time(entry["name"], datetime.fromisoformat(entry["start"]).astimezone())
+        entry["name"]: archive_time(entry["name"], datetime.fromisoformat(entry["start"]).replace(tzinfo=UTC))
         for entry in json.loads(listed)["archives"]
     }
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
 
 def archive_time(name: str, start: datetime) -> datetime:
-    """When an archive was made, as its name has it: borg writes that a moment before it notes the start."""
+    """When an archive was made, as its name has it: borg writes that a moment before it notes the start.
+
+    The name has the local time, which is there twice when clocks are set back.
+    """
     try:
-        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :]).astimezone()
-    except ValueError:
+        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :])
+        earlier = start.astimezone().replace(tzinfo=None) - named
+    except (ValueError, TypeError):
         return start
-    return named if timedelta(0) <= start - named < timedelta(seconds=5) else start
+    return start - earlier if timedelta(0) <= earlier < timedelta(seconds=5) else start
 
 
 @dataclass(frozen=True, slots=True)
@@ -7103,11 +7159,18 @@ def ancestors(key: str) -> Iterator[str]:
         key = slash
 
 
+def literal_or_key(path: str, names: Collection[str], prefix: str) -> str:
+    """What a PATH means: a key or folder as it stands, or else one as borg shows it, behind `prefix`."""
+    return path if path in names else path.removeprefix(prefix)
+
+
 def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
     """The objects that `paths` name, which are keys or folders. Raises BackupError for what names none."""
     if not paths:
         return contents
-    wanted = {path.strip("/").removeprefix(contents.prefix): path for path in paths}
+    names = {name for item in contents.items for name in ancestors(item.key)}
+    names.update(contents.empty_folders, contents.others)
+    wanted = {literal_or_key(path.strip("/"), names, contents.prefix): path for path in paths}
     met: set[str] = set()
 
     def is_meant(key: str) -> bool:
@@ -7119,8 +7182,7 @@ def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
     folders = [key for key in contents.empty_folders if is_meant(key)]
     others = [key for key in contents.others if is_meant(key)]
     if unmet := [path for name, path in wanted.items() if name not in met]:
-        known = dict.fromkeys(name for item in contents.items for name in ancestors(item.key))
-        close = difflib.get_close_matches(unmet[0].strip("/"), itertools.islice(known, 20_000), n=1)
+        close = difflib.get_close_matches(unmet[0].strip("/"), itertools.islice(names, 20_000), n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
         raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
     return Inventory(contents.prefix, items, folders, others)
@@ -7446,7 +7508,7 @@ def run_export(
         output.close()
         concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
         failure = work.exception() if work.done() else None
-        if isinstance(failure, BackupError) and not isinstance(error, Stopped | Stuck | S3Error):
+        if isinstance(failure, BackupError | OSError) and not isinstance(error, Stopped | Stuck | S3Error):
             raise failure from error
         raise
 
@@ -7498,6 +7560,8 @@ def take_out(fd: int, items: Mapping[str, Item], handle: Handler) -> None:
                 continue
             room.acquire()
             pool.submit(handle_small, item, content.read(), user_metadata(member))
+        if not failures:
+            drain(stream)
     if failures:
         raise failures[0]
 
@@ -7651,7 +7715,7 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
             fates, found = compare(runtime, repository, place, archive, contents.items)
             if order.dry_run:
                 return tell(runtime, place, contents, fates, order.overwrite)
-            items = to_write(runtime, place, contents, fates, order.overwrite)
+            items = to_write(runtime, place, contents, fates, found, order.overwrite)
             writer = Writer(runtime, place, items, found)
             if items:
                 write_items(runtime, repository, place, archive, items, writer)
@@ -7700,7 +7764,12 @@ def tell(
 
 
 def to_write(
-    runtime: Runtime, place: Landing, contents: Inventory, fates: Mapping[str, Fate], overwrite: bool
+    runtime: Runtime,
+    place: Landing,
+    contents: Inventory,
+    fates: Mapping[str, Fate],
+    found: Mapping[str, Found],
+    overwrite: bool,
 ) -> list[Item]:
     """The objects to be written. Raises BackupError where some would be overwritten that must not be."""
     items = [item for item in contents.items if fates[item.key] is not Fate.KEEP]
@@ -7716,20 +7785,33 @@ def to_write(
     there = f"; {count(kept, 'object')} there already" if kept else ""
     runtime.console.info("restore", f"to {place.title}: {summarize(items)}{there}")
     if not place.mount:
-        check_room(place, items)
+        check_room(place, items, found)
     return items
 
 
-def check_room(place: Landing, items: Iterable[Item]) -> None:
-    """Raises BackupError where the disk is certain to be too small."""
-    needed = sum(item.size_bytes for item in items)
+def check_room(place: Landing, items: Iterable[Item], found: Mapping[str, Found]) -> None:
+    """Raises BackupError where the disk is certain to be too small for what is there to grow to."""
+    needed = sum(
+        max(0, item.size_bytes - (found[item.key].size_bytes if item.key in found else 0)) for item in items
+    )
     disk = os.statvfs(place.root)
     free = disk.f_bavail * disk.f_frsize
     if needed > free and disk.f_blocks:
         raise BackupError(
-            f"{place.title} has {size(free)} free, and {size(needed)} are to be written; nothing was written",
+            f"{place.title} has {size(free)} free, and {size(needed)} are to be added; nothing was written",
             "Make room, restore a part of it, or restore to another place.",
         )
+
+
+def is_there(client: S3Client, key: str) -> bool:
+    """Whether a bucket holds an object. Raises S3Error."""
+    try:
+        client.get(key, first_byte_only=True)
+    except S3Error as error:
+        if error.status not in (404, 416):  # 416: it is empty, and has no first byte
+            raise
+        return error.status == 416
+    return True
 
 
 def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> None:
@@ -7737,7 +7819,9 @@ def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> N
     for key in contents.empty_folders:
         try:
             if place.client:
-                place.client.put(f"{place.client.store.key_prefix}{key}/", b"")
+                name = f"{place.client.store.key_prefix}{key}/"
+                if not is_there(place.client, name):
+                    place.client.put(name, b"")
             else:
                 os.makedirs(place.root / key, exist_ok=True)
         except OSError as error:
@@ -7817,6 +7901,8 @@ def report(
         for item in contents.items
         if not item.is_whole
     ]
+    if not contents.items:
+        warnings.append("this archive holds no objects; --at and --archive choose another (see `list`)")
     for warning in warnings[:MAX_NAMED]:
         console.warning("restore", warning)
     if len(warnings) > MAX_NAMED:
@@ -7837,17 +7923,24 @@ def report(
 
 # `backup.py mount` returns while its mount lives on. A keeper process, in a session of its own, is tigrisfs's
 # parent: it reads the log and sees the end. It holds a lock on its state file for as long as it lives, which,
-# unlike a process id, cannot be mistaken, and writes its exit code there at the end.
+# unlike a process id, cannot be mistaken. There it notes as JSON whether the mount is `writable`, when it is
+# usable, and its exit `code`, at its end. Whoever tells a person of that empties the file.
 
 READY_LINE = "the mount is ready"
 REQUEST = ".upload"  # the suffix of the file that asks a keeper to upload all that the mount shows
+LOG = ".log"  # that of the file with what it prints when it is usable
 BUSY_TRIES = 5
 MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
 
 
+def state_folder() -> Path:
+    """Where the state files are."""
+    return Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
+
+
 def state_file(runtime: Runtime, store: Store) -> Path:
     """Where the keeper of a store's mount says that it is there."""
-    folder = Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
+    folder = state_folder()
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise BackupError(f"{folder} belongs to somebody else", "Remove it, or set TMPDIR.")
@@ -7874,12 +7967,49 @@ def keeper_is_alive(runtime: Runtime, store: Store) -> bool:
     return stream is None
 
 
+def is_kept(runtime: Runtime, store: Store) -> bool:
+    """Whether a keeper holds the mount of `store`, or has ended and nobody was told how."""
+    return keeper_is_alive(runtime, store) or bool(read_state(state_file(runtime, store)))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a keeper has noted; nothing where it has not, or is just at it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_state(stream: IO[str], facts: Mapping[str, Any]) -> None:
+    """Notes facts in place of those that were there."""
+    stream.truncate(0)
+    stream.write(json.dumps(facts) if facts else "")
+    stream.flush()
+
+
 def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
     """Mounts `store` so that it lives on after this command; returns when it is usable."""
-    path = runtime.settings.mount_point(store)
     if keeper_is_alive(runtime, store):
-        runtime.console.info(store.name, f"is mounted at {path} already")
-        return EXIT_OK
+        return await_other_mount(runtime, store, read_write)
+    if read_state(state_file(runtime, store)):
+        try:
+            tell_end(runtime, store)
+        except BackupError as error:
+            runtime.console.warning(store.name, f"the mount before this one: {error}")
+    words = [store.name, *(["--read-write"] if read_write else [])]
+    code, said_nothing = start_keeper(runtime, store, words)
+    if code == EXIT_OK:
+        runtime.console.plain(advice(store, runtime.settings.mount_point(store), read_write))
+    if code == EXIT_BUSY and said_nothing:
+        return await_other_mount(runtime, store, read_write)
+    return code
+
+
+def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[int, bool]:
+    """Starts a keeper, and waits until its mount is usable: 0, or until it ends: its exit code.
+
+    Also returns whether it said nothing. Raises BackupError when it does neither in time, Stopped.
+    """
     ready, lines = threading.Event(), []
 
     def show(line: str) -> None:
@@ -7889,25 +8019,35 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             lines.append(line)
             print(line, file=sys.stderr, flush=True)
 
-    argv = [
-        sys.executable,
-        os.path.abspath(__file__),
-        KEEP_COMMAND,
-        store.name,
-        *(["--read-write"] if read_write else []),
-    ]
+    argv = [sys.executable, os.path.abspath(__file__), KEEP_COMMAND, *words]
     keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
     patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
     deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            return code or EXIT_FAILURE
+            return code or EXIT_FAILURE, not lines
         if runtime.stop.requested or time.monotonic() > deadline:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
             raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
-    runtime.console.plain(advice(store, path, read_write))
+    return EXIT_OK, not lines
+
+
+def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
+    """Waits until what another command mounts is usable. Raises BackupError unless it is as asked for."""
+    path, state = runtime.settings.mount_point(store), state_file(runtime, store)
+    while "writable" not in (facts := read_state(state)):
+        runtime.stop.check()
+        time.sleep(POLL_SECONDS)
+        if not keeper_is_alive(runtime, store):
+            raise BackupError(f"{store.name}: another command could not mount it", TRY_AGAIN)
+    if facts["writable"] != read_write:
+        raise BackupError(
+            f"{store.name}: is mounted at {path} already, {'read-only' if read_write else 'for writing'}",
+            f"Unmount it first: backup.py umount {shlex.quote(store.name)}",
+        )
+    runtime.console.info(store.name, f"is mounted at {path} already")
     return EXIT_OK
 
 
@@ -7929,21 +8069,23 @@ def advice(store: Store, path: Path, read_write: bool) -> str:
 def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     """The keeper's life: mounts, says so, and waits until somebody unmounts or a stop signal comes."""
     path = state_file(runtime, store)
-    stream = lock_file(path)
-    if stream is None:
-        raise BackupError(f"{store.name}: another `backup.py mount` is at it", "Let it finish.")
+    deadline = time.monotonic() + BUSY_TRIES * POLL_SECONDS  # others look whether it is locked, for a moment
+    while (stream := lock_file(path)) is None:
+        if time.monotonic() > deadline:
+            return EXIT_BUSY  # without a word: whoever started us waits for the other one
+        time.sleep(POLL_SECONDS / 4)
     with stream:
-        stream.truncate(0)
+        write_state(stream, {})
         try:
             check = examine(S3Client(store), write=read_write)
             with contextlib.ExitStack() as undo:
-                keep_store(runtime, S3Client(store, check.region, PROVEN), check, read_write, path, undo)
+                keep_store(runtime, S3Client(store, check.region, PROVEN), check, read_write, stream, undo)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
             code = error.exit_code
-        stream.write(str(code))
-        stream.flush()
+        if facts := read_state(path):  # else whoever mounts it has seen what went wrong
+            write_state(stream, {**facts, "code": code})
     return code
 
 
@@ -7952,12 +8094,12 @@ def keep_store(
     client: S3Client,
     check: Preflight,
     read_write: bool,
-    state: Path,
+    stream: IO[str],
     undo: contextlib.ExitStack,
 ) -> None:
     """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
-    store = client.store
-    request, log = state.with_suffix(REQUEST), state.with_suffix(".log")
+    store, state = client.store, Path(stream.name)
+    request, log = state.with_suffix(REQUEST), state.with_suffix(LOG)
     for left_over in (request, log):
         left_over.unlink(missing_ok=True)
     lease = None
@@ -7973,6 +8115,7 @@ def keep_store(
             # `borg init` wants an empty folder: what is listed before the lease is there does not show it.
             mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
             mount.lease.add(mount.child)
+        write_state(stream, {"writable": read_write})
         print(READY_LINE, flush=True)
         detach_output(log)
         written, uploaded_at = until_unmounted(runtime, mount, client, request)
@@ -8052,11 +8195,11 @@ def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) ->
         time.sleep(POLL_SECONDS / 4)
 
 
-def detach_by_hand(runtime: Runtime, store: Store, path: Path, lazy: bool) -> None:
+def detach_by_hand(runtime: Runtime, store: Store, path: Path) -> None:
     """Detaches a mount. Raises BackupError where somebody uses it."""
     for _ in range(BUSY_TRIES):  # the keeper has a file open, too, for a moment now and then
-        reason = detach(runtime, path, lazy)
-        if not reason:
+        reason = detach(runtime, path, lazy=False)
+        if not reason or str(path) not in mount_table():
             return
         time.sleep(POLL_SECONDS)
     raise BackupError(
@@ -8066,30 +8209,49 @@ def detach_by_hand(runtime: Runtime, store: Store, path: Path, lazy: bool) -> No
 
 
 def umount_manually(runtime: Runtime, store: Store) -> int:
-    """Unmounts what `mount_manually` mounted; returns when everything is uploaded."""
+    """Unmounts what `mount_manually` mounted; returns when everything is uploaded.
+
+    Raises BackupError when that is not certain, and where another command has mounted it.
+    """
     path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
-    alive = keeper_is_alive(runtime, store)
-    if not alive and str(path) not in mount_table():
-        runtime.console.info(store.name, f"is not mounted at {path}")
-        return EXIT_OK
-    while True:
+    while keeper_is_alive(runtime, store):  # which sees to it that this ends
         if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
-            if alive:
-                request_upload(runtime, store, path, state.with_suffix(REQUEST))
-            detach_by_hand(runtime, store, path, lazy=not alive)
-        if stream := lock_file(state):
-            break
+            request_upload(runtime, store, path, state.with_suffix(REQUEST))
+            if keeper_is_alive(runtime, store):
+                detach_by_hand(runtime, store, path)
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        time.sleep(POLL_SECONDS / 4)  # the keeper sees to it that this ends
-    with stream:
-        stream.seek(0)
-        result = int(stream.read() or EXIT_FAILURE) if alive else EXIT_OK
-    log = state.with_suffix(".log")
-    if alive and log.exists():
-        print(log.read_text(encoding="utf-8", errors="replace"), end="", file=sys.stderr)
-    runtime.console.info(store.name, f"is unmounted{', everything is uploaded' if result == EXIT_OK else ''}")
-    return result
+        time.sleep(POLL_SECONDS / 4)
+    return tell_end(runtime, store)
+
+
+def tell_end(runtime: Runtime, store: Store) -> int:
+    """Tells, once, how a keeper that has ended fared, and frees what it left; returns its exit code.
+
+    Raises BackupError where it was killed with a mount that was written to, or where it is not its mount.
+    """
+    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
+    facts, was_mounted = read_state(state), str(path) in mount_table()
+    if was_mounted:
+        if not is_dead(runtime, store, path):
+            raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
+        remove_dead_mount(runtime, store, path)
+    state.write_text("", encoding="utf-8")
+    if not facts:
+        if not was_mounted:
+            runtime.console.info(store.name, f"is not mounted at {path}")
+        return EXIT_OK
+    with contextlib.suppress(OSError):
+        print(state.with_suffix(LOG).read_text("utf-8", "replace"), end="", file=sys.stderr)
+    if "code" not in facts and facts["writable"]:
+        raise BackupError(
+            f"{store.name}: its mount at {path} was killed, and may have held what is not uploaded",
+            "Mount it again, compare, and copy what is missing.",
+        )
+    code = facts.get("code", EXIT_OK)
+    done = ", everything is uploaded" if facts["writable"] and code == EXIT_OK else ""
+    runtime.console.info(store.name, f"is unmounted{done}")
+    return code
 
 
 # --------------------------------------------------------------------------------------------- Command line
@@ -8164,10 +8326,19 @@ def mount_mistake(arguments: Arguments) -> str:
     return "`--read-write` goes with `mount source`" if wrong else ""
 
 
+def a_value(text: str) -> str:
+    """What an option is given, which may not be nothing: a script's variable that is not set, say."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a value; leave it out for the newest archive")
+    return text
+
+
 def declare_restore(parser: OptionParser) -> None:
     """The options of `restore`."""
-    parser.add_argument("--archive", metavar="NAME", default="", help="this one, instead of the newest")
-    parser.add_argument("--at", metavar="TIME", help="the newest one until then, such as 2025-01-31T03:00")
+    parser.add_argument("--archive", type=a_value, metavar="NAME", help="this one, instead of the newest")
+    parser.add_argument(
+        "--at", type=a_value, metavar="TIME", help="the newest one until then, such as 2025-01-31T03:00"
+    )
     parser.add_argument("--to", metavar="DIR", help="restore into this folder")
     parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
     parser.add_argument("--overwrite", action="store_true", help="what is there with other content, too")
@@ -8187,7 +8358,7 @@ def restore_mistake(arguments: Arguments) -> str:
         return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
     try:
         end_of_time(options["at"] or "2025-01-31")
-    except ValueError:
+    except (ValueError, OverflowError):
         return f"--at: {options['at']!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
     return ""
 
@@ -8210,7 +8381,7 @@ def command_restore(runtime: Runtime, arguments: Arguments) -> int:
     options, (name, *paths) = arguments.options, arguments.names
     order = Order(
         tuple(paths),
-        options["archive"],
+        options["archive"] or "",
         end_of_time(options["at"]) if options["at"] else None,
         Path(options["to"]) if options["to"] else None,
         chosen_destination(runtime.settings, options["to_bucket"])
@@ -8239,7 +8410,7 @@ def command_umount(runtime: Runtime, arguments: Arguments) -> int:
     """The end of such mounts, of all without names."""
     stores = [chosen_store(runtime.settings, name) for name in arguments.names]
     if not stores:
-        stores = [store for store in runtime.settings.stores if keeper_is_alive(runtime, store)]
+        stores = [store for store in runtime.settings.stores if is_kept(runtime, store)]
     if not stores:
         runtime.console.info("umount", "nothing is mounted")
     codes = [EXIT_OK]
@@ -8279,7 +8450,7 @@ def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
 def declare_verify(parser: OptionParser) -> None:
     """The options of `verify`."""
     parser.add_argument(
-        "--archive", metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
+        "--archive", type=a_value, metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
     )
     parser.add_argument(
         "--sample",
@@ -8574,12 +8745,12 @@ def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 # What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25. Its arguments: the
-# child's process id, the numbers of the signals to pass on, and what to run when the child leaves keepers
-# behind, if anything.
+# child's process id, the numbers of the signals to pass on, the folder of the keepers' state files, and, if
+# anything, what to run when the child leaves keepers behind, or something that they have to tell.
 INIT = """\
 import os, signal, sys
 
-child, numbers, umount = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]
+child, numbers, folder, umount = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4:]
 
 def pass_on(number, _):
     try:
@@ -8596,18 +8767,25 @@ def end():
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
 
-def is_kept(name):
+def look(path):
     try:
-        with open(f"/proc/{name}/cmdline", "rb") as stream:
-            return b"\\0KEEP_COMMAND\\0" in stream.read()
+        with open(path, "rb") as stream:
+            return stream.read()
     except OSError:
-        return False
+        return b""
+
+def is_kept():
+    for name in os.listdir("/proc"):
+        if name.isdigit() and b"\\0KEEP_COMMAND\\0" in look(f"/proc/{name}/cmdline"):
+            return True
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return any(look(f"{folder}/{name}") for name in names if name.endswith(".mount"))
 
 for number in numbers:
     signal.signal(int(number), pass_on)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 code = end()
-if umount and any(is_kept(name) for name in os.listdir("/proc") if name.isdigit()):
+if umount and is_kept():
     child = os.posix_spawn(umount[0], umount, os.environ)
     last = end()
     code = code or last
@@ -8636,7 +8814,8 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
         last = []
         pid = os.posix_spawn(ourselves[0], [*ourselves, *argv], dict(environ), setpgroup=0, setsigmask=())
     passed_on = " ".join(str(signum.value) for signum in numbers)
-    os.execve(sys.executable, [sys.executable, "-ISc", INIT, str(pid), passed_on, *last], dict(environ))
+    words = ["-ISc", INIT, str(pid), passed_on, str(state_folder()), *last]
+    os.execve(sys.executable, [sys.executable, *words], dict(environ))
 
 
 def told_at_once(argv: Sequence[str]) -> str:

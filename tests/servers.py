@@ -326,6 +326,8 @@ class SeaweedFS(Server):
             return response.read().decode()
 
     def stop(self) -> None:
+        if not self.process:  # its ports may be another server's by now
+            return
         super().stop()
         # Sockets for short cuts between its parts, which it leaves behind when killed.
         for port in self.ports:

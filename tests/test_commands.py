@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,11 +25,13 @@ from helpers import (
     Repository,
     Result,
     borg_environment,
+    full,
     mounts_below,
     processes_with,
     run_backup,
     settings,
     skip_or_fail,
+    small_disk,
     wait_until,
     with_target,
     with_target_secrets,
@@ -419,6 +421,29 @@ def test_a_stop_signal_ends_borg_in_order(site: Site) -> None:
 
 
 # ---------------------------------------------------------------------------------- list, info and key-export
+
+
+@pytest.mark.parametrize("words", [("list", "--json"), ("info",), ("verify", "first", "--json")])
+def test_an_answer_that_cannot_be_written_is_a_failure(site: Site, words: Sequence[str]) -> None:
+    with open("/dev/full", "w") as full_device:
+        command = [sys.executable, str(BACKUP), *words]
+        done = subprocess.run(
+            command, env=site.environment, stdout=full_device, stderr=subprocess.PIPE, text=True, timeout=100
+        )
+    assert done.returncode == 2
+    assert "the answer could not be written: No space left on device" in done.stderr
+
+
+def test_a_full_disk_below_tmp_is_told(site: Site) -> None:
+    run_backup(site.environment).expect(0)
+    disk = site.folder / "small"
+    disk.mkdir()
+    with small_disk(disk), full(disk):
+        (disk / "ballast").open("r+b").truncate(os.path.getsize(disk / "ballast") - 8192)
+        done = site.call("list", environment={**site.environment, "TMPDIR": str(disk)})
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device. The disk of /cache, /config or /tmp is full" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_list_shows_name_time_objects_and_size_of_every_archive(site: Site) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from faults.proxy import Action, FaultProxy
 from helpers import (
     BACKUP,
     PASSPHRASE,
+    Backup,
     Bucket,
     Repository,
     as_pid_1,
@@ -296,6 +297,15 @@ def test_a_shell_that_is_stopped_leaves_nothing_mounted(environment: dict[str, s
     assert target.contents() == {"file": b"by hand\n"}
 
 
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+    store = backup.Store("first", "http://localhost:1", "bucket", "", "KEY-ID", "KEY-SECRET")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    assert list(backup.walk_files(store, tmp_path)) == [tmp_path / "folder" / "file"]
+    with pytest.raises(backup.BackupError, match="listing .*file: Not a directory"):
+        list(backup.walk_files(store, tmp_path / "folder" / "file"))
+
+
 # --------------------------------------------------------------------------------------- Mounts that are dead
 
 
@@ -309,9 +319,10 @@ def leave_a_dead_mount(environment: Mapping[str, str], name: str) -> Path:
         if "tigrisfs" in line or str(BACKUP) in line
     ]
     assert len(keepers) == 2
-    # The one that would clean up first.
+    # The one that would clean up first; the other one may end with it.
     for pid in sorted(keepers, key=lambda pid: "tigrisfs" in command_line(pid)):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(is_running(pid) for pid in keepers), 10, "both are gone")
     # The first access may get ECONNABORTED, all others ENOTCONN.
     with pytest.raises(OSError, match=f"{os.strerror(errno.ENOTCONN)}|{os.strerror(errno.ECONNABORTED)}"):
@@ -336,10 +347,70 @@ def test_a_dead_mount_is_cleaned_up_by_the_next_command(
 
 
 @needs_fuse
-def test_a_dead_mount_can_be_unmounted(environment: dict[str, str]) -> None:
-    folder = leave_a_dead_mount(environment, "target-first")
-    run_backup(environment, "umount", "target-first").expect(0)
+@pytest.mark.parametrize(("name", "code"), [("source", 0), ("target-first", 2)])
+def test_a_dead_mount_can_be_unmounted(environment: dict[str, str], name: str, code: int) -> None:
+    """What was written to it may be lost: that is told, once."""
+    folder = leave_a_dead_mount(environment, name)
+    result = run_backup(environment, "umount").expect(code)
     assert mounts_below(folder) == []
+    assert "everything is uploaded" not in result.output
+    assert ("may have held what is not uploaded" in result.output) == bool(code)
+    assert "is not mounted" in run_backup(environment, "umount", name).expect(0).output
+
+
+@needs_fuse
+def test_what_tigrisfs_held_when_it_was_killed_is_told_by_umount(
+    environment: dict[str, str], target: Bucket
+) -> None:
+    with FaultProxy(target.server.endpoint) as proxy:
+        proxy.add(lambda request: request.is_write and request.key == "file", Action.HANG)
+        environment = with_target(environment, "first", endpoint=proxy.endpoint)
+        run_backup(environment, "mount", "first").expect(0)
+        (Path(environment["DATA_DIR"]) / "target-first" / "file").write_bytes(b"x")
+        tigrisfs = [
+            pid
+            for pid, line in processes_with(environment["DATA_DIR"]).items()
+            if "tigrisfs" in line and str(BACKUP) not in line
+        ]
+        os.kill(tigrisfs[0], signal.SIGKILL)
+        wait_until(lambda: not mounts_below(Path(environment["DATA_DIR"])), 20, "the keeper has ended")
+        assert "tigrisfs ended with 137" in run_backup(environment, "umount").expect(2).output
+    assert "nothing is mounted" in run_backup(environment, "umount").expect(0).output
+
+
+@needs_fuse
+def test_the_mounts_of_a_run_are_not_unmounted(
+    environment: dict[str, str], source: Bucket, target: Bucket
+) -> None:
+    source.put({"a": b"a"})
+    with FaultProxy(source.server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET", Action.DELAY, after=1, seconds=60)
+        with Backup({**environment, "SOURCE_ENDPOINT": proxy.endpoint}) as running:
+            running.wait_for_line("borg create begins")
+            for name in ("source", "first"):
+                assert "another command has it" in run_backup(environment, "umount", name).expect(2).output
+            assert "nothing is mounted" in run_backup(environment, "umount").expect(0).output
+            proxy.clear()
+            running.wait().expect(0)
+
+
+@needs_fuse
+def test_who_mounts_second_waits_for_the_first(environment: dict[str, str], target: Bucket) -> None:
+    """And fails as it does, or where it asked for something else."""
+    with FaultProxy(target.server.endpoint) as proxy:
+        environment = with_target(environment, "first", endpoint=proxy.endpoint)
+        slow = proxy.add(lambda request: request.kind == "LIST", Action.DELAY, seconds=60)
+        with Backup(environment, "mount", "first") as first, Backup(environment, "mount", "first") as second:
+            wait_until(lambda: slow.hit, 20, "a keeper is at it")
+            time.sleep(1)
+            assert second.process.poll() is None
+            proxy.clear()
+            outputs = [each.wait().expect(0).output for each in (first, second)]
+            assert sorted("already" in output for output in outputs) == [False, True]
+    run_backup(environment, "umount").expect(0)
+    run_backup(environment, "mount", "source").expect(0)
+    result = run_backup(environment, "mount", "source", "--read-write").expect(2)
+    assert "already, read-only" in result.output
 
 
 @needs_fuse

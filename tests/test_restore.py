@@ -8,10 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,34 @@ def test_the_archive_is_the_newest_of_the_label_until_the_time(
 def test_a_time_may_name_its_zone() -> None:
     assert backup.end_of_time("2025-01-02T03:00Z") == datetime(2025, 1, 2, 3, 1, tzinfo=UTC)
     assert backup.end_of_time("2025-01-02T03:00:00+02:00") == datetime(2025, 1, 2, 1, 0, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our time zone: its clocks are set back on 2025-10-26 at 3, and forward on 2025-03-30 at 2."""
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("at", "end"), [("2025-10-26", "2025-10-26T23:00+00:00"), ("2025-03-30", "2025-03-30T22:00+00:00")]
+)
+def test_a_day_may_have_23_or_25_hours(at: str, end: str) -> None:
+    assert backup.end_of_time(at) == datetime.fromisoformat(end)
+
+
+@pytest.mark.usefixtures("berlin")
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x-2025-10-26T02:30:05", "2025-10-26T00:30:06"), ("x-2025-10-26T02:10:03", "2025-10-26T01:10:04")],
+)
+def test_a_local_time_that_comes_twice_is_told_apart(name: str, start: str) -> None:
+    started = datetime.fromisoformat(start).replace(tzinfo=UTC)
+    assert backup.archive_time(name, started) == started - timedelta(seconds=1)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +354,9 @@ def test_what_was_written_is_compared_with_the_listing(
         (["first", "--to", "x", "--to-bucket", "y"], "`restore` takes either --to DIR or --to-bucket"),
         (["first", "--to", "x", "--at", "2025-01-01", "--archive", "y"], "not both"),
         (["first", "--to", "x", "--at", "yesterday"], "'yesterday' is no time"),
+        (["first", "--to", "x", "--at", "9999-12-31"], "'9999-12-31' is no time"),
+        (["first", "--to", "x", "--at", ""], "--at: needs a value"),
+        (["first", "--to", "x", "--archive", ""], "--archive: needs a value"),
         (["first", "--to", ""], "name a folder"),
         (["first", "/", "--to", "x"], "leave it out to restore everything"),
         (["--to", "x"], "takes the name of a target"),
@@ -558,6 +592,27 @@ def test_a_long_name_hinders_no_other(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"fine": b"1"}
 
 
+def test_borg_can_write_its_tar_file_to_the_end(tmp_path: Path) -> None:
+    """It fills the last record up: what is behind the end marker may come when all objects were taken out."""
+    content = bytes(backup.READ_BYTES // 8 - 3 * tarfile.BLOCKSIZE)  # the marker ends where a read does
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w|") as tar:
+        member = tarfile.TarInfo("key")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    reading, writing = os.pipe()
+    taken: list[str] = []
+    items = {"key": backup.Item("key", "key", len(content), 0, True)}
+    with ThreadPoolExecutor(1) as pool, os.fdopen(writing, "wb", buffering=0) as stream:
+        work = pool.submit(backup.take_out, reading, items, lambda item, *_: taken.append(item.key))
+        stream.write(written.getvalue()[: backup.READ_BYTES // 8])
+        wait_until(lambda: taken, 10, "all objects were taken out")
+        time.sleep(0.2)
+        stream.write(written.getvalue()[backup.READ_BYTES // 8 :])
+        stream.close()
+        work.result(10)
+
+
 def test_names_that_differ_in_case_only_are_not_written_over_each_other(tmp_path: Path) -> None:
     """On a disk that takes them for one, the second is named: what was not there before must not be there."""
     runtime = runtime_of_nobody()
@@ -597,7 +652,7 @@ def test_a_bucket_gets_every_object_once(
         first = requests(server, site.destination)
         site.restore("--to-bucket", site.destination.name).expect(0)
         second = requests(server, site.destination)
-        probes = 3  # two of preflight, and the empty folder's object
+        probes = 2  # of preflight
         assert second["PUT"] - first["PUT"] == probes
         assert second["GET"] - first["GET"] < 10  # ETags tell
         site.destination.delete("plain.txt", "large")
@@ -774,6 +829,38 @@ def test_a_restore_does_not_wait_for_a_backup(site: Site) -> None:
         assert "another run works on this repository: a backup" in result.output
         assert "without the lease" in result.output
         assert tree(site.folder / "out") == {"a": b"1"}
+
+
+def test_a_path_is_first_of_all_a_key(site: Site) -> None:
+    """And else what borg shows, with the mount point's path before the key."""
+    prefix = f"{site.environment['DATA_DIR']}/source".lstrip("/")
+    site.source.put({"x": b"of the bucket", "y": b"y", f"{prefix}/x": b"of a folder"})
+    site.back_up()
+    site.restore(f"{prefix}/x", f"{prefix}/y", "--to", str(site.folder / "out")).expect(0)
+    assert tree(site.folder / "out") == {f"{prefix}/x": b"of a folder", "y": b"y"}
+
+
+def test_an_object_that_stands_for_a_folder_is_not_overwritten_unasked(site: Site) -> None:
+    site.source.put({"a": b"1", "empty/": b""})
+    site.back_up()
+    site.destination.put({"empty/": b"somebody's"})
+    with FaultProxy(site.source.server.endpoint) as proxy:
+        environment = {**site.environment, "RESTORE_ENDPOINT": proxy.endpoint}
+        site.restore("--to-bucket", site.destination.name, environment=environment).expect(0)
+        writes = {request.key for request, _ in proxy.requests if request.kind == "PUT"}
+    assert "a" in writes
+    assert "empty/" not in writes
+
+
+def test_an_archive_without_objects_is_a_warning(site: Site) -> None:
+    """The source may have been emptied just before the day of the restore."""
+    site.source.put({"a": b"1"})
+    full = site.back_up()
+    site.source.clear()
+    run_backup(site.environment).expect(1)
+    result = site.restore("--to", str(site.folder / "out")).expect(1)
+    assert "this archive holds no objects; --at and --archive choose another" in result.output
+    site.restore("--archive", full, "--to", str(site.folder / "out")).expect(0)
 
 
 def test_a_backup_waits_for_a_restore(site: Site) -> None:

@@ -12,7 +12,8 @@ import pytest
 import backup
 from helpers import BACKUP, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
 from proof import Table, prove_intact
-from servers import SeaweedFS
+from proxy import Action, FaultProxy
+from servers import WRITER, SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
@@ -69,6 +70,18 @@ def cache(environment: Mapping[str, str], tmp_path: Path) -> Path:
     """borg's cache of the repository, on a volume that outlives a container that is killed."""
     [config] = (tmp_path / "cache" / "borg").glob("*/config")
     return config.parent
+
+
+def test_a_roster_that_vanishes_while_it_is_looked_at_is_none(target: Bucket) -> None:
+    """borg removes it when its last holder leaves."""
+    target.put(roster("shared", THEIRS))
+    with FaultProxy(target.server.endpoint) as proxy:
+        store = backup.Store(
+            "first", proxy.endpoint, target.name, "", WRITER.access_key_id, WRITER.secret_access_key
+        )
+        assert backup.find_leftovers(backup.S3Client(store)).owners
+        proxy.add(lambda request: request.kind == "GET", Action.REFUSE, status=404, code="NoSuchKey")
+        assert not backup.find_leftovers(backup.S3Client(store)).owners
 
 
 @pytest.mark.parametrize("left", OUR_LEFTOVERS)

@@ -245,6 +245,13 @@ def test_a_full_disk_is_told(site: Site, table: Table, tmp_path: Path) -> None:
         with full(disk):
             result = run_backup(site.environment, *words, str(disk), "plain.txt").expect(2)
             assert "nothing was written" in result.output
+    half = os.urandom(3_000_000)
+    site.source.put({"half": half})
+    run_backup(site.environment).expect(0)
+    with table.attempt("the disk has room for the rest only"), small_disk(disk):
+        (disk / "half").write_bytes(half[:2_000_000])
+        run_backup(site.environment, *words, str(disk), "half").expect(0)
+        assert tree(disk) == {"half": half}
     tiny = {f"tiny/{number}": b"x" for number in range(1100)}  # each takes 4096 bytes
     site.source.put(tiny)
     run_backup(site.environment).expect(0)
