@@ -425,6 +425,7 @@ def test_a_stop_signal_ends_borg_in_order(site: Site) -> None:
 
 @pytest.mark.parametrize("words", [("list", "--json"), ("info",), ("verify", "first", "--json")])
 def test_an_answer_that_cannot_be_written_is_a_failure(site: Site, words: Sequence[str]) -> None:
+    run_backup(site.environment).expect(0)
     with open("/dev/full", "w") as full_device:
         command = [sys.executable, str(BACKUP), *words]
         done = subprocess.run(

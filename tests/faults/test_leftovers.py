@@ -82,6 +82,7 @@ def test_a_roster_that_vanishes_while_it_is_looked_at_is_none(target: Bucket) ->
         assert backup.find_leftovers(backup.S3Client(store)).owners
         proxy.add(lambda request: request.kind == "GET", Action.REFUSE, status=404, code="NoSuchKey")
         assert not backup.find_leftovers(backup.S3Client(store)).owners
+    target.delete("lock.roster")
 
 
 @pytest.mark.parametrize("left", OUR_LEFTOVERS)
