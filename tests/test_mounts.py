@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
     assert list(backup.walk_files(store, tmp_path)) == [tmp_path / "folder" / "file"]
-    with pytest.raises(backup.BackupError, match="listing .*file: Not a directory"):
+    with pytest.raises(backup.BackupError, match=r"listing .*file: Not a directory"):
         list(backup.walk_files(store, tmp_path / "folder" / "file"))
 
 
