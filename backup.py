@@ -8236,7 +8236,9 @@ def tell_end(runtime: Runtime, store: Store) -> int:
         if not is_dead(runtime, store, path):
             raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
         remove_dead_mount(runtime, store, path)
-    state.write_text("", encoding="utf-8")
+    if stream := lock_file(state):  # else the next keeper has begun
+        with stream:
+            write_state(stream, {})
     if not facts:
         if not was_mounted:
             runtime.console.info(store.name, f"is not mounted at {path}")
