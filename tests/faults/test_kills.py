@@ -1,6 +1,7 @@
 """SIGKILL of a whole run, at moments spread over all that it does: the next run needs nobody."""
 
 import contextlib
+import os
 import random
 import signal
 import time
@@ -68,10 +69,12 @@ def make_site(
 
 
 def kill_everything(backup: Backup, chance: random.Random) -> Result:
-    """SIGKILL for backup.py, borg and tigrisfs: backup.py first, or all in any order."""
+    """SIGKILL for backup.py, borg and tigrisfs, in any order, and before one can see another's end."""
     everybody = [backup.pid, *descendants(backup.pid)]
-    if chance.random() < 0.5:
-        chance.shuffle(everybody)
+    for pid in everybody:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    chance.shuffle(everybody)
     kill_all(everybody)
     return backup.wait(10)
 
