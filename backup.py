@@ -1159,6 +1159,15 @@ class S3Client:
         """The content of an object, or its first byte."""
         return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
 
+    def get_if_there(self, key: str) -> bytes:
+        """The content of an object; nothing where there is none."""
+        try:
+            return self.get(key)
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise
+            return b""
+
     def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
         """Writes an object, under the condition that `headers` may name; returns its ETag.
 
@@ -2676,8 +2685,11 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     path = runtime.settings.mount_point(store)
     try:
         path = resolved(path)
-        if str(path) in mount_table():
-            remove_dead_mount(runtime, store, path)
+        if str(path) in mount_table() and not remove_dead_mount(runtime, store, path):
+            name = shlex.quote(store.name)
+            raise BackupError(
+                f"{store.name}: is mounted at {path} already", f"Unmount it first: backup.py umount {name}"
+            )
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BackupError(
@@ -2695,25 +2707,18 @@ def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
     within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
 
 
-def is_dead(runtime: Runtime, store: Store, path: Path) -> bool:
-    """Whether nobody serves a mount any more. Raises BackupError when it does not answer."""
+def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
+    """Detaches a mount that nobody serves any more; returns whether it was one.
+
+    Raises BackupError when it does not answer.
+    """
     try:
         probe_mount(runtime, store, path)
     except OSError:
-        return True
-    return False
-
-
-def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> None:
-    """Detaches a mount that nobody serves any more; raises BackupError where somebody does."""
-    if is_dead(runtime, store, path):
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
         detach(runtime, path, lazy=True)
-        return
-    name = shlex.quote(store.name)
-    raise BackupError(
-        f"{store.name}: is mounted at {path} already", f"Unmount it first: backup.py umount {name}"
-    )
+        return True
+    return False
 
 
 def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
@@ -3285,6 +3290,12 @@ def borg_export_sample(repository: Path, archive: str, patterns: Sequence[str]) 
     return ["export-tar", *patterns, f"{repository}::{archive}", "-"]
 
 
+def drain(stream: IO[bytes]) -> None:
+    """Reads the rest. borg pads its tar file behind the end, and must not find the pipe closed."""
+    while stream.read(READ_BYTES):
+        pass
+
+
 BORG_FOLDERS = (
     "XDG_CONFIG_HOME",
     "XDG_CACHE_HOME",
@@ -3309,12 +3320,6 @@ def personal_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def drain(stream: IO[bytes]) -> None:
-    """Reads what follows the end of borg's tar file: it pads it, and must not find the pipe closed."""
-    while stream.read(READ_BYTES):
-        pass
-
-
 def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
     """What borg gets to see, but for the passphrase's file descriptor."""
     own = {
@@ -3337,6 +3342,7 @@ DAMAGE_HELP = (
     " try `backup.py borg {name} check --repair`, and then let `backup.py check {name}` look at all of it."
 )
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 MAX_NAMED = 100  # objects or warnings; more are counted
 
@@ -4840,13 +4846,9 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
     prefix = client.store.key_prefix
-    names, roster = names_after_data(client), b""
-    if "lock.roster" in names:
-        try:
-            roster = client.get(f"{prefix}lock.roster")
-        except S3Error as error:
-            if error.status != 404:  # its last holder may just have left
-                raise
+    names = names_after_data(client)
+    # Its last holder may just have left.
+    roster = client.get_if_there(f"{prefix}lock.roster") if "lock.roster" in names else b""
     return Leftovers.sort(names, roster)
 
 
@@ -5021,7 +5023,7 @@ def full_disk_told(store: Store) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        if error.errno in FULL_DISK or os.strerror(errno.ENOSPC) in str(error):
             raise BackupError(f"{store.name}: {os.strerror(errno.ENOSPC)}", DISK_HELP) from error
         raise
 
@@ -5260,12 +5262,7 @@ def age(seconds: float) -> str:
 
 def last_check(client: S3Client, identity: str) -> CheckRecord:
     """What is known of the checks of the repository with this id. Raises S3Error."""
-    try:
-        body = client.get(f"{client.store.key_prefix}{CHECKED_NAME}")
-    except S3Error as error:
-        if error.code != "NoSuchKey":
-            raise
-        body = b""
+    body = client.get_if_there(f"{client.store.key_prefix}{CHECKED_NAME}")
     return CheckRecord.parse(body, identity)
 
 
@@ -6944,8 +6941,7 @@ class Prover:
                     trouble = first_difference(archived, original)
             except OSError as error:
                 trouble, unreadable = error.strerror or str(error), True
-        while archived.read(COMPARED_BYTES):  # to its end, so that all of it is verified
-            pass
+        drain(archived)  # so that all of it is verified
         found.sampled += 1
         found.sampled_bytes += member.size
         if not unchanged or (trouble and self._changed_meanwhile(key, member)):
@@ -7159,18 +7155,27 @@ def ancestors(key: str) -> Iterator[str]:
         key = slash
 
 
-def literal_or_key(path: str, names: Collection[str], prefix: str) -> str:
-    """What a PATH means: a key or folder as it stands, or else one as borg shows it, behind `prefix`."""
-    return path if path in names else path.removeprefix(prefix)
+def names_in(contents: Inventory) -> dict[str, None]:
+    """All keys, and the folders that they are in, in the archive's order."""
+    keys = itertools.chain((item.key for item in contents.items), contents.empty_folders, contents.others)
+    return dict.fromkeys(name for key in keys for name in ancestors(key))
+
+
+def meant(contents: Inventory, paths: Sequence[str]) -> dict[str, str]:
+    """What each path means -> the path: a key or folder as it stands, or else one as borg shows it.
+
+    borg shows the mount point's path before it. All names are looked at only where a path begins with that.
+    """
+    given, prefix = {path.strip("/"): path for path in paths}, contents.prefix
+    known = names_in(contents) if any(name.startswith(prefix) for name in given) and prefix else {}
+    return {name if name in known else name.removeprefix(prefix): path for name, path in given.items()}
 
 
 def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
     """The objects that `paths` name, which are keys or folders. Raises BackupError for what names none."""
     if not paths:
         return contents
-    names = {name for item in contents.items for name in ancestors(item.key)}
-    names.update(contents.empty_folders, contents.others)
-    wanted = {literal_or_key(path.strip("/"), names, contents.prefix): path for path in paths}
+    wanted = meant(contents, paths)
     met: set[str] = set()
 
     def is_meant(key: str) -> bool:
@@ -7182,7 +7187,8 @@ def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
     folders = [key for key in contents.empty_folders if is_meant(key)]
     others = [key for key in contents.others if is_meant(key)]
     if unmet := [path for name, path in wanted.items() if name not in met]:
-        close = difflib.get_close_matches(unmet[0].strip("/"), itertools.islice(names, 20_000), n=1)
+        known = itertools.islice(names_in(contents), 20_000)
+        close = difflib.get_close_matches(unmet[0].strip("/"), known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
         raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
     return Inventory(contents.prefix, items, folders, others)
@@ -7683,7 +7689,7 @@ class Writer:
         """The error for a place that takes no more."""
         mount = self._place.mount
         reason = f"{error.strerror}: {mount.log.reason}" if mount else f"{error.strerror}"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL_DISK
         hint = "Make room, and run it again" if full else "Run it again"
         return BackupError(
             f"cannot write {item.key!r} to {self._place.title}: {reason}",
@@ -7930,6 +7936,7 @@ READY_LINE = "the mount is ready"
 REQUEST = ".upload"  # the suffix of the file that asks a keeper to upload all that the mount shows
 LOG = ".log"  # that of the file with what it prints when it is usable
 BUSY_TRIES = 5
+WRITE_AGAIN = "Mount it again, compare, and copy what is missing."
 MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
 
 
@@ -8124,7 +8131,7 @@ def keep_store(
     elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
         raise BackupError(
             f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
-            "Mount it again, compare, and copy what is missing.",
+            WRITE_AGAIN,
         )
 
 
@@ -8232,10 +8239,8 @@ def tell_end(runtime: Runtime, store: Store) -> int:
     """
     path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
     facts, was_mounted = read_state(state), str(path) in mount_table()
-    if was_mounted:
-        if not is_dead(runtime, store, path):
-            raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
-        remove_dead_mount(runtime, store, path)
+    if was_mounted and not remove_dead_mount(runtime, store, path):
+        raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
     if stream := lock_file(state):  # else the next keeper has begun
         with stream:
             write_state(stream, {})
@@ -8248,7 +8253,7 @@ def tell_end(runtime: Runtime, store: Store) -> int:
     if "code" not in facts and facts["writable"]:
         raise BackupError(
             f"{store.name}: its mount at {path} was killed, and may have held what is not uploaded",
-            "Mount it again, compare, and copy what is missing.",
+            WRITE_AGAIN,
         )
     code = facts.get("code", EXIT_OK)
     done = ", everything is uploaded" if facts["writable"] and code == EXIT_OK else ""

@@ -244,7 +244,14 @@ def test_without_a_name_all_are_unmounted_whatever_becomes_of_one(
 
 # -------------------------------------------------------------------------------- A shell that is a container
 
-BY_HAND = f"{sys.executable} {BACKUP} mount target-first && echo by hand >$DATA_DIR/target-first/file"
+MOUNT = f"{sys.executable} {BACKUP} mount target-first"
+BY_HAND = f"{MOUNT} && echo by hand >$DATA_DIR/target-first/file"
+
+
+def as_container(environment: Mapping[str, str], script: str) -> subprocess.CompletedProcess[str]:
+    """A shell with this script as a container has it: below backup.py as process 1."""
+    command = as_pid_1(BACKUP, "sh", "-c", script)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 @needs_fuse
@@ -253,8 +260,7 @@ def test_what_a_shell_left_mounted_is_unmounted_before_the_container_ends(
     environment: dict[str, str], target: Bucket, code: int
 ) -> None:
     """With PID 1 all of its processes end, and what tigrisfs has not uploaded is lost."""
-    command = as_pid_1(BACKUP, "sh", "-c", f"{BY_HAND}; exit {code}")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = as_container(environment, f"{BY_HAND}; exit {code}")
     assert done.returncode == code, done.stderr
     assert "[target-first] is unmounted, everything is uploaded" in done.stdout + done.stderr
     assert target.contents() == {"file": b"by hand\n"}, "and the lease is given back"
@@ -266,9 +272,7 @@ def test_what_could_not_be_uploaded_then_is_an_error_of_the_container(
 ) -> None:
     with FaultProxy(target.server.endpoint) as proxy:
         proxy.add(lambda request: request.is_write and request.key == "file", Action.REFUSE)
-        environment = with_target(environment, "first", endpoint=proxy.endpoint)
-        command = as_pid_1(BACKUP, "sh", "-c", BY_HAND)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        done = as_container(with_target(environment, "first", endpoint=proxy.endpoint), BY_HAND)
     assert done.returncode == 2
     assert "file is missing" in done.stderr
     assert target.sizes() == {}
@@ -279,8 +283,7 @@ def test_a_mount_that_has_only_begun_when_the_shell_ends_is_unmounted_too(
     environment: dict[str, str], target: Bucket
 ) -> None:
     begun = "until grep -qs tigrisfs /proc/[0-9]*/comm; do :; done"
-    command = as_pid_1(BACKUP, "sh", "-c", f"{sys.executable} {BACKUP} mount target-first & {begun}")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = as_container(environment, f"{MOUNT} & {begun}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[target-first] is unmounted, everything is uploaded" in done.stdout + done.stderr
     assert target.sizes() == {}
