@@ -5,9 +5,9 @@ What a run does: it reads the configuration from environment variables and repor
 once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
 target, several side by side, takes the lease that excludes other runs, makes the borg repository where it is
 new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
-of borg, prunes, compacts and checks where asked, unmounts, which returns only when all is uploaded, compares
-the bucket with what borg wrote, and gives the lease back. At the end what was archived is compared with what
-the source lists, and whoever is to hear of the run is told. One failing target does not stop the others.
+of borg, compares it with what the source lists, prunes, compacts and checks where asked, unmounts, which
+returns only when all is uploaded, compares the bucket with what borg wrote, and gives the lease back. At the
+end whoever is to hear of the run is told. One failing target does not stop the others.
 Nothing is waited for that makes no progress.
 Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
 finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
@@ -1092,6 +1092,8 @@ class Patience:
 
 # For a store that has answered before: its address is right, so whatever it is may pass.
 PROVEN = Patience(unreachable_seconds=PROVEN_PATIENCE_SECONDS, failing_seconds=PROVEN_PATIENCE_SECONDS)
+# For a question that is asked about each of many objects.
+HASTY = Patience(answer_seconds=8, unreachable_seconds=0, failing_seconds=0)
 
 
 # What to do about S3's error codes; {setting} places are filled with the store's own settings.
@@ -3502,7 +3504,7 @@ class Borg:
         `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
         unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
         borg. Raises BackupError when it fails, Stuck when its mounts are gone or nothing moves, Stopped on a
-        stop signal, and what `consume` raises.
+        stop signal, and what `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -3522,7 +3524,8 @@ class Borg:
         if isinstance(child, StreamedChild):
             child.consumed.result()
         result = BorgResult(verdict(code), "\n".join(output), log)
-        if result.verdict is Verdict.FAILURE or log.io_errors:
+        lacks_some = command == "create" and code == IO_ERROR_CODE
+        if result.verdict is Verdict.FAILURE and not lacks_some:
             raise self._failure(command, code, log)
         return result
 
@@ -3594,12 +3597,6 @@ class Borg:
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
         """The error for a failed command, in borg's own words."""
         name, path = self._target.name, self.repository
-        if log.io_errors or code == IO_ERROR_CODE:
-            return BackupError(
-                f"{self._target.store.name}: {count(log.io_errors or 1, 'object')} of the source could not be"
-                " read (named above)",
-                "The archive holds the others. Run it again; if it stays so, look at those objects.",
-            )
         msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
         hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
         owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
@@ -4148,12 +4145,14 @@ class ArchivedObjects:
         self._prefix = f"{source}/"
         self._archived = Digests()
         self._unreadable = Digests()
+        self.unread: list[str] = []  # the first MAX_NAMED of what borg could not read
 
     def take(self, status: str, path: str) -> None:
         """Takes a file's status (`borg create --list`): A, M, U and C are archived, E is not."""
         key = path.removeprefix(self._prefix)
         if status == "E":
             self._unreadable.add(key)
+            self.unread += [key] if len(self.unread) < MAX_NAMED else []
         elif status in ("A", "M", "U", "C", "h"):
             self._archived.add(key)
 
@@ -4171,7 +4170,9 @@ NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
-NOT_SHOWN = "the mount did not show it"
+NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
+GONE = "it was deleted meanwhile"
+REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
 
 
 def why_missing(key: str, failed: bool, hidden: bool) -> str:
@@ -4180,7 +4181,7 @@ def why_missing(key: str, failed: bool, hidden: bool) -> str:
         return "no file can have this name"
     if hidden:
         return "it is hidden by objects below the same name"
-    return "it could not be read" if failed else NOT_SHOWN
+    return UNREAD if failed else NOT_SHOWN
 
 
 def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mount, began: datetime) -> str:
@@ -4212,6 +4213,19 @@ def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mou
     return ""
 
 
+def why_unread(client: S3Client, key: str) -> str:
+    """Why borg could not read `key`: S3 itself refuses it or has it no more, else the reading failed."""
+    try:
+        client.get(key, first_byte_only=True)
+    except S3Error as error:
+        if error.status in REFUSALS:
+            return f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}"
+        with contextlib.suppress(S3Error):  # what borg could not read may also be a folder
+            if error.status == 404 and not client.list_page(f"{key}/", limit=1)[0]:
+                return GONE
+    return UNREAD
+
+
 class Findings:
     """The objects that an archive lacks: the first ones by name, all by number."""
 
@@ -4219,29 +4233,43 @@ class Findings:
         """None."""
         self.count = 0
         self.named: list[tuple[str, str]] = []
+        self.asked: dict[str, str] = {}  # what S3 was asked about, with the answer
+        self.explains_all = True
 
     def add(self, key: str, reason: str) -> None:
         """Takes one in."""
         self.count += 1
         if self.count <= MAX_NAMED:
             self.named.append((key, reason))
+        # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
+        # a name that no file can have, and S3's own refusal (cold storage), last until a person does
+        # something, and meanwhile no archive will hold the object: pruning must not wait for that. (Where S3
+        # suddenly refuses very many, the archive has shrunk, which stops pruning, too.) Nor must it wait for
+        # an object that is overwritten in every night's run.
+        if reason in (NOT_SHOWN, UNREAD):
+            self.explains_all = False
 
+    def ask(self, client: S3Client, unread: Sequence[str]) -> None:
+        """Asks S3 why borg could not read these objects."""
+        for key in unread:
+            reason = self.asked[key] = why_unread(client, f"{client.store.key_prefix}{key}")
+            if reason != GONE:
+                self.add(key, reason)
 
-def audit_source(
-    client: S3Client, mount: Mount, archives: Sequence[ArchivedObjects], began: datetime
-) -> list[Findings]:
-    """What each archive lacks of what the source lists now; `began` is by the server's clock.
+    def compare(self, client: S3Client, mount: Mount, archive: ArchivedObjects, began: datetime) -> None:
+        """Takes in what an archive lacks of what the source lists now; `began` is by the server's clock.
 
-    One LIST for each 1,000 objects, however many archives there are. Raises S3Error.
-    """
-    findings = [Findings() for _ in archives]
-    prefix = client.store.key_prefix
-    for entry in client.list_objects(prefix):
-        key = entry.key[len(prefix) :]
-        for archive, found in zip(archives, findings, strict=True):
-            if key and (reason := audit_object(entry, key, archive, mount, began)):
-                found.add(key, reason)
-    return findings
+        One LIST for each 1,000 objects. Raises S3Error.
+        """
+        prefix = client.store.key_prefix
+        # Of what borg could not read, S3 is asked about the first hundred, which stand for the others.
+        refuses_all = len(self.asked) == MAX_NAMED and not {UNREAD, GONE} & set(self.asked.values())
+        for entry in client.list_objects(prefix):
+            key = entry.key[len(prefix) :]
+            is_told = self.asked.get(key, GONE) != GONE
+            if key and not is_told and (reason := audit_object(entry, key, archive, mount, began)):
+                is_like_those = reason == UNREAD and refuses_all
+                self.add(key, "S3 refuses others like it" if is_like_those else reason)
 
 
 # -------------------------------------------------------------------------------------------- Notifications
@@ -4431,9 +4459,13 @@ def run_text(report: Report, code: int, troubles: Troubles) -> str:
     """The same for people: a line, the table, the errors and warnings."""
     what = f"{TOLD_COMMANDS[report.command]} {report.label} on {socket.gethostname()}"
     head = f"{what}: {result_name(code)[1]} (exit code {code})"
-    reasons = [f"{target['name']}: {target['reason']}" for target in report.targets if target["reason"]]
-    # One that is the end of another line says nothing new.
-    lines = [line for line in troubles.lines() if not any(line.endswith(reason) for reason in reasons)]
+    reasons = [" ".join(target["reason"].split()) for target in report.targets]
+    # What the table's reasons end with says nothing new.
+    lines = [
+        line
+        for line in troubles.lines()
+        if not any(reason and reason.endswith(line.partition(": ")[2] or line) for reason in reasons)
+    ]
     return "\n".join(part for part in (head, report.table, "\n".join(lines)) if part)
 
 
@@ -4460,9 +4492,10 @@ class Reporter:
         if self.console.as_json:
             numbers = {name: document[name] for name in ("exit_code", "result", "seconds")}
             self.console.info("run", result_name(code)[1], "run_finished", **numbers)
-        if self._start:  # it must not arrive after the end
+        if self._start:  # it must not arrive after the end, so a try that is under way is waited for
             self._start_is_over.set()
-            seconds = POLL_SECONDS if self.stop.requested else TELL_STOPPED_SECONDS
+            # A failure that arrives before a start still is one: after a stop signal there is no time.
+            seconds = POLL_SECONDS if self.stop.requested else 2 * TELL_TRY_SECONDS
             concurrent.futures.wait([self._start], timeout=seconds)
         jobs = {
             str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
@@ -4686,10 +4719,7 @@ def examine(client: S3Client, write: bool) -> Preflight:
     Raises S3Error naming what is refused.
     """
     found = look(client)
-    readable = next((entry for entry in found.keys if not entry.key.endswith("/")), None)
-    if readable:
-        with contextlib.suppress(ArchivedObject):
-            probe_read(client, readable)
+    probe_read(client, [entry for entry in found.keys if not entry.key.endswith("/")][:PROBED_OBJECTS])
     if write:
         probe_write(client)
     return found
@@ -4704,22 +4734,27 @@ def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
     return found
 
 
-class ArchivedObject(Exception):
-    """An object in cold storage: it cannot be read now, and says nothing about the others."""
+PROBED_OBJECTS = 10
 
 
-def probe_read(client: S3Client, entry: S3Object) -> None:
-    """Reads the first byte of an object.
+def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
+    """Reads the first byte of one of these objects.
 
-    Raises S3Error; ArchivedObject where only this object is out of reach.
+    Raises S3Error, the first one, where S3 refuses them all. One in cold storage, or deleted since the
+    listing, says nothing about the others.
     """
-    try:
-        client.get(entry.key, first_byte_only=entry.size_bytes > 0)
-    except S3Error as error:
-        if error.code == "InvalidObjectState":
-            raise ArchivedObject from error
-        if error.status != 404:  # deleted since the listing
-            raise
+    refusals = []
+    for entry in entries:
+        try:
+            client.get(entry.key, first_byte_only=entry.size_bytes > 0)
+            return
+        except S3Error as error:
+            if error.status not in (*REFUSALS, 404):
+                raise
+            if error.status != 404 and error.code != "InvalidObjectState":
+                refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 def probe_write(client: S3Client) -> None:
@@ -4752,6 +4787,8 @@ def held(
 ) -> Iterator[Lease]:
     """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
+    if not client.clock:  # it tells the others since when, by a clock that all share
+        look_at_lease(client)
     holder = Holder(
         runtime.run_id, socket.gethostname(), purpose, utc_now(client), settings.lease_ttl_seconds
     )
@@ -5467,18 +5504,21 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
 
 @dataclass
 class Outcome:
-    """How it went with one target."""
+    """How it went with one target: it has failed until its story is at its end."""
 
     target: Target
-    archived: ArchivedObjects | None = None
-    verdict: Verdict = Verdict.OK
-    reason: str = ""
+    verdict: Verdict = Verdict.FAILURE
+    reason: str = "was not run"
     archive: str = ""
     objects: int = 0
     archived_bytes: int = 0
     stored_bytes: int = 0
+    archives_before: int | None = None  # of a maintenance: how many there were, and are
+    archives_after: int | None = None
     seconds: float = 0.0
     is_suspicious: bool = False  # the archive may not be worth what pruning would delete for it
+    warnings: list[str] = field(default_factory=list)  # the reasons, where there are any
+    failures: list[str] = field(default_factory=list)  # what fails it although its story goes on
 
     def as_json(self) -> dict[str, Any]:
         """How it went, in JSON."""
@@ -5490,22 +5530,65 @@ class Outcome:
             "objects": self.objects,
             "bytes": self.archived_bytes,
             "new_bytes": self.stored_bytes,
+            "archives_before": self.archives_before,
+            "archives_after": self.archives_after,
             "seconds": round(self.seconds, 3),
         }
 
     def add(self, result: BorgResult) -> None:
         """Takes a command's warnings into account."""
         if result.verdict is Verdict.WARNING:
-            self.verdict = Verdict.WARNING
+            self.warn()
 
-    def warn(self, reason: str) -> None:
-        """It ends with a warning."""
-        self.verdict, self.reason = Verdict.WARNING, reason
+    def warn(self, reason: str = "") -> None:
+        """It ends with a warning at best."""
+        self.warnings.append(reason)
+
+    def finish(self) -> None:
+        """Its story is at its end."""
+        if self.failures:
+            self.verdict, self.reason = Verdict.FAILURE, self.failures[0]
+            return
+        self.verdict = Verdict.WARNING if self.warnings else Verdict.OK
+        self.reason = next(filter(None, self.warnings), "")
 
     def fail(self, error: Exception) -> None:
         """It has failed, or it is not our turn."""
         busy = isinstance(error, StillRunning)
         self.verdict, self.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
+
+
+def bring_to_end(runtime: Runtime, outcome: Outcome, work: Callable[[], None]) -> None:
+    """Does a target's work. Whatever goes wrong becomes its outcome, so that the others go on.
+
+    Raises Stopped.
+    """
+    start, console, name = time.monotonic(), runtime.console, outcome.target.store.name
+    try:
+        work()
+        outcome.finish()
+    except Stopped:
+        outcome.fail(BackupError("was stopped"))
+        raise
+    except (BackupError, OSError) as error:
+        outcome.fail(error)
+        console.error(name, str(error))
+    except Exception as error:
+        outcome.fail(BackupError(f"{name}: {type(error).__name__}: {DEFECT}"))
+        tell_defect(console, name)
+    finally:
+        outcome.seconds = time.monotonic() - start
+
+
+DEFECT = "this is a defect of the program, please report it"
+
+
+def tell_defect(console: Console, name: str) -> None:
+    """Prints the exception that is being handled, and with it where in the program it was raised."""
+    trace = traceback.format_exc()
+    console.error(name, DEFECT, "defect", traceback=trace)
+    if not console.as_json:
+        print(trace, end="", file=sys.stderr)
 
 
 def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
@@ -5538,9 +5621,6 @@ def conclude(
 ) -> None:
     """Prints how it went with each target, and notes it for those who are told."""
     report, console = runtime.report, runtime.console
-    for outcome in outcomes:
-        if not outcome.seconds:
-            outcome.verdict, outcome.reason = Verdict.FAILURE, outcome.reason or "was not run"
     report.targets = [outcome.as_json() for outcome in outcomes]
     report.table = tabulate(outcomes)
     if not console.as_json:
@@ -5558,7 +5638,7 @@ def conclude(
 def back_up_all(
     runtime: Runtime, found: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
 ) -> None:
-    """Backs up to several targets at a time, and compares the archives with what the source lists.
+    """Backs up to several targets at a time.
 
     Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
     """
@@ -5572,8 +5652,6 @@ def back_up_all(
                     back_up_batch(runtime, found, mount, batch)
                     if not mount.usable:
                         break
-                if not remaining and runtime.settings.audit:
-                    audit_archives(runtime, mount, found, [outcome for outcome, _ in work])
         except Stopped:
             raise
         except BackupError as error:
@@ -5615,46 +5693,6 @@ def back_up_batch(
         future.result()
 
 
-def audit_archives(
-    runtime: Runtime, source_mount: Mount, source: Preflight, outcomes: Sequence[Outcome]
-) -> None:
-    """Names the objects that the new archives lack, and takes that into the outcomes."""
-    audited = [outcome for outcome in outcomes if outcome.archived and outcome.verdict is not Verdict.FAILURE]
-    archives = [outcome.archived for outcome in audited if outcome.archived]
-    if not archives:
-        return
-    client = S3Client(runtime.settings.source, source.region, PROVEN)
-    try:
-        findings = within(
-            LIST_SECONDS,
-            "source: comparing the archives with its listing",
-            lambda: audit_source(client, source_mount, archives, source.clock),
-            runtime.stop,
-        )
-    except Stopped:
-        raise
-    except (BackupError, OSError) as error:
-        for outcome in audited:
-            outcome.verdict = Verdict.FAILURE
-            outcome.reason = f"what it holds could not be compared with the source: {error}"
-        runtime.console.error("source", str(error))
-        return
-    for outcome, found in zip(audited, findings, strict=True):
-        report_findings(runtime, outcome, found)
-
-
-def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None:
-    """Prints what an archive lacks."""
-    name = outcome.target.store.name
-    for key, reason in found.named:
-        runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
-    if found.count > len(found.named):
-        runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
-    if found.count:
-        outcome.verdict = Verdict.WARNING
-        outcome.reason = outcome.reason or f"the archive lacks {count(found.count, 'object')}"
-
-
 def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
     """Examines the source and all targets at the same time; the source's result is the first."""
     clients = [S3Client(runtime.settings.source), *(S3Client(target.store) for target in targets)]
@@ -5666,20 +5704,16 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
 
 def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> None:
     """Backs up to one target; a failure becomes its outcome, so that the others go on. Raises Stopped."""
-    start, name = time.monotonic(), outcome.target.store.name
-    try:
+
+    def work() -> None:
         if isinstance(check, BackupError):
             raise check
         backup_target(runtime, outcome, check, source)
-    except Stopped:
-        outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
-        raise
-    except (BackupError, OSError) as error:
-        outcome.fail(error)
-        runtime.console.error(name, str(error))
+
+    try:
+        bring_to_end(runtime, outcome, work)
     finally:
         source.ahead.left(source.reader)
-        outcome.seconds = time.monotonic() - start
 
 
 def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: Source) -> None:
@@ -5700,6 +5734,7 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
                 check_encryption(runtime, repository)
                 warn_of_missing_cache(runtime, target, repository.cache)
             create_archive(runtime, outcome, repository, source)
+            is_whole = not outcome.failures
             compare_with_last(runtime, outcome, repository)
             if target.prune and outcome.objects and not outcome.is_suspicious:
                 prune(runtime, outcome, repository)
@@ -5707,7 +5742,9 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
                     compact(runtime, outcome, repository)
             check_at_last(runtime, outcome, repository, f"the archive {outcome.archive} is stored")
         outlast_name(outcome.archive)
-    if outcome.objects:  # what comes after an empty or a failed one is to be compared with the last good one
+    if (
+        outcome.objects and is_whole
+    ):  # what comes after an empty or a failed one is to be compared with the last good one
         note_count(repository.cache, runtime.settings.label, outcome.objects)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
     if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
@@ -5725,7 +5762,10 @@ def remind_of_key(runtime: Runtime, target: Target) -> None:
 
 
 def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, source: Source) -> None:
-    """Makes a new archive and says what it holds. Raises BackupError, also when the source went away."""
+    """Makes a new archive and says what it holds, and what it lacks.
+
+    Raises BackupError, also when the source went away.
+    """
     target, settings, cache = outcome.target, runtime.settings, repository.cache
     runtime.console.info(target.store.name, "borg create begins")
     archived, known_until = ArchivedObjects(source.mount.path), known_objects(cache)
@@ -5749,13 +5789,67 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
         source.found.clock - timedelta(seconds=RACE_SECONDS),
     )
     source.ahead.left(source.reader)
-    outcome.archived = archived
-    outcome.add(created)
-    if created.verdict is Verdict.WARNING:  # some objects, or is the source gone, or its keys revoked?
+    record_archive(runtime, outcome, created)
+    if created.log.warnings:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN), write=False)
-    record_archive(runtime, outcome, created, source.found)
+    judge_emptiness(runtime, outcome, source.found)
+    compare_with_source(runtime, outcome, archived, created, source)
     report_shrunk(runtime, outcome, source.mount)
     note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
+
+
+def compare_with_source(
+    runtime: Runtime, outcome: Outcome, archived: ArchivedObjects, created: BorgResult, source: Source
+) -> None:
+    """Names what the new archive lacks of the source; an archive that cannot be compared fails its target."""
+    found, client = Findings(), S3Client(runtime.settings.source, source.found.region, PROVEN)
+
+    def look() -> None:
+        found.ask(client.with_patience(HASTY), archived.unread)
+        if runtime.settings.audit:
+            found.compare(client, source.mount, archived, source.found.clock)
+
+    try:
+        within(LIST_SECONDS, "source: comparing the archive with its listing", look, runtime.stop)
+    except (Stopped, Stuck):
+        raise
+    except (BackupError, OSError) as error:
+        outcome.is_suspicious = True
+        note_failure(runtime, outcome, f"the archive could not be compared with the source: {error}")
+    report_findings(runtime, outcome, found)
+    gone = sum(reason == GONE for reason in found.asked.values())
+    if created.verdict is not Verdict.OK and not 0 < gone == created.log.warnings:
+        outcome.warn()
+    unread = sum(reason == UNREAD for reason in found.asked.values())
+    if created.log.io_errors and (unread or not found.asked):
+        what = count(unread or created.log.io_errors, "object")
+        note_failure(
+            runtime,
+            outcome,
+            f"{what} of the source could not be read (named above). The archive holds the others."
+            " Run it again; if it stays so, look at those objects.",
+        )
+
+
+def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
+    """Tells what fails a target although its story goes on."""
+    name = outcome.target.store.name
+    outcome.failures.append(f"{name}: {text}")
+    runtime.console.error(name, outcome.failures[-1])
+
+
+def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None:
+    """Prints what an archive lacks."""
+    name = outcome.target.store.name
+    for key, reason in found.named:
+        runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
+    if found.count > len(found.named):
+        runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
+    if found.count:
+        outcome.warn(f"the archive lacks {count(found.count, 'object')}")
+    if not found.explains_all:
+        outcome.is_suspicious = True
+        runtime.console.warning(name, "older archives may hold what this one lacks: nothing is pruned")
 
 
 def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
@@ -5768,12 +5862,13 @@ def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository
     if last is None and settings.shrink_percent:
         last = ask_count(runtime, outcome, repository)
     if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
-        outcome.is_suspicious, outcome.verdict = True, Verdict.WARNING
-        outcome.reason = (
+        outcome.is_suspicious = True
+        reason = (
             f"the archive has {count(outcome.objects, 'object')}, the one before it {last or 0:,}:"
             f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
         )
-        runtime.console.warning(name, outcome.reason, "shrunk", objects=outcome.objects, objects_before=last)
+        outcome.warnings.insert(0, reason)  # it explains more than how many objects are missing
+        runtime.console.warning(name, reason, "shrunk", objects=outcome.objects, objects_before=last)
 
 
 def has_shrunk(objects: int, last: int, percent: int) -> bool:
@@ -5855,11 +5950,8 @@ def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None
         )
 
 
-def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, source: Preflight) -> None:
-    """Takes borg's statistics into `outcome` and prints them.
-
-    Raises BackupError for a suspiciously empty archive.
-    """
+def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult) -> None:
+    """Takes borg's statistics into `outcome` and prints them."""
     archive = json.loads(created.output)["archive"]
     stats, name = archive["stats"], outcome.target.store.name
     outcome.archive, outcome.objects = archive["name"], stats["nfiles"]
@@ -5875,6 +5967,11 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, sour
         compressed_bytes=stats["compressed_size"],
         new_bytes=outcome.stored_bytes,
     )
+
+
+def judge_emptiness(runtime: Runtime, outcome: Outcome, source: Preflight) -> None:
+    """Warns of an archive without objects. Raises BackupError where the source has some."""
+    name = outcome.target.store.name
     if outcome.objects:
         return
     if any(not entry.key.endswith("/") for entry in source.keys):
@@ -5882,15 +5979,15 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, sour
             f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
             "Run it again; nothing was pruned.",
         )
-    outcome.verdict = Verdict.WARNING
-    outcome.reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
-    runtime.console.warning(name, outcome.reason)
+    reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
+    outcome.warn(reason)
+    runtime.console.warning(name, reason)
 
 
 def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> None:
     """Names the objects that became shorter after they were listed: borg sees an early end, and no error."""
     for key in sorted(source_mount.log.shrunk):
-        outcome.verdict = Verdict.WARNING
+        outcome.warn()
         runtime.console.warning(
             outcome.target.store.name,
             f"{key!r} was overwritten while it was read: it is incomplete in this archive",
@@ -5929,8 +6026,7 @@ def check_at_last(runtime: Runtime, outcome: Outcome, repository: Repository, do
     except (Stopped, Stuck):
         raise
     except BackupError as error:
-        outcome.verdict = Verdict.FAILURE
-        outcome.reason = f"{done}, but {error}"
+        outcome.failures.append(f"{done}, but {error}")
         runtime.console.error(repository.target.store.name, str(error))
 
 
@@ -6328,7 +6424,7 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
     outcomes = [Outcome(target) for target in targets]
     try:
         for outcome in outcomes:
-            maintain_or_fail(runtime, outcome)
+            bring_to_end(runtime, outcome, lambda outcome=outcome: maintain_target(runtime, outcome))
     finally:
         conclude(runtime, outcomes, maintenance_summary)
     return overall(outcomes)
@@ -6338,25 +6434,17 @@ def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
     """The table at a maintenance's end."""
     rows = [("target", "result", "archives", "duration")]
     rows += [
-        (outcome.target.name, outcome.verdict.value, outcome.archive or "-", duration(outcome.seconds))
+        (
+            outcome.target.name,
+            outcome.verdict.value,
+            "-"
+            if outcome.archives_after is None
+            else f"{outcome.archives_after:,} of {outcome.archives_before:,}",
+            duration(outcome.seconds),
+        )
         for outcome in outcomes
     ]
     return "\n".join([*table(rows), *reasons(outcomes)])
-
-
-def maintain_or_fail(runtime: Runtime, outcome: Outcome) -> None:
-    """Maintains one target; a failure becomes its outcome, so that the others go on. Raises Stopped."""
-    start = time.monotonic()
-    try:
-        maintain_target(runtime, outcome)
-    except Stopped:
-        outcome.verdict, outcome.reason = Verdict.FAILURE, "was stopped"
-        raise
-    except (BackupError, OSError) as error:
-        outcome.fail(error)
-        runtime.console.error(outcome.target.store.name, str(error))
-    finally:
-        outcome.seconds = time.monotonic() - start
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
@@ -6373,7 +6461,8 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         if target.compact_percent is not None:
             compact(runtime, outcome, repository)
         check_at_last(runtime, outcome, repository, "it is pruned and compacted as asked")
-        outcome.archive = f"{len(contents(repository).archives):,} of {len(known.archives):,}"
+        outcome.archives_before = len(known.archives)
+        outcome.archives_after = len(contents(repository).archives)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
@@ -8893,12 +8982,7 @@ def perform(
         console.error(arguments.command, str(error))
         return error.exit_code
     except Exception:  # Python's own exit code for it, 1, means warnings here
-        trace = traceback.format_exc()
-        console.error(
-            arguments.command, "this is a defect of the program, please report it", "defect", traceback=trace
-        )
-        if not console.as_json:
-            print(trace, end="", file=sys.stderr)
+        tell_defect(console, arguments.command)
         return EXIT_FAILURE
 
 
