@@ -5513,8 +5513,7 @@ class Outcome:
     objects: int = 0
     archived_bytes: int = 0
     stored_bytes: int = 0
-    archives_before: int | None = None  # of a maintenance: how many there were, and are
-    archives_after: int | None = None
+    archives: dict[str, int] = field(default_factory=dict)  # of a maintenance: how many there were, and are
     seconds: float = 0.0
     is_suspicious: bool = False  # the archive may not be worth what pruning would delete for it
     warnings: list[str] = field(default_factory=list)  # the reasons, where there are any
@@ -5530,8 +5529,7 @@ class Outcome:
             "objects": self.objects,
             "bytes": self.archived_bytes,
             "new_bytes": self.stored_bytes,
-            "archives_before": self.archives_before,
-            "archives_after": self.archives_after,
+            **self.archives,
             "seconds": round(self.seconds, 3),
         }
 
@@ -6437,9 +6435,9 @@ def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
         (
             outcome.target.name,
             outcome.verdict.value,
-            "-"
-            if outcome.archives_after is None
-            else f"{outcome.archives_after:,} of {outcome.archives_before:,}",
+            "{archives_after:,} of {archives_before:,}".format(**outcome.archives)
+            if outcome.archives
+            else "-",
             duration(outcome.seconds),
         )
         for outcome in outcomes
@@ -6461,8 +6459,8 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         if target.compact_percent is not None:
             compact(runtime, outcome, repository)
         check_at_last(runtime, outcome, repository, "it is pruned and compacted as asked")
-        outcome.archives_before = len(known.archives)
-        outcome.archives_after = len(contents(repository).archives)
+        left = contents(repository)
+        outcome.archives = {"archives_before": len(known.archives), "archives_after": len(left.archives)}
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 

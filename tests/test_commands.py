@@ -599,8 +599,10 @@ def test_maintain_prunes_and_compacts_without_a_source(site: Site) -> None:
     archive = archive_of(run_backup(site.environment).expect(0))
     assert sum(site.target.sizes().values()) > 4_000_000
     environment = with_target(site.without_source(), "first", prune="--keep-last=1")
-    result = run_backup(environment, "maintain").expect(0)
+    result = run_backup({**environment, "LOG_FORMAT": "json"}, "maintain").expect(0)
     assert "pruned 1 archive, kept 1" in result.output
+    [told] = [json.loads(line) for line in result.lines if "target_finished" in line]
+    assert (told["archive"], told["archives_before"], told["archives_after"]) == ("", 2, 1)
     assert "compaction freed" in result.output
     assert sum(site.target.sizes().values()) < 1_000_000
     assert LEASE not in site.target.sizes()

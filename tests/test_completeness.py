@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import backup
-from faults.proxy import FaultProxy, Request
+from faults.proxy import Action, FaultProxy, Request
 from helpers import (
     BACKUP,
     Backup,
@@ -230,7 +231,7 @@ def test_objects_that_no_mount_shows_are_named_and_all_others_archived(
 def test_of_many_such_objects_the_first_100_are_named_and_the_rest_counted(
     server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
-    """For each of two targets, from one listing."""
+    """For each of two targets."""
     source, targets = new_bucket("source", on=moto), [new_bucket("target") for _ in range(2)]
     keys = [f"folder//{number:03}" for number in range(150)]
     source.put({**dict.fromkeys(keys, b"content"), "plain": b"plain"})
@@ -291,14 +292,14 @@ def test_what_is_overwritten_in_mid_run_is_named(
 
 
 @pytest.mark.usefixtures("needs_fuse")
-def test_the_audit_of_two_targets_takes_one_list_request_for_each_1000_objects(
-    server: SeaweedFS, source: Bucket, new_bucket: NewBucket, tmp_path: Path
+def test_the_audit_takes_one_list_request_for_each_1000_objects(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:
     """Counted among the requests of backup.py itself, which, unlike TigrisFS, sends no User-Agent."""
     source.put({f"{number:04}": b"" for number in range(2_100)})
-    targets = {name: new_bucket("target").name for name in ("first", "second")}
     lists = {}
     with FaultProxy(server.endpoint) as proxy:
+        targets = {"first": target.name}
         environment = settings(server, tmp_path, source.name, targets, SOURCE_ENDPOINT=proxy.endpoint)
         for audit in ("on", "off"):
             before = proxy.count(is_our_list)
@@ -310,3 +311,112 @@ def test_the_audit_of_two_targets_takes_one_list_request_for_each_1000_objects(
 def is_our_list(request: Request) -> bool:
     """Whether backup.py itself asked for a listing."""
     return request.kind == "LIST" and "user-agent" not in request.headers
+
+
+# ------------------------------------------------------------------------------ What must not lead to pruning
+
+
+@dataclass(frozen=True)
+class Site:
+    """A source behind a proxy, and a repository that keeps one archive and has one of the whole source."""
+
+    environment: dict[str, str]
+    source: Bucket
+    target: Bucket
+    folder: Path
+    proxy: FaultProxy
+
+    def archives(self) -> list[str]:
+        """The archives that are there now."""
+        return Repository.download(self.target, self.folder / "copy").archives()
+
+
+@pytest.fixture
+def site(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, needs_fuse: None
+) -> Iterator[Site]:
+    """Its first object is `a`; there are ten in the folder `m`, and one in the folder `z`."""
+    source.put({"a": b"a", **{f"m/{number}": b"m" for number in range(10)}, "z/object": b"z"})
+    with FaultProxy(server.endpoint) as proxy:
+        targets = {"first": {"path": target.name, "prune": "--keep-last=1"}}
+        environment = settings(server, tmp_path, source.name, targets, SOURCE_ENDPOINT=proxy.endpoint)
+        run_backup(environment).expect(0)
+        # The next run has something to read.
+        source.put({"a": b"A" * 100, "z/object": b"Z" * 200, "m/new": b"new"})
+        let_age(source)
+        yield Site(environment, source, target, tmp_path, proxy)
+
+
+def is_of_the_mount(request: Request) -> bool:
+    """Whether TigrisFS asks, not backup.py itself."""
+    return "user-agent" in request.headers
+
+
+def test_what_the_mount_does_not_show_is_named_and_nothing_is_pruned(site: Site) -> None:
+    site.proxy.add(
+        lambda request: (
+            is_of_the_mount(request) and request.kind == "LIST" and request.query.get("prefix") == "z/"
+        ),
+        Action.REFUSE,
+    )
+    result = run_backup(site.environment).expect(1)
+    assert named(result) == {"z/object": "the mount did not show it"}
+    assert "older archives may hold what this one lacks: nothing is pruned" in result.output
+    assert len(site.archives()) == 2
+
+
+def test_an_object_whose_reading_fails_is_a_failure_after_the_archive_was_recorded_and_compared(
+    site: Site,
+) -> None:
+    """TigrisFS cannot read an object that S3 gives, and repeats nothing after 400."""
+    site.proxy.add(
+        lambda request: is_of_the_mount(request) and request.kind == "GET" and request.key == "z/object",
+        Action.REFUSE, status=400, code="InvalidRequest",
+    )  # fmt: skip
+    result = run_backup({**site.environment, "METRICS_FILE": str(site.folder / "m.prom")}).expect(2)
+    assert named(result) == {"z/object": "it could not be read"}
+    row = next(line for line in result.lines if line.startswith("first  "))
+    assert re.fullmatch(r"first +failed +12 .* backup-\S+", row), row
+    assert "1 object of the source could not be read" in result.output
+    assert "last_success_timestamp_seconds{" not in (site.folder / "m.prom").read_text()
+    assert len(site.archives()) == 2
+
+
+@pytest.mark.parametrize("refused", ["a", "z/object"])
+def test_an_object_that_s3_refuses_is_a_warning_by_name_and_all_others_are_archived(
+    site: Site, refused: str
+) -> None:
+    """The bucket's first one, and any other; S3 answers 400 for one that is encrypted with somebody's key."""
+    site.proxy.add(
+        lambda request: request.kind == "GET" and request.key == refused,
+        Action.REFUSE, status=400, code="InvalidRequest",
+    )  # fmt: skip
+    result = run_backup(site.environment).expect(1)
+    assert named(result) == {refused: "S3 refuses it: InvalidRequest (400): injected"}
+    assert "pruned 1 archive, kept 1" in result.output
+    rest = {key: body for key, body in site.source.contents().items() if key != refused}
+    assert archive_of(site.target, site.folder / "copy", site.environment) == digests(rest)
+
+
+def test_an_object_that_was_deleted_meanwhile_is_nothing_to_warn_of(site: Site) -> None:
+    """S3 has it no more when borg and we ask for it, and lists it no more when the archive is compared."""
+    gone = site.proxy.add(
+        lambda request: request.kind == "GET" and request.key == "z/object",
+        Action.REFUSE, status=404, code="NoSuchKey",
+    )  # fmt: skip
+    with Backup(site.environment) as running:
+        wait_until(lambda: gone.hit, 60, "borg has asked for it")
+        site.source.delete("z/object")
+        result = running.wait().expect(0)
+    assert "1 object deleted while the archive was made" in result.output
+
+
+def test_an_archive_that_cannot_be_compared_is_a_failure_and_nothing_is_pruned(site: Site) -> None:
+    """The source's listing is refused from the moment on at which borg reads."""
+    with Backup(site.environment) as running:
+        running.wait_for_line("borg create begins")
+        site.proxy.add(lambda request: is_our_list(request), Action.REFUSE)
+        result = running.wait().expect(2)
+    assert "could not be compared with the source" in result.output
+    assert "AccessDenied (403)" in result.output
+    assert len(site.archives()) == 2

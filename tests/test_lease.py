@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
-from servers import SeaweedFS
+from servers import WRITER, SeaweedFS
 
 LEASE = ".s3borgbackup-lease"
 SLOW = "lzma,9"  # half a minute for LARGE_BYTES, so that there is time to look at it
@@ -115,6 +117,28 @@ def test_a_server_that_does_not_know_conditions_is_told_from_one_that_fails(
     status: int, code: str, refuses: bool
 ) -> None:
     assert backup.refuses_conditions(backup.S3Error("target-x: no", "", status, code)) == refuses
+
+
+def test_since_when_a_lease_is_held_is_told_by_the_servers_clock(
+    server: SeaweedFS, target: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fast(datetime):
+        """Our clock is five minutes fast."""
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(minutes=5)
+
+    store = backup.Store(
+        "x", server.endpoint, target.name, "", WRITER.access_key_id, WRITER.secret_access_key
+    )
+    settings = SimpleNamespace(lease_ttl_seconds=60, lease_wait_seconds=0, stall_seconds=60)
+    console = backup.Console(debug=False)
+    runtime = SimpleNamespace(run_id="x", settings=settings, console=console, stop=backup.Stop())
+    monkeypatch.setattr(backup, "datetime", Fast)
+    with backup.held(runtime, backup.S3Client(store), "a backup", switch=backup.NoSwitch()):
+        since = datetime.fromisoformat(json.loads(target.get(LEASE))["since"])
+    assert abs((datetime.now(UTC) - since).total_seconds()) < 60
 
 
 # -------------------------------------------------------------------------------------- The dead man's switch

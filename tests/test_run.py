@@ -3,13 +3,19 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import backup
 from helpers import (
+    BACKUP,
     PASSPHRASE,
     UNUSUAL_KEYS,
     Backup,
@@ -338,6 +344,59 @@ def test_a_target_that_may_only_be_read_is_refused_before_anything_is_mounted(
     result = run_backup(environment).expect(2)
     assert any("target-first" in line and "AccessDenied" in line for line in result.lines)
     assert result.duration_seconds < 20
+
+
+BROKEN = """
+import sys, backup
+whole = backup.record_archive
+def broken(runtime, outcome, *others):
+    if outcome.target.name == "one":
+        raise ValueError("as if it had a mistake")
+    return whole(runtime, outcome, *others)
+backup.record_archive = broken
+sys.exit(backup.main(["run"], backup.os.environ))
+"""
+
+
+def test_a_mistake_in_the_program_is_the_failure_of_its_target_only(
+    server: SeaweedFS, new_bucket: NewBucket, tmp_path: Path
+) -> None:
+    source, buckets = new_bucket("source"), {name: new_bucket(name) for name in ("one", "two")}
+    source.put({"a": b"a"})
+    targets = {name: bucket.name for name, bucket in buckets.items()}
+    metrics = tmp_path / "metrics"
+    environment = settings(server, tmp_path, source.name, targets, METRICS_FILE=str(metrics))
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN],
+        env={**environment, "PYTHONPATH": str(BACKUP.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    result = Result(done.returncode, done.stdout.splitlines(), 0).expect(2)
+    assert [summary_row(result, name)[1] for name in buckets] == ["failed", "ok"]
+    assert result.output.count("ValueError: as if it had a mistake") == 1
+    assert [line for line in result.lines if "[target-one] error: this is a defect of the program" in line]
+    successes = re.findall(r'last_success_timestamp_seconds\{.*target="(.*)"\} ', metrics.read_text())
+    assert successes == ["two"]
+
+
+def test_a_mistake_in_a_maintenance_is_the_failure_of_its_target_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object, outcome: backup.Outcome) -> None:
+        if outcome.target.name == "one":
+            raise ValueError("as if it had a mistake")
+
+    monkeypatch.setattr(backup, "maintain_target", broken)
+    store = backup.Store("one", "https://s3.example", "bucket", "", "id", "secret")
+    targets = [
+        backup.Target(name, replace(store, target=name), "", "none", False, "lz4", (), None)
+        for name in ("one", "two")
+    ]
+    report = backup.Report("id", "backup", datetime.now(UTC))
+    runtime = SimpleNamespace(console=backup.Console(debug=False), report=report)
+    assert backup.maintain(runtime, targets) == 2
+    assert [target["result"] for target in report.targets] == ["failed", "ok"]
+    assert capfd.readouterr().err.count("ValueError: as if it had a mistake") == 1
 
 
 # --------------------------------------------------------------------------------- Sources that are not whole

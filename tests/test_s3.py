@@ -213,3 +213,23 @@ def test_check_config_says_what_is_wrong(
     result = run_backup(env, "check-config").expect(2)
     assert "holds other objects (such as 'photo.jpg')" in result.output
     assert target.sizes() == {"photo.jpg": 10}
+
+
+@pytest.mark.parametrize(
+    ("code", "refused", "usable"),
+    [("AccessDenied", 1, True), ("AccessDenied", 9, True), ("AccessDenied", 10, False),
+     ("InvalidObjectState", 10, True)],
+)  # fmt: skip
+def test_a_source_is_usable_as_long_as_something_can_be_read(
+    server: SeaweedFS, source: Bucket, code: str, refused: int, usable: bool
+) -> None:
+    """An object in cold storage says nothing about the others."""
+    source.put({f"{number:02}": b"x" for number in range(12)})
+    with FaultProxy(server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET", Action.REFUSE, times=refused, code=code)
+        client = backup.S3Client(replace(store_of(server, source.name), endpoint=proxy.endpoint))
+        if usable:
+            backup.examine(client, write=False)
+        else:
+            with pytest.raises(backup.S3Error, match=code):
+                backup.examine(client, write=False)

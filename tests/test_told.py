@@ -71,6 +71,7 @@ class Receiver:
     refused: dict[str, int] = field(default_factory=dict)  # how often a path is answered with 503 first
     certificate: Path | None = None  # with its key: it speaks TLS
     silent: bool = False  # it takes requests and never answers
+    slow: dict[str, float] = field(default_factory=dict)  # how many seconds a path's requests are under way
     heard: list[Heard] = field(default_factory=list)
 
     def __enter__(self) -> "Receiver":
@@ -80,6 +81,7 @@ class Receiver:
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
+                time.sleep(receiver.slow.get(self.path, 0))
                 receiver.heard.append(Heard(self.command, self.path, dict(self.headers), body))
                 if receiver.silent:
                     receiver._over.wait(60)
@@ -539,6 +541,38 @@ def test_a_start_is_not_told_after_the_end(site: Site) -> None:
     assert paths.count(start) > 1
     assert start not in paths[paths.index(end) :]
     assert paths[-1] == "/hook"
+
+
+def test_a_start_that_is_under_way_at_the_end_is_waited_for(receiver: Receiver) -> None:
+    receiver.slow = {"/ping/start": 4}
+    reporting = backup.Reporting(False, receiver.url("/ping"), "", "always", "")
+    console, report = backup.Console(debug=False), backup.Report("id", "backup", datetime.now(UTC))
+    reporter = backup.Reporter(reporting, console, backup.Stop(), report)
+    reporter.start()
+    reporter.end(0)
+    assert receiver.requests == ["POST /ping/start", "POST /ping"]
+
+
+def test_an_error_stands_once_in_the_text_for_people() -> None:
+    """It is the reason of a target, or the end of that reason; what is no reason stands there, too."""
+    store = backup.Store("first", "https://s3.example", "bucket", "", "id", "secret")
+    outcomes = [
+        backup.Outcome(backup.Target(name, store, "", "none", False, "lz4", (), None))
+        for name in ("first", "second")
+    ]
+    outcomes[0].fail(backup.BackupError("target-first: refused", "Correct it."))
+    outcomes[1].failures.append("it is stored, but target-second: the repository is damaged")
+    outcomes[1].finish()
+    troubles = backup.Troubles()
+    troubles.add("error", "target-first", "target-first: refused. Correct it.")
+    troubles.add("error", "target-second", "target-second: the repository is damaged")
+    troubles.add("warning", "source", "slow")
+    troubles.more = 3
+    targets = [outcome.as_json() for outcome in outcomes]
+    told = backup.Report("id", "backup", datetime.now(UTC), targets, backup.summary(outcomes))
+    text = backup.run_text(told, 2, troubles)
+    assert text.count("refused") == text.count("damaged") == 1
+    assert text.endswith("[source] warning: slow\n3 more")
 
 
 def test_a_receiver_that_is_down_for_a_moment_hears_of_it_all_the_same(site: Site) -> None:
