@@ -5812,7 +5812,6 @@ def compare_with_source(
     except (Stopped, Stuck):
         raise
     except (BackupError, OSError) as error:
-        outcome.is_suspicious = True
         note_failure(runtime, outcome, f"the archive could not be compared with the source: {error}")
     report_findings(runtime, outcome, found)
     gone = sum(reason == GONE for reason in found.asked.values())
@@ -5830,8 +5829,8 @@ def compare_with_source(
 
 
 def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
-    """Tells what fails a target although its story goes on."""
-    name = outcome.target.store.name
+    """Tells what fails a target although its story goes on, without pruning."""
+    name, outcome.is_suspicious = outcome.target.store.name, True
     outcome.failures.append(f"{name}: {text}")
     runtime.console.error(name, outcome.failures[-1])
 
@@ -5847,7 +5846,8 @@ def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None
         outcome.warn(f"the archive lacks {count(found.count, 'object')}")
     if not found.explains_all:
         outcome.is_suspicious = True
-        runtime.console.warning(name, "older archives may hold what this one lacks: nothing is pruned")
+        if outcome.target.prune:
+            runtime.console.warning(name, "older archives may hold what this one lacks: nothing is pruned")
 
 
 def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
