@@ -2644,6 +2644,17 @@ def mounted(
         abandon(runtime, mount)
 
 
+@contextlib.contextmanager
+def folder_for_mounts(prefix: str = "s3borgbackup-") -> Iterator[Path]:
+    """A temporary folder. It stays while something is mounted in it: to remove it would empty a bucket."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    try:
+        yield folder
+    finally:
+        if not any(Path(mount_point).is_relative_to(folder) for mount_point in mount_table()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def keep_awake(mount: Mount, over: threading.Event) -> None:
     """Opens and closes a file of the mount again and again, which wakes TigrisFS's flusher, until `over`.
 
@@ -3197,6 +3208,11 @@ def borg_init(target: Target, repository: Path) -> list[str]:
     return ["init", "--encryption", target.encryption, str(repository)]
 
 
+def borg_time(text: str) -> datetime:
+    """A time as `borg list` prints it when we run it: in UTC, without saying so."""
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
 def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
     """Shows the newest archive and the encryption mode; proves passphrase and key."""
     return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
@@ -3512,8 +3528,9 @@ class Borg:
         log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
-        sizes = {"S3BORGBACKUP_SIZES": "yes"} if command == "list" else {}
-        with self._environment({"BORG_EXIT_CODES": "modern", **sizes, **(own or {})}) as (env, fd):
+        with self._environment({"BORG_EXIT_CODES": "modern", **(own or {})}) as (env, fd):
+            if command == "list":  # see `borg_time`; archive names and `prune` go by the user's zone
+                env |= {"S3BORGBACKUP_SIZES": "yes", "TZ": "UTC"}
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
             kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
@@ -3533,12 +3550,6 @@ class Borg:
         """The same borg, for work on further mounts, too."""
         twin = copy.copy(self)
         twin._mounts = [*self._mounts, *mounts]
-        return twin
-
-    def in_utc(self) -> Borg:
-        """The same borg, but it prints times in UTC."""
-        twin = copy.copy(self)
-        twin._folders = {**self._folders, "TZ": "UTC"}
         return twin
 
     def hand_over(self, arguments: Sequence[str]) -> int:
@@ -4684,7 +4695,10 @@ class RepositoryState(enum.Enum):
     FOREIGN = "other objects"
 
 
-OWN_NAMES = re.compile(r"README|config|nonce|(data|hints|index|integrity|lock)[./].*", re.DOTALL)
+# With borg's temporary files, `config-abcdefgh.tmp` (SaveFile in platform/base.py of borg 1.4).
+OWN_NAMES = re.compile(
+    r"README|(config|nonce)(-\w{8}\.tmp)?|(data|hints|index|integrity|lock)[./].*", re.DOTALL | re.ASCII
+)
 SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
@@ -5080,8 +5094,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         if purpose:
             hold_if_possible(runtime, client, purpose, undo)
         remove_dead_views(runtime)
-        temporary = tempfile.TemporaryDirectory(prefix=VIEW_PREFIX, ignore_cleanup_errors=True)
-        folder = Path(undo.enter_context(temporary))
+        folder = undo.enter_context(folder_for_mounts(VIEW_PREFIX))
         private = dataclasses.replace(
             runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
         )
@@ -6151,8 +6164,8 @@ class Archive:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Archive:
-        """From an entry of borg's JSON, whose times are local."""
-        start, end = (datetime.fromisoformat(entry[key]).astimezone() for key in ("time", "end"))
+        """From an entry of borg's JSON; the times are for people, in their zone."""
+        start, end = (borg_time(entry[key]).astimezone() for key in ("time", "end"))
         numbers = [
             number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
         ]
@@ -6828,8 +6841,8 @@ def spool_folder() -> Iterator[Path]:
 @contextlib.contextmanager
 def mounted_apart(runtime: Runtime, region: str) -> Iterator[Mount]:
     """The source, mounted read-only where no run and no person mounts it, and without its user metadata."""
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-", ignore_cleanup_errors=True) as folder:
-        settings = dataclasses.replace(runtime.settings, data_dir=Path(folder), source_metadata=False)
+    with folder_for_mounts() as folder:
+        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=False)
         private = dataclasses.replace(runtime, settings=settings)
         with mounted(private, settings.source, region, read_only=True) as mount:
             wait_until_usable(private, mount)
@@ -6848,7 +6861,7 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None, fou
     """
     label, store = runtime.settings.label, repository.target.store
     pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-    borg = repository.borg.in_utc()
+    borg = repository.borg
     archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
     if not archives:
         what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
@@ -6862,12 +6875,11 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None, fou
 
 
 def source_as_of(comment: str, start: str) -> datetime:
-    """When the source was listed for an archive, at the earliest; `start` is UTC without saying so."""
+    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
     with contextlib.suppress(ValueError):
         if comment.startswith(SOURCE_AS_OF):
             return datetime.fromisoformat(comment.removeprefix(SOURCE_AS_OF)).astimezone(UTC)
-    began = datetime.fromisoformat(start).replace(tzinfo=UTC)
-    return began - timedelta(seconds=CLOCK_ERROR_SECONDS)
+    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
 
 
 def list_source(runtime: Runtime, client: S3Client) -> Listed:
@@ -6908,7 +6920,7 @@ def compare_lists(
                 outside += 1
                 continue
             found.archived += 1
-            modified = datetime.fromisoformat(entry["mtime"]).replace(tzinfo=UTC).timestamp()
+            modified = borg_time(entry["mtime"]).timestamp()
             unchanged = listed.is_unchanged(key, entry["size"], modified)
             if not listed.hold(key):
                 found.deleted.add(key, "")
@@ -6916,7 +6928,7 @@ def compare_lists(
                 found.changed.add(key, "")
             chooser.take(Chosen(entry["path"], entry["size"], unchanged))
 
-    borg = repository.borg.in_utc()
+    borg = repository.borg
     borg.run(borg_items(borg.repository, found.archive), consume=consume)
     chooser.finish()
     if outside and not found.archived:
@@ -7153,10 +7165,10 @@ def choose_archive(
 
 def archive_times(repository: Repository) -> dict[str, datetime]:
     """All archives and their times, the oldest first."""
-    listed = repository.borg.in_utc().run(borg_names(repository.borg.repository)).output
+    listed = json.loads(repository.borg.run(borg_names(repository.borg.repository)).output)
     times = {
-        entry["name"]: archive_time(entry["name"], datetime.fromisoformat(entry["start"]).replace(tzinfo=UTC))
-        for entry in json.loads(listed)["archives"]
+        entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
+        for entry in listed["archives"]
     }
     return dict(sorted(times.items(), key=lambda pair: pair[1]))
 
@@ -7186,11 +7198,11 @@ class Entry:
 
 
 def parse_entry(line: str) -> Entry:
-    """An entry from a line of JSON. Its time is given in UTC, as borg was told."""
+    """An entry from a line of JSON."""
     given = json.loads(line)
     kind = "h" if given["mode"][0] == "h" else given["type"]
-    modified = datetime.fromisoformat(given["mtime"]).replace(tzinfo=UTC).timestamp()
-    return Entry(kind, given["path"], given["size"], math.floor(modified), given["healthy"])
+    modified = math.floor(borg_time(given["mtime"]).timestamp())
+    return Entry(kind, given["path"], given["size"], modified, given["healthy"])
 
 
 def sort_entries(entries: Sequence[Entry], source: Path) -> Inventory:
@@ -7229,7 +7241,6 @@ def read_contents(runtime: Runtime, repository: Repository, archive: str) -> Inv
     repository.borg.run(
         borg_items(repository.borg.repository, archive),
         on_output=lambda line: entries.append(parse_entry(line)),
-        own={"TZ": "UTC"},
     )
     return sort_entries(entries, runtime.settings.mount_point(runtime.settings.source))
 
@@ -7361,8 +7372,8 @@ def first_fate(item: Item, found: Found | None) -> Fate:
 
 
 def fate_by_etag(item: Item, found: Found, stream: IO[bytes], etags_are_md5: bool) -> Fate:
-    """What the ETag says, which for an object uploaded in parts may be nothing."""
-    if not (etags_are_md5 and found.etag and found.size_bytes == item.size_bytes):
+    """What the ETag says: one that differs only counts where it is known to be the MD5 of all the content."""
+    if not (found.etag and found.size_bytes == item.size_bytes):
         return Fate.UNKNOWN
     in_parts = "-" in found.etag
     etag = Etag(in_parts)
@@ -7370,7 +7381,7 @@ def fate_by_etag(item: Item, found: Found, stream: IO[bytes], etags_are_md5: boo
         etag.update(data)
     if etag.text() == found.etag:
         return Fate.KEEP
-    return Fate.UNKNOWN if in_parts else Fate.DIFFERENT
+    return Fate.DIFFERENT if etags_are_md5 and not in_parts else Fate.UNKNOWN
 
 
 def fate_by_content(item: Item, path: str, stream: IO[bytes]) -> Fate:
@@ -7390,7 +7401,7 @@ class Landing:
     root: Path
     mount: Mount | None = None  # with `client`, where it is a bucket
     client: S3Client | None = None
-    etags_are_md5: bool = False
+    etags_are_md5: bool = False  # as far as is known
 
     @property
     def mounts(self) -> list[Mount]:
@@ -7478,15 +7489,12 @@ def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterat
     found = preflight_one(runtime, store, write=not dry_run)
     client = S3Client(store, found.region, PROVEN)
     title = f"{store.location} at {store.endpoint}"
-    if dry_run:
-        etags_are_md5 = True
-    else:
-        [etags_are_md5] = side_by_side([lambda: gives_md5(client)], runtime.stop)
-        if isinstance(etags_are_md5, BackupError):
-            raise etags_are_md5
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-", ignore_cleanup_errors=True) as folder:
+    [etags_are_md5] = side_by_side([lambda: not dry_run and gives_md5(client)], runtime.stop)
+    if isinstance(etags_are_md5, BackupError):
+        raise etags_are_md5
+    with folder_for_mounts() as folder:
         # Metadata that is archived comes back as extended attributes, whatever this run would archive.
-        settings = dataclasses.replace(runtime.settings, data_dir=Path(folder), source_metadata=True)
+        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=True)
         private = dataclasses.replace(runtime, settings=settings)
         with mounted(private, store, client.region, read_only=dry_run) as mount:
             mount.ask = probe_write if not dry_run else mount.ask
@@ -7739,6 +7747,17 @@ class Writer:
         self.written[item.key] = Written(item.size_bytes, etag, found.etag if found else "")
         self.progress.add(1, 0)
 
+    def set_times(self, items: Iterable[Item]) -> None:
+        """Gives files that are there already their times, which a restore that was killed had yet to set."""
+        for item in items:
+            if self._found[item.key].modified != item.modified:
+                try:
+                    os.utime(
+                        self._place.root / item.key, (item.modified, item.modified), follow_symlinks=False
+                    )
+                except OSError as error:
+                    self.refused.append((item.key, f"its time cannot be set: {error.strerror}"))
+
     def _make_folder(self, folder: str) -> None:
         if folder not in self._folders:
             os.makedirs(folder, exist_ok=True)
@@ -7810,6 +7829,8 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
                 return tell(runtime, place, contents, fates, order.overwrite)
             items = to_write(runtime, place, contents, fates, found, order.overwrite)
             writer = Writer(runtime, place, items, found)
+            if not place.client:
+                writer.set_times(item for item in contents.items if fates[item.key] is Fate.KEEP)
             if items:
                 write_items(runtime, repository, place, archive, items, writer)
         make_empty_folders(place, contents, writer)
