@@ -3034,11 +3034,12 @@ class ReadAhead:
             reader.began = self._moved_at = time.monotonic()
             self._room.notify_all()
 
-    def passed(self, reader: Reader, path: str) -> None:
-        """`reader` is done with a file."""
+    def passed(self, reader: Reader, path: str, offset: float = math.inf) -> None:
+        """`reader` is done with a file, or so far in it; where in a file a borg is, we see by ourselves."""
         with self._lock:
             if place := self._places.get(path):
-                reader.position = max(reader.position, place.end)
+                position = place.start + int(offset) if offset < place.size else place.end
+                reader.position = max(reader.position, position)
                 self._slide()
 
     def left(self, reader: Reader) -> None:
@@ -6974,6 +6975,7 @@ class Prover:
         self._prefix = path_prefix(settings)
         self._client, self._mount, self._listed, self._found = client, mount, listed, found
         self._current = ""  # the object that is being read
+        self._passed: Callable[[str, float], None] = lambda path, offset: None  # tells how far we have read
 
     def prove(self, repository: Repository, batch: Batch) -> None:
         """Has borg export a part of the sample, while threads read the same of the source ahead.
@@ -6987,14 +6989,13 @@ class Prover:
             if chosen.unchanged
         )
         ahead = ReadAhead(self._runtime, self._mount, [reader], original)
-
-        def consume(stream: IO[bytes]) -> None:
-            self._consume(stream, lambda path: ahead.passed(reader, path))
-
+        self._passed = lambda path, offset: ahead.passed(reader, path, offset)
         borg = repository.borg.with_mounts(self._mount)
         arguments = borg_export_sample(borg.repository, self._found.archive, batch.patterns)
         try:
-            borg.run(arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=consume)
+            borg.run(
+                arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=self._consume
+            )
         except BackupError as error:
             if self._current and not isinstance(error, Stopped):
                 error.message += f" (while {self._current!r} was read)"
@@ -7014,7 +7015,7 @@ class Prover:
     def _original(self, key: str) -> str:
         return f"{self._mount.path}/{key}"
 
-    def _consume(self, stream: IO[bytes], passed: Callable[[str], None]) -> None:
+    def _consume(self, stream: IO[bytes]) -> None:
         """Takes borg's tar stream. Where that ends too early, borg tells why."""
         encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
         try:
@@ -7024,7 +7025,7 @@ class Prover:
                     if member.isreg() and member.name.startswith(self._prefix):
                         self._current = self._key(member.name)
                         self._take(self._current, member, tar.extractfile(member))
-                        passed(self._original(self._current))
+                        self._passed(self._original(self._current), math.inf)
                         self._current = ""
             drain(stream)
         except tarfile.ReadError:
@@ -7034,10 +7035,11 @@ class Prover:
         """Proves one object."""
         found, trouble, unreadable = self._found, "", False
         unchanged = self._listed.is_unchanged(key, member.size, member.mtime)
+        path = self._original(key)
         if unchanged:
             try:
-                with open(self._original(key), "rb") as original:
-                    trouble = first_difference(archived, original)
+                with open(path, "rb") as original:
+                    trouble = first_difference(archived, original, lambda at: self._passed(path, at))
             except OSError as error:
                 trouble, unreadable = error.strerror or str(error), True
         drain(archived)  # so that all of it is verified
@@ -7063,8 +7065,13 @@ class Prover:
         return now != (member.size, math.floor(member.mtime))
 
 
-def first_difference(archived: IO[bytes], original: IO[bytes]) -> str:
-    """Where two contents differ first, in a few words; nothing where they are equal. Raises OSError."""
+def first_difference(
+    archived: IO[bytes], original: IO[bytes], passed: Callable[[int], None] = lambda offset: None
+) -> str:
+    """Where two contents differ first, in a few words; nothing where they are equal. Raises OSError.
+
+    `passed` is told how far they are compared.
+    """
     offset = 0
     while True:
         ours, theirs = archived.read(COMPARED_BYTES), original.read(COMPARED_BYTES)
@@ -7075,6 +7082,7 @@ def first_difference(archived: IO[bytes], original: IO[bytes]) -> str:
         if not ours:
             return ""
         offset += len(ours)
+        passed(offset)
 
 
 # -------------------------------------------------------------------------------------------------- Restore

@@ -210,10 +210,10 @@ def fetched_bytes(request: Request, size: int) -> range:
     return range(int(first), min(int(last) + 1 if last else size, size))
 
 
-def assert_each_byte_was_read_once(proxy: FaultProxy, objects: Mapping[str, bytes]) -> None:
+def assert_each_byte_was_read_once(read: Sequence[Request], objects: Mapping[str, bytes]) -> None:
     """Neither left out nor read twice."""
     ranges: dict[str, list[range]] = {key: [] for key, body in objects.items() if body}
-    for request in reads(proxy):
+    for request in read:
         ranges[request.key].append(fetched_bytes(request, len(objects[request.key])))
     for key, found in ranges.items():
         ordered = sorted((part.start, part.stop) for part in found)
@@ -222,9 +222,9 @@ def assert_each_byte_was_read_once(proxy: FaultProxy, objects: Mapping[str, byte
         assert ends[-1] == len(objects[key]), f"{key}: {ordered}"
 
 
-def most_at_a_time(proxy: FaultProxy) -> int:
+def most_at_a_time(read: Sequence[Request]) -> int:
     """How many reads began within DELAY_SECONDS at most: each takes at least so long."""
-    times = [request.when for request in reads(proxy)]
+    times = [request.when for request in read]
     return max(sum(start <= time < start + DELAY_SECONDS for time in times) for start in times)
 
 
@@ -240,8 +240,25 @@ def test_each_byte_is_fetched_once_whatever_the_memory(
     source.put(objects)
     made = environment(MEMORY_LIMIT_MB=memory_mb)
     run_backup(made).expect(0)
-    assert_each_byte_was_read_once(proxy, objects)
+    assert_each_byte_was_read_once(reads(proxy), objects)
     assert newest_contents(target, tmp_path, made) == objects
+
+
+def test_verify_reads_ahead_within_an_object_that_is_larger_than_the_window(
+    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
+) -> None:
+    """To its end: with 256 MB the window has 12 MiB."""
+    objects = {"large": bytes(40 * MEBIBYTE)}
+    source.put(objects)
+    made = environment(MEMORY_LIMIT_MB="256")
+    run_backup(made).expect(0)
+    before = len(proxy.requests)
+    proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
+    run_backup(made, "verify", "first").expect(0)
+    read = [request for request, _ in proxy.requests[before:] if is_read(request)]
+    assert_each_byte_was_read_once(read, objects)
+    last = [request for request in read if fetched_bytes(request, 2**40).start >= 20 * MEBIBYTE]
+    assert most_at_a_time(last) > 1
 
 
 @pytest.mark.parametrize(("threads", "at_once"), [("16", range(8, 100)), ("0", range(1, 3))])
@@ -253,7 +270,7 @@ def test_objects_are_read_side_by_side_and_without_threads_one_by_one(
     )
     proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
     run_backup(environment(READ_AHEAD_THREADS=threads)).expect(0)
-    assert most_at_a_time(proxy) in at_once
+    assert most_at_a_time(reads(proxy)) in at_once
 
 
 def test_of_an_unchanged_bucket_nothing_is_read_and_of_a_changed_one_what_has_changed(
@@ -360,7 +377,7 @@ def test_two_targets_cost_one_read(
     made = environment({"second": second}, MEMORY_LIMIT_MB="1024")
     made["TARGETS"] = made["TARGETS"].replace('"lz4"', '"zlib,6"', 1)
     run_backup(made).expect(0)
-    assert_each_byte_was_read_once(proxy, objects)
+    assert_each_byte_was_read_once(reads(proxy), objects)
     for bucket in (target, second):
         assert newest_contents(bucket, tmp_path, made) == objects
 
