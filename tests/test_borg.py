@@ -160,6 +160,10 @@ def test_the_passphrase_goes_through_a_pipe_whole() -> None:
         (["README", "config", "data/0/1"], False, backup.RepositoryState.READY),
         (["README"], True, backup.RepositoryState.UNFINISHED),
         (["README", "config", "data/0/0"], True, backup.RepositoryState.UNFINISHED),
+        # Left by a crash, under the names that borg gives to what it is going to rename.
+        (["README", "config-_a1b2c3d.tmp"], True, backup.RepositoryState.UNFINISHED),
+        (["README", "config", "data/0/0", "nonce-q_1ze0vv.tmp"], True, backup.RepositoryState.UNFINISHED),
+        (["README", "config-backup.tmp", "x.tmp"], True, backup.RepositoryState.FOREIGN),
         (["README", "data/0/0", "index.1"], True, backup.RepositoryState.UNFINISHED),
         # Something was archived since, and its index was lost: borg makes a new one.
         (["README", "config", "data/0/0", "data/0/1", "data/0/2"], True, backup.RepositoryState.READY),

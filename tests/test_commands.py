@@ -460,13 +460,29 @@ def test_list_shows_name_time_objects_and_size_of_every_archive(site: Site) -> N
     assert [row[:2] for row in rows[1:]] == [["first", first], ["first", second]]
     assert [row[4:] for row in rows[1:]] == [["10", "10", "kB"], ["11", "15", "kB"]]
     assert all(row[1].endswith("T".join(row[2:4])) or row[3] for row in rows[1:])
-    document = json.loads(site.call("list", "target-first", "--json").stdout)
+    in_new_york = {**site.environment, "TZ": "America/New_York"}
+    document = json.loads(site.call("list", "target-first", "--json", environment=in_new_york).stdout)
     archives = document["first"]["archives"]
     assert [(entry["name"], entry["objects"], entry["bytes"]) for entry in archives] == [
         (first, 10, 10_000),
         (second, 11, 15_000),
     ]
-    assert all(datetime.fromisoformat(entry["start"]).tzinfo for entry in archives)
+    starts = [datetime.fromisoformat(entry["start"]) for entry in archives]
+    assert {start.utcoffset() for start in starts} <= {timedelta(hours=-5), timedelta(hours=-4)}
+    assert all(timedelta(0) < datetime.now(UTC) - start < timedelta(minutes=10) for start in starts)
+
+
+def test_a_time_that_comes_twice_when_clocks_are_set_back_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        times = {"time": "2025-10-26T00:30:00.000000", "end": "2025-10-26T01:30:00.000000"}
+        archive = backup.Archive.parse({"name": "x", **times})
+        assert (archive.end - archive.start, archive.end.hour) == (timedelta(hours=1), 2)
+        assert archive.as_json()["start"] == "2025-10-26T02:30:00+02:00"
+    time.tzset()
 
 
 def test_one_target_that_cannot_be_listed_does_not_keep_the_others_from_it(

@@ -30,6 +30,7 @@ from helpers import (
     run_backup,
     sample_objects,
     settings,
+    skip_or_fail,
     tree,
     wait_until,
     with_target,
@@ -38,6 +39,22 @@ from helpers import (
 from servers import WRITER, SeaweedFS
 
 needs_fuse = pytest.mark.usefixtures("needs_fuse")
+
+
+def test_a_folder_in_which_something_is_still_mounted_is_not_emptied(tmp_path: Path) -> None:
+    """As where a mount of a bucket could not be undone: to remove the folder would delete its objects."""
+    with backup.folder_for_mounts() as folder:
+        (folder / "destination").mkdir()
+        if subprocess.run(["mount", "--bind", tmp_path, folder / "destination"]).returncode:
+            skip_or_fail("nothing can be mounted here")
+        (folder / "destination" / "object").write_bytes(b"")
+    subprocess.run(["umount", folder / "destination"], check=True)
+    assert (tmp_path / "object").exists()
+    folder.joinpath("destination").rmdir()
+    folder.rmdir()
+    with backup.folder_for_mounts() as folder:
+        (folder / "destination").mkdir()
+    assert not folder.exists()
 
 
 # -------------------------------------------------------------------------------------------- What is decided

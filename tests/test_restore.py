@@ -267,6 +267,7 @@ def test_what_is_there_decides_what_is_done(
     [
         (hashlib.md5(b"12345").hexdigest(), True, backup.Fate.KEEP),
         (hashlib.md5(b"54321").hexdigest(), True, backup.Fate.DIFFERENT),
+        (hashlib.md5(b"12345").hexdigest(), False, backup.Fate.KEEP),
         (hashlib.md5(b"54321").hexdigest(), False, backup.Fate.UNKNOWN),
         (hashlib.md5(hashlib.md5(b"12345").digest()).hexdigest() + "-1", True, backup.Fate.KEEP),
         (hashlib.md5(b"of other parts").hexdigest() + "-3", True, backup.Fate.UNKNOWN),
@@ -429,13 +430,13 @@ def test_a_destination_beside_a_repository_is_fine() -> None:
 
 
 def test_a_folder_gets_every_object_and_later_only_what_it_lacks(site: Site) -> None:
-    """Unusual keys, empty and large objects; owned by whoever restores, with their times."""
+    """Unusual keys, empty and large objects; owned by who restores, with their times, whatever TZ says."""
     objects = {**sample_objects(21, 60), "large": os.urandom(3_000_000)}
     site.source.put(objects)
     site.source.put({"nothing in it/": b""})
     site.back_up()
     folder = site.folder / "new" / "restored"
-    site.restore("--to", str(folder)).expect(0)
+    site.restore("--to", str(folder), environment={**site.environment, "TZ": "America/New_York"}).expect(0)
     assert tree(folder) == objects
     assert (folder / "nothing in it").is_dir()
     for path, mode in ((folder / "large", 0o644), (folder / "nothing in it", 0o755)):
@@ -496,10 +497,14 @@ def test_a_path_without_objects_restores_nothing(site: Site) -> None:
 
 
 def test_files_are_not_overwritten_unasked(site: Site) -> None:
-    """Not one is written then; what is there with the same content is no hindrance, half of it neither."""
-    objects = {f"{number}": os.urandom(1000) for number in range(30)}
+    """Not one is written then; what is there with the same content is no hindrance, half of it neither.
+
+    What is complete, but has not got its time because a restore was killed, gets it.
+    """
+    objects = {"empty": b"", **{f"{number}": os.urandom(1000) for number in range(30)}}
     site.source.put(objects)
     site.back_up()
+    archived = site.source.client.head_object(Bucket=site.source.name, Key="0")["LastModified"].timestamp()
     folder = site.folder / "out"
     folder.mkdir()
     there = {
@@ -507,10 +512,12 @@ def test_files_are_not_overwritten_unasked(site: Site) -> None:
         "1": objects["1"][:500],
         "2": b"",
         **{f"{number}": b"x" * 1000 for number in range(3, 28)},
+        "empty": b"",
         "foreign": b"f",
     }
     for name, content in there.items():
         (folder / name).write_bytes(content)
+        os.utime(folder / name, (1, 1))
     result = site.restore("--to", str(folder)).expect(2)
     assert "'3' is there with other content" in result.output
     assert f"25 objects in {folder} would be overwritten; nothing was written" in result.output
@@ -522,7 +529,10 @@ def test_files_are_not_overwritten_unasked(site: Site) -> None:
     assert re.search(r"^write +1 kB  29$", result.output, re.MULTILINE)
     assert tree(folder) == there
     assert "overwrite: 25 objects" in site.restore("--to", str(folder), "--dry-run", "--overwrite").output
+    assert {path.stat().st_mtime for path in folder.iterdir()} == {1}
     site.restore("--to", str(folder), "--overwrite").expect(0)
+    times = {name: (folder / name).stat().st_mtime for name in ("0", "empty", "foreign")}
+    assert times == {"0": archived, "empty": pytest.approx(archived, abs=2), "foreign": 1}
     assert tree(folder) == {**objects, "foreign": b"f"}
 
 
@@ -707,6 +717,22 @@ def test_objects_are_not_overwritten_unasked(site: Site) -> None:
     assert site.destination.contents() == there
     site.restore("--to-bucket", site.destination.name, "--overwrite").expect(0)
     assert site.destination.contents() == {**objects, "foreign": b"f"}
+
+
+def test_where_etags_are_no_md5_a_dry_run_compares_content(site: Site) -> None:
+    """As with SSE-KMS: it may not write a probe to find out."""
+    site.source.put({"same": b"same", "other": b"other"})
+    site.back_up()
+    site.destination.put({"same": b"same", "other": b"OTHER"})
+    with FaultProxy(site.source.server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "LIST", Action.OTHER_ETAGS)
+        environment = {**site.environment, "RESTORE_ENDPOINT": proxy.endpoint}
+        words = ("--to-bucket", site.destination.name, "--dry-run")
+        result = site.restore(*words, environment=environment).expect(2)
+    assert re.findall(r"^(\w+) .* (\w+)$", result.output, re.MULTILINE)[:2] == [
+        ("refuse", "other"),
+        ("there", "same"),
+    ]
 
 
 def test_large_objects_that_another_program_uploaded_are_recognised(site: Site) -> None:

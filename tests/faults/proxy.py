@@ -100,6 +100,7 @@ class Action(Enum):
     LOSE_ANSWER = auto()  # the server does it, the client sees a reset connection
     IGNORE_CONDITIONS = auto()  # the server does not see If-Match and If-None-Match
     DELAY = auto()  # it is forwarded `seconds` later, or when the fault is removed
+    OTHER_ETAGS = auto()  # the answer's ETags are no MD5s, but as constant as those
 
 
 @dataclass(eq=False)
@@ -321,6 +322,8 @@ class _Connection(socketserver.BaseRequestHandler):
                 pass
             self._reset()
             return False
+        if action is Action.OTHER_ETAGS:
+            answer, body = _with_other_etags(answer), iter([_with_other_etags(b"".join(body))])
         self.server.proxy.note_status(number, _status(answer))
         client.send(answer)
         if action is Action.CUT and not self._cut(client, answer, body):
@@ -470,6 +473,10 @@ def _is_chunked(headers: Mapping[str, str]) -> bool:
 
 def _expects_continue(request: Request) -> bool:
     return request.headers.get("expect", "").lower() == "100-continue"
+
+
+def _with_other_etags(answer: bytes) -> bytes:
+    return re.sub(rb"\b[0-9a-f]{32}\b", lambda found: found[0][::-1], answer)
 
 
 def _keeps_alive(answer: bytes) -> bool:
