@@ -1337,6 +1337,7 @@ LEASE_NAME = f"{OWN_PREFIX}lease"
 PROBE_NAME = f"{OWN_PREFIX}probe-"
 KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
 CHECKED_NAME = f"{OWN_PREFIX}checked"
+COMPARED_NAME = f"{OWN_PREFIX}compared-"  # and the label; see `note_comparison`
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -3300,7 +3301,7 @@ def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
 
 def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     """Shows the newest archive whose name matches, with its comment."""
-    options = ["--json", "--last", "1", "--format", "{name}{start}{comment}"]
+    options = ["--json", "--last", "1", "--format", "{name}{id}{start}{comment}"]
     return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
@@ -5805,13 +5806,18 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
     if created.log.warnings:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN), write=False)
     judge_emptiness(runtime, outcome, source.found)
-    compare_with_source(runtime, outcome, archived, created, source)
+    compare_with_source(runtime, outcome, archived, created, source, repository)
     report_shrunk(runtime, outcome, source.mount)
     note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
 
 
 def compare_with_source(
-    runtime: Runtime, outcome: Outcome, archived: ArchivedObjects, created: BorgResult, source: Source
+    runtime: Runtime,
+    outcome: Outcome,
+    archived: ArchivedObjects,
+    created: BorgResult,
+    source: Source,
+    repository: Repository,
 ) -> None:
     """Names what the new archive lacks of the source; an archive that cannot be compared fails its target."""
     found, client = Findings(), S3Client(runtime.settings.source, source.found.region, PROVEN)
@@ -5827,6 +5833,9 @@ def compare_with_source(
         raise
     except (BackupError, OSError) as error:
         note_failure(runtime, outcome, f"the archive could not be compared with the source: {error}")
+    else:
+        if runtime.settings.audit:
+            note_comparison(runtime, repository, json.loads(created.output)["archive"]["id"], found)
     report_findings(runtime, outcome, found)
     gone = sum(reason == GONE for reason in found.asked.values())
     if created.verdict is not Verdict.OK and not 0 < gone == created.log.warnings:
@@ -5840,6 +5849,25 @@ def compare_with_source(
             f"{what} of the source could not be read (named above). The archive holds the others."
             " Run it again; if it stays so, look at those objects.",
         )
+
+
+def note_comparison(runtime: Runtime, repository: Repository, identity: str, found: Findings) -> None:
+    """Notes beside the repository what the archive `identity`, the newest of its label, lacks.
+
+    An object may appear later with an older LastModified: a version that was under a delete marker, or a
+    replica. S3 does not tell it from one that was there all the time, as the marker's removal leaves no trace
+    and replicas keep their time. But an archive that was found to hold all that was listed has not lost it.
+    An archive's id depends on all that is in it, so the note is not believed of one that somebody changed.
+    """
+    if found.count > len(found.named) or not repository.lease:
+        return
+    name, source = f"{COMPARED_NAME}{runtime.settings.label}", runtime.settings.source
+    facts = {"archive": identity, "source": [source.endpoint, source.location]}
+    lacks = [key for key, _ in found.named]
+    try:
+        repository.lease.write(lambda client: write_note(client, name, **facts, lacks=lacks))
+    except S3Error as error:  # then `verify` takes such an object for lost
+        runtime.console.debug(repository.target.store.name, str(error))
 
 
 def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
@@ -6725,7 +6753,9 @@ class Verification:
     archived: int = 0
     listed: int = 0
     new: int = 0  # in the source since
+    lacked: frozenset[str] | None = None  # keys that it lacked when it was made; None: that is not known
     missing: Findings = field(default_factory=Findings)
+    appeared: Findings = field(default_factory=Findings)  # since, with an older time
     unarchivable: Findings = field(default_factory=Findings)  # no archive can hold them
     deleted: Findings = field(default_factory=Findings)  # since
     changed: Findings = field(default_factory=Findings)  # since
@@ -6762,6 +6792,7 @@ class Verification:
                 "since then",
                 f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted",
             ),
+            ("", f"{self.appeared.count:,} appeared with an older time"),
             ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
             ("", f"{self.equal:,} equal the source byte for byte"),
             ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
@@ -6773,7 +6804,7 @@ class Verification:
         ]
         named = [
             f"{name}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name in ("missing", "differing", "unreadable", "unarchivable", "changed", "deleted")
+            for name in NAMED_FINDINGS
             for key, reason in getattr(self, name).named
         ]
         return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
@@ -6781,7 +6812,11 @@ class Verification:
 
 VERIFICATION_FIELDS = (
     *("target", "archive", "as_of", "archived", "listed", "new"),
-    *("missing", "unarchivable", "changed", "deleted"),
+    *("missing", "appeared", "unarchivable", "changed", "deleted"),
+)
+NAMED_FINDINGS = (
+    *("missing", "differing", "unreadable", "unarchivable"),
+    *("appeared", "changed", "deleted"),
 )
 SAMPLE_FIELDS = ("seed", "sampled", "sampled_bytes", "equal", "extracted", "differing", "unreadable")
 
@@ -6873,6 +6908,11 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None, fou
     [archive] = archives
     found.archive = archive["name"]
     found.as_of = source_as_of(archive["comment"], archive["start"])
+    noted = read_note(repository.client, f"{COMPARED_NAME}{found.archive[: -len('-2025-01-31T03:00:00')]}")
+    source = runtime.settings.source
+    facts = {"archive": archive["id"], "source": [source.endpoint, source.location]}
+    if noted and facts.items() <= noted.items():
+        found.lacked = frozenset(noted["lacks"])
 
 
 def source_as_of(comment: str, start: str) -> datetime:
@@ -6939,6 +6979,12 @@ def compare_lists(
         )
 
 
+LOST_OR_LATE = (
+    "the backup missed it, or it came later with an older time (a delete marker was removed, or it is a"
+    " replica); the next backup will have it"
+)
+
+
 def find_missing(
     runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
 ) -> None:
@@ -6957,8 +7003,14 @@ def find_missing(
                 continue
             hidden = key.endswith("/") or os.path.isdir(mount.path / key)
             reason = why_missing(key, failed=False, hidden=hidden)
-            kind = found.missing if reason == NOT_SHOWN else found.unarchivable
-            kind.add(key, reason)
+            if reason != NOT_SHOWN:
+                found.unarchivable.add(key, reason)
+            elif found.lacked is None:
+                found.missing.add(key, f"of {entry.last_modified:%Y-%m-%dT%H:%M:%SZ}: {LOST_OR_LATE}")
+            elif key in found.lacked:
+                found.missing.add(key, reason)
+            else:
+                found.appeared.add(key, "the source did not list it when the archive was made")
 
     within(LIST_SECONDS, "source: listing it", look, runtime.stop)
 

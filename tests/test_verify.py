@@ -169,6 +169,7 @@ def test_an_archive_says_as_of_when_it_has_the_source(comment: str, expected: da
         ("unarchivable", backup.Verdict.WARNING),
         ("unreadable", backup.Verdict.WARNING),
         ("changed", backup.Verdict.OK),
+        ("appeared", backup.Verdict.OK),
         ("deleted", backup.Verdict.OK),
     ],
 )
@@ -277,6 +278,28 @@ def test_an_object_that_the_archive_lacks_is_a_failure(environment: dict[str, st
     found, _ = verify(environment, 2)
     assert names(found["missing"]) == ["folder/3"]
     assert (found["result"], found["sample"]["equal"], found["new"]) == ("failed", 9, 0)
+
+
+def test_an_object_that_appears_with_an_older_time_is_no_loss(
+    environment: dict[str, str], source: Bucket, target: Bucket
+) -> None:
+    """A delete marker is removed. Where it is not known what the source listed, it may as well be a loss."""
+    versioning = {"Status": "Enabled"}
+    source.client.put_bucket_versioning(Bucket=source.name, VersioningConfiguration=versioning)
+    put_before(source, {"a": b"a", "hidden": b"b"})
+    marker = source.client.delete_object(Bucket=source.name, Key="hidden")["VersionId"]
+    run_backup(environment).expect(0)
+    assert verify(environment, 0)[0]["appeared"]["count"] == 0
+    source.client.delete_object(Bucket=source.name, Key="hidden", VersionId=marker)
+    found, _ = verify(environment, 0)
+    assert (names(found["appeared"]), found["missing"]["count"], found["new"]) == (["hidden"], 0, 0)
+    [note] = [key for key in target.sizes() if "compared" in key]
+    facts = json.loads(target.get(note))
+    for change in ({"lacks": ["hidden"]}, {"source": ["another", "bucket"]}, {"archive": "of before"}):
+        target.put({note: json.dumps({**facts, **change}).encode()})
+        found, _ = verify(environment, 2)
+        assert (names(found["missing"]), found["appeared"]["count"]) == (["hidden"], 0)
+    assert "or it came later with an older time" in found["missing"]["objects"][0]["reason"]
 
 
 def test_damage_in_the_repository_is_found_by_an_object_that_lies_in_it(
