@@ -5785,7 +5785,8 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
 
     def on_file(status: str, path: str) -> None:
         archived.take(status, path)
-        source.ahead.passed(source.reader, path)
+        # borg names an object that it has to read when it begins to (`process_file` of borg 1.4).
+        source.ahead.passed(source.reader, path, 0 if status in ("A", "M") else math.inf)
 
     arguments = borg_create(
         target,

@@ -244,6 +244,17 @@ def test_each_byte_is_fetched_once_whatever_the_memory(
     assert newest_contents(target, tmp_path, made) == objects
 
 
+def test_an_object_larger_than_the_window_is_read_ahead_to_its_end(
+    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
+) -> None:
+    """borg names it when it begins to read it; what follows it must not take its place in the window."""
+    source.put({"large": os.urandom(48 * MEBIBYTE), "next": b"x"})
+    proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
+    run_backup(environment(MEMORY_LIMIT_MB="256")).expect(0)
+    late = [request for request in reads(proxy) if fetched_bytes(request, 2**40).start >= 24 * MEBIBYTE]
+    assert most_at_a_time(late) > 1
+
+
 def test_verify_reads_ahead_within_an_object_that_is_larger_than_the_window(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
 ) -> None:
