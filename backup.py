@@ -1072,6 +1072,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    sent: float = 0.0  # when the try was sent that it answers, in boot_seconds()
 
     def time(self, header: str) -> datetime | None:
         """The time in `Date` or `Last-Modified`; None where it is missing or unreadable."""
@@ -1111,6 +1112,7 @@ S3_HINTS = {
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
 }
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
+CONNECTION_FAULTS = (OSError, http.client.HTTPException)
 DEFAULT_REGION = "us-east-1"
 
 
@@ -1170,14 +1172,14 @@ class S3Client:
                 raise
             return b""
 
-    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
-        """Writes an object, under the condition that `headers` may name; returns its ETag.
+    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """Writes an object, under the condition that `headers` may name.
 
         A bucket with object lock takes no object without its MD5.
         """
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         headers = {"Content-MD5": md5, **(headers or {})}
-        return self.request("PUT", key, headers=headers, body=body).headers.get("etag", "")
+        return self.request("PUT", key, headers=headers, body=body)
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
         """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
@@ -1202,7 +1204,7 @@ class S3Client:
                 patience = self._patience.failing_seconds if answer.status in RETRIED_STATUSES else 0
                 if self._learn_region(answer):
                     continue
-            except (OSError, http.client.HTTPException) as fault:
+            except CONNECTION_FAULTS as fault:
                 error = self._error(0, "NoAnswer", describe_fault(fault))
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
                 patience = 0 if untrusted else self._patience.unreachable_seconds
@@ -1229,33 +1231,39 @@ class S3Client:
             method, path, query, headers, payload_hash, *keys, when, self.region
         )
         target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
-        connection = self._connection()
+        connection, is_new = self._connection()
+        sent = boot_seconds()
         try:
             connection.request(method, target, body=body or None, headers=headers)
             response = connection.getresponse()
             content = response.read()
-        except BaseException:
+        except BaseException as fault:
             connection.close()
-            raise
+            if is_new or isinstance(fault, TimeoutError) or not isinstance(fault, CONNECTION_FAULTS):
+                raise
+            self._idle.clear()  # the server closes what is idle for long: that says nothing about it
+            return self._exchange(method, key, query, extra, body)
         self._idle.append(connection)
         answer = Answer(
-            response.status, {name.lower(): value for name, value in response.getheaders()}, content
+            response.status, {name.lower(): value for name, value in response.getheaders()}, content, sent
         )
         self.clock = answer.time("Date") or self.clock
         return answer
 
-    def _connection(self) -> http.client.HTTPConnection:
-        """A connection that nobody uses, opened where it is not."""
+    def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
+        """A connection that nobody uses, and whether it was opened just now."""
         try:
             connection = self._idle.pop()
         except IndexError:
             kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._url.hostname or "", self._url.port)
-        if connection.sock is None:
+        is_new = connection.sock is None
+        if is_new:
             connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
+            connection._create_connection = connect_within
             connection.connect()
         connection.sock.settimeout(self._patience.answer_seconds)
-        return connection
+        return connection, is_new
 
     def _learn_region(self, answer: Answer) -> bool:
         """Takes over the region that the server names in a refusal; False when that is nothing new."""
@@ -1278,6 +1286,32 @@ class S3Client:
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
+
+
+def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
+    """A connection to a host and port, as by `socket.create_connection`, but `seconds` are for the whole.
+
+    That one grants them to each address of a name anew, and to the resolver whatever it takes. Here each
+    address gets an equal share of what is left, and a TLS handshake that follows the rest.
+    """
+    deadline = time.monotonic() + seconds
+    lookup = in_background(lambda: socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+    try:
+        found = lookup.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"looking up {address[0]} timed out") from None
+    fault: OSError = OSError(f"{address[0]} has no address")
+    for number, (family, kind, protocol, _, where) in enumerate(found):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(0.001, (deadline - time.monotonic()) / (len(found) - number)))
+            connection.connect(where)
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            return connection
+        except OSError as error:
+            connection.close()
+            fault = error
+    raise fault
 
 
 def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
@@ -1546,17 +1580,17 @@ class Lease:
             if current is first:
                 self._notice(f"the repository is in use: {current.holder}; waiting to see whether that lives")
             self._pause(min(2.0, current.holder.ttl_seconds / 10))
-        if self.enforced and self._is_enforced():
-            self._switch.arm(self._valid_until)
+        if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
+            self._arm()
             for thread in self._threads:
                 thread.start()
-        else:
+            self.enforced = self._is_enforced()
+        if not self.enforced:
             self._go_without()
 
     def _try_to_take(self) -> Sighting | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
         for _ in range(5):
-            sent = boot_seconds()
             try:
                 if self._write(self._client, IF_ABSENT):
                     return None
@@ -1568,38 +1602,46 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            if self._adopt(current, sent):
+            is_ours = current.holder.run_id == self._holder.run_id
+            if not (is_ours or current.has_expired):
+                return current
+            if self._write(self._client, {"If-Match": current.etag}):
+                if not is_ours:
+                    self._notice(f"an expired lease is taken over: {current.holder}")
                 return None
-            if current.has_expired and self._write(self._client, {"If-Match": current.etag}):
-                self._notice(f"an expired lease is taken over: {current.holder}")
-                return None
-            return current
         raise BackupError(
             f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
         )
 
     def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
-        """Writes the object under a condition; False when that is not met."""
+        """Writes the object under a condition; False when that is not met.
+
+        Only a write that was answered counts, from when the try was sent that was answered. One whose answer
+        was lost keeps the next one from meeting its condition, and is then overwritten.
+        """
         with self._lock:
             self._writes += 1
             body = self._holder.body(self._writes)
-        sent = boot_seconds()
         try:
-            etag = client.put(self._key, body, condition)
+            answer = client.put(self._key, body, condition)
         except S3Error as error:
             # 409: somebody else wrote at the same moment; 404: there is nothing to match.
             if error.status in (409, 412) or error.code == "NoSuchKey":
                 return False
             raise
-        self._etag, self._valid_until = etag, sent + self._holder.ttl_seconds
+        self._etag = answer.headers.get("etag", "")
+        self._valid_until = answer.sent + self._holder.ttl_seconds
         return True
 
-    def _adopt(self, current: Sighting, sent: float) -> bool:
-        """Whether the object is ours: a write from after `sent` succeeded, and its answer was lost."""
-        if current.holder.run_id != self._holder.run_id:
-            return False
-        self._etag, self._valid_until = current.etag, sent + self._holder.ttl_seconds
-        return True
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether it holds for so long that the next renewal may fail once."""
+        return boot_seconds() < self._valid_until - self._holder.ttl_seconds / 4
+
+    def _arm(self) -> None:
+        """Has us killed when the lease ends, unless that is so near that the work is suspended anyway."""
+        if self._is_fresh:
+            self._switch.arm(self._valid_until)
 
     def _is_enforced(self) -> bool:
         """Tries whether the server heeds conditions: both writes have to fail."""
@@ -1613,7 +1655,9 @@ class Lease:
             return False
 
     def _go_without(self) -> None:
-        self.enforced = False
+        self._end_threads()
+        self._switch.arm(0)
+        self.suspended = False
         self._notice(
             "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
             " cannot exclude each other: see to it that only one works on the repository at a time"
@@ -1667,26 +1711,24 @@ class Lease:
 
     def _renew_on(self) -> None:
         """The renewing thread's life."""
-        pause = self._holder.ttl_seconds / 4
-        while not self._over.wait(pause):
-            pause = self._holder.ttl_seconds / 4
+        ttl = self._holder.ttl_seconds
+        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
                 self._renew()
             except S3Error as error:
                 self._trouble = str(error)
-                pause = self._holder.ttl_seconds / 20
 
     def _renew(self) -> None:
-        sent = boot_seconds()
         if not self._write(self._hasty_client, {"If-Match": self._etag}):
             current = look_at_lease(self._hasty_client)
-            if current is None or not self._adopt(current, sent):
+            if current is None or current.holder.run_id != self._holder.run_id:
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
                 return
+            self._write(self._hasty_client, {"If-Match": current.etag})
         with self._lock:
-            self._switch.arm(self._valid_until)
-            if self.suspended:
+            self._arm()
+            if self.suspended and self._is_fresh:
                 self.suspended = False
                 self._notice("the lease is renewed: the work goes on")
                 for member in self._members:
@@ -1696,8 +1738,7 @@ class Lease:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
         while not self._over.wait(GUARD_SECONDS):
             with self._lock:
-                soon = self._valid_until - self._holder.ttl_seconds / 4
-                if self.suspended or self.lost or boot_seconds() < soon:
+                if self.suspended or self.lost or self._is_fresh:
                     continue
                 self.suspended = True
                 for member in self._members:
@@ -1712,13 +1753,17 @@ class Lease:
             for member in self._members:
                 member.send(signal.SIGKILL)
             self._switch.arm(0)
+            self._over.set()
 
-    def release(self) -> None:
-        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
+    def _end_threads(self) -> None:
         self._over.set()
         for thread in self._threads:
             if thread.ident:
                 thread.join(CLEANUP_SECONDS)
+
+    def release(self) -> None:
+        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
+        self._end_threads()
         certain = boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
@@ -7577,7 +7622,8 @@ def gives_md5(client: S3Client) -> bool:
     remove_probes(client)
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     try:
-        return client.put(key, body).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
+        etag = client.put(key, body).headers.get("etag", "").strip('"')
+        return etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
     finally:
         client.delete(key)
 
