@@ -2659,6 +2659,7 @@ def mounted(
     Where Stuck is raised inside, or it was not usable, tigrisfs is killed.
     """
     path = prepare_mount_point(runtime, store)
+    remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
     metadata = runtime.settings.source_metadata and store.target is None
@@ -2667,11 +2668,11 @@ def mounted(
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease, holds_nothing=read_only)
     over = threading.Event()
-    if lease:
-        lease.add(child)
-    if not read_only:
-        in_background(lambda: keep_awake(mount, over))
     try:
+        if lease:
+            lease.add(child)
+        if not read_only:
+            in_background(lambda: keep_awake(mount, over))
         yield mount
     except BaseException as error:
         over.set()
@@ -2691,9 +2692,9 @@ def mounted(
 
 
 @contextlib.contextmanager
-def folder_for_mounts(prefix: str = "s3borgbackup-") -> Iterator[Path]:
+def folder_for_mounts() -> Iterator[Path]:
     """A temporary folder. It stays while something is mounted in it: to remove it would empty a bucket."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)).resolve()
     try:
         yield folder
     finally:
@@ -2766,6 +2767,33 @@ def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
     within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
 
 
+TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
+
+
+def remove_temporary_mounts(runtime: Runtime) -> None:
+    """Removes what commands that were killed left mounted in temporary folders, unless somebody serves it."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    made = re.compile(rf"{TEMPORARY_PREFIX}\w{{8}}")  # by tempfile
+    for mount_point, kind in mount_table().items():
+        folder = Path(mount_point).parent
+        if folder.parent != temporary or not made.fullmatch(folder.name) or not kind.startswith("fuse"):
+            continue
+        try:
+            within(KILL_SECONDS, mount_point, lambda path=mount_point: next(os.scandir(path), None))
+        except BackupError:
+            pass  # somebody serves it, slowly
+        except OSError as error:
+            if error.errno not in NOBODY_SERVES:
+                continue
+            detach(runtime, Path(mount_point), lazy=True)
+            if not any(path.startswith(f"{folder}/") for path in mount_table()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# What the kernel says of a mount whose process is gone; a request that was under way then gets the second.
+NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
+
+
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
     """Detaches a mount that nobody serves any more; returns whether it was one.
 
@@ -2773,7 +2801,9 @@ def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
     """
     try:
         probe_mount(runtime, store, path)
-    except OSError:
+    except OSError as error:
+        if error.errno not in NOBODY_SERVES:  # somebody's mount that S3 refuses or fails
+            return False
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
         detach(runtime, path, lazy=True)
         return True
@@ -2844,11 +2874,14 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
         failed = LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0)
         return ctypes.get_errno() if failed else 0
 
-    number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
-    if number != errno.EPERM:
-        return os.strerror(number) if number else ""
-    argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-    code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    try:
+        number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
+        if number != errno.EPERM:
+            return os.strerror(number) if number else ""
+        argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
+        code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    except BackupError as error:
+        return error.message
     return words or f"fusermount3 ended with {code}" if code else ""
 
 
@@ -2866,17 +2899,19 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
         mount.child.kill()
     deadline = time.monotonic() + BUSY_SECONDS
-    while str(mount.path) in mount_table() and mount.child.wait(0) is None:
-        lazy = runtime.stop.hurried or time.monotonic() > deadline
-        reason = detach(runtime, mount.path, lazy)
-        if reason and lazy:
-            runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
-        if lazy or not reason:
-            break
-        time.sleep(POLL_SECONDS)
     try:
+        while str(mount.path) in mount_table() and mount.child.wait(0) is None:
+            lazy = runtime.stop.hurried or time.monotonic() > deadline
+            reason = detach(runtime, mount.path, lazy)
+            if reason and lazy:
+                runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
+            if lazy or not reason:
+                break
+            time.sleep(POLL_SECONDS)
         code = wait_for_upload(runtime, mount)
     finally:
+        if mount.child.wait(0) is None:  # whatever failed: it must not write on when the lease is given back
+            cut_off(mount)
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
             detach(runtime, mount.path, lazy=True)
     if code != 0 and not mount.holds_nothing:
@@ -4002,7 +4037,7 @@ def borg_additions() -> Iterator[str]:
     An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
     EXPORTED do what they are asked for by variables.
     """
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER + EXPORTED
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
@@ -4930,7 +4965,7 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
     interruption leaves has none, and is made anew.
     """
     runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(borg_init(target, repository))
         notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
@@ -5109,7 +5144,6 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
 # read-only: there it may take its lock, and rebuild an index that does not fit. And it keeps what it knows
 # beside that folder, as a run may have locked the cache. Only what a run removes meanwhile can be missed.
 
-VIEW_PREFIX = "s3borgbackup-view-"
 READING_IS_NOT_ALONE = (
     "reading goes on without the lease, and fails if somebody compacts the repository meanwhile"
 )
@@ -5140,8 +5174,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         undo.enter_context(full_disk_told(target.store))
         if purpose:
             hold_if_possible(runtime, client, purpose, undo)
-        remove_dead_views(runtime)
-        folder = undo.enter_context(folder_for_mounts(VIEW_PREFIX))
+        folder = undo.enter_context(folder_for_mounts())
         private = dataclasses.replace(
             runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
         )
@@ -5184,22 +5217,6 @@ def hold_if_possible(runtime: Runtime, client: S3Client, purpose: str, undo: con
         undo.enter_context(held(impatient, hasty, purpose, notice, NoSwitch()))
     except (StillRunning, S3Error) as error:
         runtime.console.info(name, f"{error.message}: {READING_IS_NOT_ALONE}")
-
-
-def remove_dead_views(runtime: Runtime) -> None:
-    """Unmounts what readers that were killed have left, where nobody serves it any more."""
-    temporary = Path(tempfile.gettempdir()).resolve()
-    for mount_point in map(Path, mount_table()):
-        folder = mount_point.parent
-        if folder.parent != temporary or not folder.name.startswith(VIEW_PREFIX):
-            continue
-        try:
-            within(KILL_SECONDS, str(mount_point), lambda path=mount_point: next(os.scandir(path), None))
-        except BackupError:
-            pass  # somebody serves it, slowly
-        except OSError:
-            detach(runtime, mount_point, lazy=True)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_files(mounted_at: Path, files: Iterable[str], view: Path) -> Path:
@@ -6915,7 +6932,7 @@ def verify(
 @contextlib.contextmanager
 def spool_folder() -> Iterator[Path]:
     """A folder for the sample."""
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         yield Path(folder)
 
 
@@ -7681,7 +7698,7 @@ def export(
         handle(item, stream, metadata)
         handled.add(item.path)
 
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         chosen = Path(folder, "chosen")
         chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
         reading, writing = os.pipe()
