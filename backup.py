@@ -3456,7 +3456,8 @@ BORG_HINTS = {
     "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
     " /cache and /config/borg/security.",
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
-    " remove /cache and /config/borg/security.",
+    " remove /cache and /config/borg/security. If another target is a copy of it, let one of them begin in an"
+    " empty place.",
     "IntegrityError": DAMAGE_HELP,
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
     "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
@@ -4904,10 +4905,13 @@ def held(
         yield lease
 
 
+CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+
+
 def repository_id(runtime: Runtime, mount: Mount) -> str:
     """The id in a mounted repository's config. Raises BackupError."""
     config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
-    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
+    found = CONFIG_ID.search(config)
     if not found:
         raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
     return found[1]
@@ -5021,6 +5025,28 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
 LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
 
 
+@contextlib.contextmanager
+def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of one place in S3 only.
+
+    Raises BackupError where somebody has it.
+    """
+    path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path)
+    except OSError:  # a network volume may have no such locks; borg says what else is wrong
+        lock = contextlib.nullcontext()
+    if lock is None:
+        raise BackupError(
+            f"{store.name}: a run on another repository with the same id (a copy) uses borg's cache of it",
+            f"Point {store.setting('path')} at an empty place, or give this container a /cache and a /config"
+            " of its own.",
+        )
+    with lock:
+        yield
+
+
 def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
     """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
     if not (mount.lease and mount.lease.enforced and folder.is_dir()):
@@ -5105,11 +5131,15 @@ def writable(
     are further mounts that borg will need. Raises BackupError.
     """
     store = target.store
-    with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
+    with (
+        mounted(runtime, store, client.region, read_only=False, lease=lease) as mount,
+        contextlib.ExitStack() as undo,
+    ):
         wait_until_usable(runtime, mount)
         warm_up(runtime, mount)
         identity = repository_id(runtime, mount)
         cache = cache_folder(runtime.environ, identity)
+        undo.enter_context(cache_reserved(store, cache))
         clear_cache_locks(runtime, mount, cache)
         borg = Borg(runtime, target, mount.path, [mount, *others])
         yield Repository(target, client, mount, borg, lease, identity, cache, {})
@@ -5774,7 +5804,41 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     checks = [
         lambda client=client: examine(client, write=client.store.target is not None) for client in clients
     ]
-    return side_by_side(checks, runtime.stop)
+    *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
+    runtime.stop.check()  # the only reason why that one could fail
+    return [copies.get(client.store.target, result) for client, result in zip(clients, found, strict=True)]
+
+
+def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
+    """An error for each of `targets` whose repository has the id of another one's, by the target's name.
+
+    borg keeps one cache for both, and takes the one for a manipulated version of the other. The first one in
+    the configuration may go on.
+    """
+
+    def identity(target: Target) -> str:
+        hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
+        client = S3Client(target.store, patience=None if target in targets else hasty)
+        config = client.get_if_there(f"{target.store.key_prefix}config").decode("utf-8", "replace")
+        return found[1] if (found := CONFIG_ID.search(config)) else ""
+
+    configured = runtime.settings.targets
+    if len(configured) < 2:
+        return {}
+    ids = side_by_side([lambda target=target: identity(target) for target in configured], runtime.stop)
+    first: dict[str, Target] = {}
+    errors = {}
+    for target, repository in zip(configured, ids, strict=True):
+        if isinstance(repository, BackupError) or not repository:
+            continue
+        other = first.setdefault(repository, target)
+        if other is not target:
+            errors[target.name] = BackupError(
+                f"{target.store.name}: its repository has the id of {other.store.name}'s: one is a copy of"
+                " the other, and borg cannot tell them apart",
+                f"Point {target.store.setting('path')} at an empty place: a run makes a repository there.",
+            )
+    return errors
 
 
 def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> None:

@@ -405,6 +405,29 @@ def test_a_repository_in_use_does_not_keep_the_other_targets_from_success(
     site.target.clear()
 
 
+# ---------------------------------------------------------------------------- Two places, one repository's id
+
+
+def test_a_copy_of_another_targets_repository_is_told_before_anything_is_written(
+    site: Site, server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path
+) -> None:
+    """borg's cache and what it knows are by the id. The first goes on, and the advice that is given helps."""
+    other = new_bucket("other")
+    environment = settings(
+        server, tmp_path / "two", site.source.name, {"first": site.target.name, "second": other.name}
+    )
+    run_backup(environment, "run", "first").expect(0)
+    other.put(site.target.contents())
+    copied = other.contents()
+    for words in (["check-config"], ["run", "second"]):
+        result = run_backup(environment, *words).expect(2)
+        assert "target-second: its repository has the id of target-first's: one is a copy" in result.output
+        assert other.contents() == copied
+    assert 'Point TARGETS "second"."path" at an empty place' in result.output
+    run_backup(with_target(environment, "second", path=f"{other.name}:own")).expect(0)
+    assert len(Repository.download(site.target, tmp_path / "copy").archives()) == 2
+
+
 # ---------------------------------------------------------------------------------------------- Manual mounts
 
 
