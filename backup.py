@@ -5040,8 +5040,7 @@ def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
     if lock is None:
         raise BackupError(
             f"{store.name}: a run on another repository with the same id (a copy) uses borg's cache of it",
-            f"Point {store.setting('path')} at an empty place, or give this container a /cache and a /config"
-            " of its own.",
+            f"Let it finish, and point {store.setting('path')} at an empty place of its own.",
         )
     with lock:
         yield
