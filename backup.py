@@ -1072,6 +1072,7 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+    sent: float = 0.0  # when the try was sent that it answers, in boot_seconds()
 
     def time(self, header: str) -> datetime | None:
         """The time in `Date` or `Last-Modified`; None where it is missing or unreadable."""
@@ -1111,6 +1112,7 @@ S3_HINTS = {
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
 }
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
+CONNECTION_FAULTS = (OSError, http.client.HTTPException)
 DEFAULT_REGION = "us-east-1"
 
 
@@ -1170,14 +1172,14 @@ class S3Client:
                 raise
             return b""
 
-    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> str:
-        """Writes an object, under the condition that `headers` may name; returns its ETag.
+    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        """Writes an object, under the condition that `headers` may name.
 
         A bucket with object lock takes no object without its MD5.
         """
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         headers = {"Content-MD5": md5, **(headers or {})}
-        return self.request("PUT", key, headers=headers, body=body).headers.get("etag", "")
+        return self.request("PUT", key, headers=headers, body=body)
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
         """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
@@ -1202,7 +1204,7 @@ class S3Client:
                 patience = self._patience.failing_seconds if answer.status in RETRIED_STATUSES else 0
                 if self._learn_region(answer):
                     continue
-            except (OSError, http.client.HTTPException) as fault:
+            except CONNECTION_FAULTS as fault:
                 error = self._error(0, "NoAnswer", describe_fault(fault))
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
                 patience = 0 if untrusted else self._patience.unreachable_seconds
@@ -1229,33 +1231,39 @@ class S3Client:
             method, path, query, headers, payload_hash, *keys, when, self.region
         )
         target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
-        connection = self._connection()
+        connection, is_new = self._connection()
+        sent = boot_seconds()
         try:
             connection.request(method, target, body=body or None, headers=headers)
             response = connection.getresponse()
             content = response.read()
-        except BaseException:
+        except BaseException as fault:
             connection.close()
-            raise
+            if is_new or isinstance(fault, TimeoutError) or not isinstance(fault, CONNECTION_FAULTS):
+                raise
+            self._idle.clear()  # the server closes what is idle for long: that says nothing about it
+            return self._exchange(method, key, query, extra, body)
         self._idle.append(connection)
         answer = Answer(
-            response.status, {name.lower(): value for name, value in response.getheaders()}, content
+            response.status, {name.lower(): value for name, value in response.getheaders()}, content, sent
         )
         self.clock = answer.time("Date") or self.clock
         return answer
 
-    def _connection(self) -> http.client.HTTPConnection:
-        """A connection that nobody uses, opened where it is not."""
+    def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
+        """A connection that nobody uses, and whether it was opened just now."""
         try:
             connection = self._idle.pop()
         except IndexError:
             kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
             connection = kind(self._url.hostname or "", self._url.port)
-        if connection.sock is None:
+        is_new = connection.sock is None
+        if is_new:
             connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
+            connection._create_connection = connect_within
             connection.connect()
         connection.sock.settimeout(self._patience.answer_seconds)
-        return connection
+        return connection, is_new
 
     def _learn_region(self, answer: Answer) -> bool:
         """Takes over the region that the server names in a refusal; False when that is nothing new."""
@@ -1278,6 +1286,32 @@ class S3Client:
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
+
+
+def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
+    """A connection to a host and port, as by `socket.create_connection`, but `seconds` are for the whole.
+
+    That one grants them to each address of a name anew, and to the resolver whatever it takes. Here each
+    address gets an equal share of what is left, and a TLS handshake that follows the rest.
+    """
+    deadline = time.monotonic() + seconds
+    lookup = in_background(lambda: socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+    try:
+        found = lookup.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"looking up {address[0]} timed out") from None
+    fault: OSError = OSError(f"{address[0]} has no address")
+    for number, (family, kind, protocol, _, where) in enumerate(found):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(0.001, (deadline - time.monotonic()) / (len(found) - number)))
+            connection.connect(where)
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            return connection
+        except OSError as error:
+            connection.close()
+            fault = error
+    raise fault
 
 
 def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
@@ -1546,17 +1580,17 @@ class Lease:
             if current is first:
                 self._notice(f"the repository is in use: {current.holder}; waiting to see whether that lives")
             self._pause(min(2.0, current.holder.ttl_seconds / 10))
-        if self.enforced and self._is_enforced():
-            self._switch.arm(self._valid_until)
+        if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
+            self._arm()
             for thread in self._threads:
                 thread.start()
-        else:
+            self.enforced = self._is_enforced()
+        if not self.enforced:
             self._go_without()
 
     def _try_to_take(self) -> Sighting | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
         for _ in range(5):
-            sent = boot_seconds()
             try:
                 if self._write(self._client, IF_ABSENT):
                     return None
@@ -1568,38 +1602,46 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            if self._adopt(current, sent):
+            is_ours = current.holder.run_id == self._holder.run_id
+            if not (is_ours or current.has_expired):
+                return current
+            if self._write(self._client, {"If-Match": current.etag}):
+                if not is_ours:
+                    self._notice(f"an expired lease is taken over: {current.holder}")
                 return None
-            if current.has_expired and self._write(self._client, {"If-Match": current.etag}):
-                self._notice(f"an expired lease is taken over: {current.holder}")
-                return None
-            return current
         raise BackupError(
             f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
         )
 
     def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
-        """Writes the object under a condition; False when that is not met."""
+        """Writes the object under a condition; False when that is not met.
+
+        Only a write that was answered counts, from when the try was sent that was answered. One whose answer
+        was lost keeps the next one from meeting its condition, and is then overwritten.
+        """
         with self._lock:
             self._writes += 1
             body = self._holder.body(self._writes)
-        sent = boot_seconds()
         try:
-            etag = client.put(self._key, body, condition)
+            answer = client.put(self._key, body, condition)
         except S3Error as error:
             # 409: somebody else wrote at the same moment; 404: there is nothing to match.
             if error.status in (409, 412) or error.code == "NoSuchKey":
                 return False
             raise
-        self._etag, self._valid_until = etag, sent + self._holder.ttl_seconds
+        self._etag = answer.headers.get("etag", "")
+        self._valid_until = answer.sent + self._holder.ttl_seconds
         return True
 
-    def _adopt(self, current: Sighting, sent: float) -> bool:
-        """Whether the object is ours: a write from after `sent` succeeded, and its answer was lost."""
-        if current.holder.run_id != self._holder.run_id:
-            return False
-        self._etag, self._valid_until = current.etag, sent + self._holder.ttl_seconds
-        return True
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether it holds for so long that the next renewal may fail once."""
+        return boot_seconds() < self._valid_until - self._holder.ttl_seconds / 4
+
+    def _arm(self) -> None:
+        """Has us killed when the lease ends, unless that is so near that the work is suspended anyway."""
+        if self._is_fresh:
+            self._switch.arm(self._valid_until)
 
     def _is_enforced(self) -> bool:
         """Tries whether the server heeds conditions: both writes have to fail."""
@@ -1613,7 +1655,9 @@ class Lease:
             return False
 
     def _go_without(self) -> None:
-        self.enforced = False
+        self._end_threads()
+        self._switch.arm(0)
+        self.suspended = False
         self._notice(
             "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
             " cannot exclude each other: see to it that only one works on the repository at a time"
@@ -1667,26 +1711,24 @@ class Lease:
 
     def _renew_on(self) -> None:
         """The renewing thread's life."""
-        pause = self._holder.ttl_seconds / 4
-        while not self._over.wait(pause):
-            pause = self._holder.ttl_seconds / 4
+        ttl = self._holder.ttl_seconds
+        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
                 self._renew()
             except S3Error as error:
                 self._trouble = str(error)
-                pause = self._holder.ttl_seconds / 20
 
     def _renew(self) -> None:
-        sent = boot_seconds()
         if not self._write(self._hasty_client, {"If-Match": self._etag}):
             current = look_at_lease(self._hasty_client)
-            if current is None or not self._adopt(current, sent):
+            if current is None or current.holder.run_id != self._holder.run_id:
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
                 return
+            self._write(self._hasty_client, {"If-Match": current.etag})
         with self._lock:
-            self._switch.arm(self._valid_until)
-            if self.suspended:
+            self._arm()
+            if self.suspended and self._is_fresh:
                 self.suspended = False
                 self._notice("the lease is renewed: the work goes on")
                 for member in self._members:
@@ -1696,8 +1738,7 @@ class Lease:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
         while not self._over.wait(GUARD_SECONDS):
             with self._lock:
-                soon = self._valid_until - self._holder.ttl_seconds / 4
-                if self.suspended or self.lost or boot_seconds() < soon:
+                if self.suspended or self.lost or self._is_fresh:
                     continue
                 self.suspended = True
                 for member in self._members:
@@ -1712,13 +1753,17 @@ class Lease:
             for member in self._members:
                 member.send(signal.SIGKILL)
             self._switch.arm(0)
+            self._over.set()
 
-    def release(self) -> None:
-        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
+    def _end_threads(self) -> None:
         self._over.set()
         for thread in self._threads:
             if thread.ident:
                 thread.join(CLEANUP_SECONDS)
+
+    def release(self) -> None:
+        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
+        self._end_threads()
         certain = boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
@@ -2614,6 +2659,7 @@ def mounted(
     Where Stuck is raised inside, or it was not usable, tigrisfs is killed.
     """
     path = prepare_mount_point(runtime, store)
+    remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
     metadata = runtime.settings.source_metadata and store.target is None
@@ -2622,11 +2668,11 @@ def mounted(
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease, holds_nothing=read_only)
     over = threading.Event()
-    if lease:
-        lease.add(child)
-    if not read_only:
-        in_background(lambda: keep_awake(mount, over))
     try:
+        if lease:
+            lease.add(child)
+        if not read_only:
+            in_background(lambda: keep_awake(mount, over))
         yield mount
     except BaseException as error:
         over.set()
@@ -2646,9 +2692,9 @@ def mounted(
 
 
 @contextlib.contextmanager
-def folder_for_mounts(prefix: str = "s3borgbackup-") -> Iterator[Path]:
+def folder_for_mounts() -> Iterator[Path]:
     """A temporary folder. It stays while something is mounted in it: to remove it would empty a bucket."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)).resolve()
     try:
         yield folder
     finally:
@@ -2721,6 +2767,33 @@ def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
     within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
 
 
+TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
+
+
+def remove_temporary_mounts(runtime: Runtime) -> None:
+    """Removes what commands that were killed left mounted in temporary folders, unless somebody serves it."""
+    temporary = Path(tempfile.gettempdir()).resolve()
+    made = re.compile(rf"{TEMPORARY_PREFIX}\w{{8}}")  # by tempfile
+    for mount_point, kind in mount_table().items():
+        folder = Path(mount_point).parent
+        if folder.parent != temporary or not made.fullmatch(folder.name) or not kind.startswith("fuse"):
+            continue
+        try:
+            within(KILL_SECONDS, mount_point, lambda path=mount_point: next(os.scandir(path), None))
+        except BackupError:
+            pass  # somebody serves it, slowly
+        except OSError as error:
+            if error.errno not in NOBODY_SERVES:
+                continue
+            detach(runtime, Path(mount_point), lazy=True)
+            if not any(path.startswith(f"{folder}/") for path in mount_table()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# What the kernel says of a mount whose process is gone; a request that was under way then gets the second.
+NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
+
+
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
     """Detaches a mount that nobody serves any more; returns whether it was one.
 
@@ -2728,7 +2801,9 @@ def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
     """
     try:
         probe_mount(runtime, store, path)
-    except OSError:
+    except OSError as error:
+        if error.errno not in NOBODY_SERVES:  # somebody's mount that S3 refuses or fails
+            return False
         runtime.console.warning(store.name, f"a dead mount at {path} is removed")
         detach(runtime, path, lazy=True)
         return True
@@ -2799,11 +2874,14 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
         failed = LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0)
         return ctypes.get_errno() if failed else 0
 
-    number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
-    if number != errno.EPERM:
-        return os.strerror(number) if number else ""
-    argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-    code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    try:
+        number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
+        if number != errno.EPERM:
+            return os.strerror(number) if number else ""
+        argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
+        code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+    except BackupError as error:
+        return error.message
     return words or f"fusermount3 ended with {code}" if code else ""
 
 
@@ -2821,17 +2899,19 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
         mount.child.kill()
     deadline = time.monotonic() + BUSY_SECONDS
-    while str(mount.path) in mount_table() and mount.child.wait(0) is None:
-        lazy = runtime.stop.hurried or time.monotonic() > deadline
-        reason = detach(runtime, mount.path, lazy)
-        if reason and lazy:
-            runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
-        if lazy or not reason:
-            break
-        time.sleep(POLL_SECONDS)
     try:
+        while str(mount.path) in mount_table() and mount.child.wait(0) is None:
+            lazy = runtime.stop.hurried or time.monotonic() > deadline
+            reason = detach(runtime, mount.path, lazy)
+            if reason and lazy:
+                runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
+            if lazy or not reason:
+                break
+            time.sleep(POLL_SECONDS)
         code = wait_for_upload(runtime, mount)
     finally:
+        if mount.child.wait(0) is None:  # whatever failed: it must not write on when the lease is given back
+            cut_off(mount)
         if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
             detach(runtime, mount.path, lazy=True)
     if code != 0 and not mount.holds_nothing:
@@ -3376,7 +3456,8 @@ BORG_HINTS = {
     "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
     " /cache and /config/borg/security.",
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
-    " remove /cache and /config/borg/security.",
+    " remove /cache and /config/borg/security. If another target is a copy of it, let one of them begin in an"
+    " empty place.",
     "IntegrityError": DAMAGE_HELP,
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
     "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
@@ -3957,7 +4038,7 @@ def borg_additions() -> Iterator[str]:
     An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
     EXPORTED do what they are asked for by variables.
     """
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER + EXPORTED
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
@@ -4824,10 +4905,13 @@ def held(
         yield lease
 
 
+CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+
+
 def repository_id(runtime: Runtime, mount: Mount) -> str:
     """The id in a mounted repository's config. Raises BackupError."""
     config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
-    found = re.search(r"^id = ([0-9a-f]{64})$", config, re.MULTILINE)
+    found = CONFIG_ID.search(config)
     if not found:
         raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
     return found[1]
@@ -4885,7 +4969,7 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
     interruption leaves has none, and is made anew.
     """
     runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(borg_init(target, repository))
         notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
@@ -4939,6 +5023,27 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
 
 
 LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
+
+
+@contextlib.contextmanager
+def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of one place in S3 only.
+
+    Raises BackupError where somebody has it.
+    """
+    path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path)
+    except OSError:  # a network volume may have no such locks; borg says what else is wrong
+        lock = contextlib.nullcontext()
+    if lock is None:
+        raise BackupError(
+            f"{store.name}: a run on another repository with the same id (a copy) uses borg's cache of it",
+            f"Let it finish, and point {store.setting('path')} at an empty place of its own.",
+        )
+    with lock:
+        yield
 
 
 def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
@@ -5025,11 +5130,15 @@ def writable(
     are further mounts that borg will need. Raises BackupError.
     """
     store = target.store
-    with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
+    with (
+        mounted(runtime, store, client.region, read_only=False, lease=lease) as mount,
+        contextlib.ExitStack() as undo,
+    ):
         wait_until_usable(runtime, mount)
         warm_up(runtime, mount)
         identity = repository_id(runtime, mount)
         cache = cache_folder(runtime.environ, identity)
+        undo.enter_context(cache_reserved(store, cache))
         clear_cache_locks(runtime, mount, cache)
         borg = Borg(runtime, target, mount.path, [mount, *others])
         yield Repository(target, client, mount, borg, lease, identity, cache, {})
@@ -5064,7 +5173,6 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
 # read-only: there it may take its lock, and rebuild an index that does not fit. And it keeps what it knows
 # beside that folder, as a run may have locked the cache. Only what a run removes meanwhile can be missed.
 
-VIEW_PREFIX = "s3borgbackup-view-"
 READING_IS_NOT_ALONE = (
     "reading goes on without the lease, and fails if somebody compacts the repository meanwhile"
 )
@@ -5095,8 +5203,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         undo.enter_context(full_disk_told(target.store))
         if purpose:
             hold_if_possible(runtime, client, purpose, undo)
-        remove_dead_views(runtime)
-        folder = undo.enter_context(folder_for_mounts(VIEW_PREFIX))
+        folder = undo.enter_context(folder_for_mounts())
         private = dataclasses.replace(
             runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
         )
@@ -5139,22 +5246,6 @@ def hold_if_possible(runtime: Runtime, client: S3Client, purpose: str, undo: con
         undo.enter_context(held(impatient, hasty, purpose, notice, NoSwitch()))
     except (StillRunning, S3Error) as error:
         runtime.console.info(name, f"{error.message}: {READING_IS_NOT_ALONE}")
-
-
-def remove_dead_views(runtime: Runtime) -> None:
-    """Unmounts what readers that were killed have left, where nobody serves it any more."""
-    temporary = Path(tempfile.gettempdir()).resolve()
-    for mount_point in map(Path, mount_table()):
-        folder = mount_point.parent
-        if folder.parent != temporary or not folder.name.startswith(VIEW_PREFIX):
-            continue
-        try:
-            within(KILL_SECONDS, str(mount_point), lambda path=mount_point: next(os.scandir(path), None))
-        except BackupError:
-            pass  # somebody serves it, slowly
-        except OSError:
-            detach(runtime, mount_point, lazy=True)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_files(mounted_at: Path, files: Iterable[str], view: Path) -> Path:
@@ -5712,7 +5803,41 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     checks = [
         lambda client=client: examine(client, write=client.store.target is not None) for client in clients
     ]
-    return side_by_side(checks, runtime.stop)
+    *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
+    runtime.stop.check()  # the only reason why that one could fail
+    return [copies.get(client.store.target, result) for client, result in zip(clients, found, strict=True)]
+
+
+def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
+    """An error for each of `targets` whose repository has the id of another one's, by the target's name.
+
+    borg keeps one cache for both, and takes the one for a manipulated version of the other. The first one in
+    the configuration may go on.
+    """
+
+    def identity(target: Target) -> str:
+        hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
+        client = S3Client(target.store, patience=None if target in targets else hasty)
+        config = client.get_if_there(f"{target.store.key_prefix}config").decode("utf-8", "replace")
+        return found[1] if (found := CONFIG_ID.search(config)) else ""
+
+    configured = runtime.settings.targets
+    if len(configured) < 2:
+        return {}
+    ids = side_by_side([lambda target=target: identity(target) for target in configured], runtime.stop)
+    first: dict[str, Target] = {}
+    errors = {}
+    for target, repository in zip(configured, ids, strict=True):
+        if isinstance(repository, BackupError) or not repository:
+            continue
+        other = first.setdefault(repository, target)
+        if other is not target:
+            errors[target.name] = BackupError(
+                f"{target.store.name}: its repository has the id of {other.store.name}'s: one is a copy of"
+                " the other, and borg cannot tell them apart",
+                f"Point {target.store.setting('path')} at an empty place: a run makes a repository there.",
+            )
+    return errors
 
 
 def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> None:
@@ -6871,7 +6996,7 @@ def verify(
 @contextlib.contextmanager
 def spool_folder() -> Iterator[Path]:
     """A folder for the sample."""
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         yield Path(folder)
 
 
@@ -7578,7 +7703,8 @@ def gives_md5(client: S3Client) -> bool:
     remove_probes(client)
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     try:
-        return client.put(key, body).strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
+        etag = client.put(key, body).headers.get("etag", "").strip('"')
+        return etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
     finally:
         client.delete(key)
 
@@ -7636,7 +7762,7 @@ def export(
         handle(item, stream, metadata)
         handled.add(item.path)
 
-    with tempfile.TemporaryDirectory(prefix="s3borgbackup-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         chosen = Path(folder, "chosen")
         chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
         reading, writing = os.pipe()

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 import backup
+from faults.proxy import Action, FaultProxy, Request
 from helpers import (
     BACKUP,
     PASSPHRASE,
@@ -28,7 +31,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
-from servers import WRITER, SeaweedFS
+from servers import ADMIN, WRITER, SeaweedFS
 
 LEASE = ".s3borgbackup-lease"
 SLOW = "lzma,9"  # half a minute for LARGE_BYTES, so that there is time to look at it
@@ -177,6 +180,92 @@ def test_the_kernel_kills_a_process_that_does_not_put_off_its_end(program: str, 
     assert (done.returncode, done.stderr) == (exit_code, "")
 
 
+# ----------------------------------------------------------------------------------- An S3 that is in trouble
+
+SHORT_TTL_SECONDS = 3
+
+
+class Notes(backup.NoSwitch):
+    """A dead man's switch that only notes for when it was armed, and when."""
+
+    def __init__(self) -> None:
+        self.armed: list[tuple[float, float]] = []
+
+    def arm(self, at_boot_seconds: float) -> None:
+        if at_boot_seconds:
+            self.armed.append((at_boot_seconds, backup.boot_seconds()))
+
+    def assert_harmless(self) -> None:
+        """It was armed, and never for a moment that had passed."""
+        assert self.armed
+        assert [until for until, now in self.armed if until <= now] == []
+
+
+@pytest.fixture
+def proxy(server: SeaweedFS) -> Iterator[FaultProxy]:
+    with FaultProxy(server.endpoint) as running:
+        yield running
+
+
+@contextmanager
+def short_lease(proxy: FaultProxy, target: Bucket, switch: backup.DeadMansSwitch) -> Iterator[backup.Lease]:
+    """A lease of three seconds on a bucket behind the proxy."""
+    store = backup.Store("t", proxy.endpoint, target.name, "", ADMIN.access_key_id, ADMIN.secret_access_key)
+    holder = backup.Holder("run", "here", "a test", "now", SHORT_TTL_SECONDS)
+    client = backup.S3Client(store, patience=backup.PROVEN)
+    with backup.leased(client, holder, 0, 60, print, time.sleep, switch) as lease:
+        yield lease
+
+
+def is_trial(request: Request) -> bool:
+    """Whether it only tries out if the server heeds conditions."""
+    return backup.NO_SUCH_ETAG in request.headers.values()
+
+
+def is_put(request: Request) -> bool:
+    return request.kind == "PUT"
+
+
+@pytest.mark.parametrize("matches", [is_put, is_trial], ids=["taken", "tried"])
+def test_a_lease_that_takes_longer_to_take_than_it_lasts_kills_nobody(
+    proxy: FaultProxy, target: Bucket, matches: Callable[[Request], bool]
+) -> None:
+    """The tries that failed do not count, and while it is found out what the server can do it is renewed."""
+    notes = Notes()
+    storm = proxy.add(matches, Action.REFUSE, status=503, code="SlowDown")
+    end = threading.Timer(SHORT_TTL_SECONDS + 2, proxy.remove, [storm])
+    end.start()
+    with short_lease(proxy, target, notes) as lease:
+        assert storm.removed.is_set()
+        lease.write(lambda client: client.put("written", b""))
+        assert not lease.lost
+    notes.assert_harmless()
+    assert target.sizes() == {"written": 0}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["taken", "renewed"])
+def test_a_write_whose_answer_was_lost_lengthens_no_lease(
+    proxy: FaultProxy, target: Bucket, first: bool
+) -> None:
+    """The holder never believes in more than what an answered write has given it."""
+    notes, clocks_apart = Notes(), backup.boot_seconds() - time.monotonic()
+    lost = proxy.add(
+        lambda request: is_put(request) and (request.headers.get("if-none-match") == "*") == first,
+        Action.LOSE_ANSWER,
+        after=0 if first else 1,
+        times=1,
+    )
+    with short_lease(proxy, target, notes) as lease:
+        wait_until(lambda: lost.hit and len(notes.armed) > 2, 30, "it is renewed after that")
+        assert not lease.lost
+    written = [
+        request.when + clocks_apart for request, status in proxy.requests if is_put(request) and status == 200
+    ]
+    for until, now in notes.armed:
+        assert until - SHORT_TTL_SECONDS <= max((when for when in written if when <= now), default=0)
+    assert target.sizes() == {}
+
+
 # ------------------------------------------------------------------------------------------------ Whole runs
 
 
@@ -314,6 +403,29 @@ def test_a_repository_in_use_does_not_keep_the_other_targets_from_success(
     result = run_backup(with_target_secrets(environment, "free", borg_passphrase="wrong")).expect(2)
     assert "a backup on nas" in result.output
     site.target.clear()
+
+
+# ---------------------------------------------------------------------------- Two places, one repository's id
+
+
+def test_a_copy_of_another_targets_repository_is_told_before_anything_is_written(
+    site: Site, server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path
+) -> None:
+    """borg's cache and what it knows are by the id. The first goes on, and the advice that is given helps."""
+    other = new_bucket("other")
+    environment = settings(
+        server, tmp_path / "two", site.source.name, {"first": site.target.name, "second": other.name}
+    )
+    run_backup(environment, "run", "first").expect(0)
+    other.put(site.target.contents())
+    copied = other.contents()
+    for words in (["check-config"], ["run", "second"]):
+        result = run_backup(environment, *words).expect(2)
+        assert "target-second: its repository has the id of target-first's: one is a copy" in result.output
+        assert other.contents() == copied
+    assert 'Point TARGETS "second"."path" at an empty place' in result.output
+    run_backup(with_target(environment, "second", path=f"{other.name}:own")).expect(0)
+    assert len(Repository.download(site.target, tmp_path / "copy").archives()) == 2
 
 
 # ---------------------------------------------------------------------------------------------- Manual mounts

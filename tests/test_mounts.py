@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +28,7 @@ from helpers import (
     children,
     command_line,
     is_running,
+    mounted,
     mounts_below,
     processes_with,
     run_backup,
@@ -36,6 +40,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
+from loading import load_settings
 from servers import WRITER, SeaweedFS
 
 needs_fuse = pytest.mark.usefixtures("needs_fuse")
@@ -364,6 +369,80 @@ def test_a_dead_mount_is_cleaned_up_by_the_next_command(
         assert tree(folder) == {"a": b"a"}
         run_backup(environment, "umount", "source").expect(0)
     assert mounts_below(folder) == []
+
+
+def runtime_of(environment: Mapping[str, str]) -> backup.Runtime:
+    """What parts of a command need that are tried alone."""
+    report = backup.Report("id", "label", datetime.now(UTC))
+    console = backup.Console(debug=False)
+    return backup.Runtime(load_settings(environment), environment, console, backup.Stop(), 1000, report)
+
+
+@needs_fuse
+@pytest.mark.parametrize(("status", "number"), [(403, errno.EACCES), (400, errno.EINVAL)])
+def test_a_mount_that_s3_refuses_or_fails_is_not_dead(
+    environment: dict[str, str], target: Bucket, tmp_path: Path, status: int, number: int
+) -> None:
+    """Somebody serves it, and may have something to upload: it stays."""
+    runtime = runtime_of(environment)
+    store, path = runtime.settings.targets[0].store, tmp_path / "theirs"
+    with FaultProxy(target.server.endpoint) as proxy:
+        behind = SimpleNamespace(server=proxy, name=target.name)
+        with mounted(behind, path):
+            proxy.add(lambda request: request.kind == "LIST", Action.REFUSE, status=status, code="No")
+            with pytest.raises(OSError, match=os.strerror(number)):
+                list(path.iterdir())
+            assert not backup.remove_dead_mount(runtime, store, path)
+            assert mounts_below(path) == [path]
+            proxy.clear()
+
+
+@needs_fuse
+def test_the_next_command_removes_temporary_mounts_of_whatever_was_killed(
+    environment: dict[str, str], source: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `verify` and of a restore, too; what somebody serves, or made elsewhere, stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runtime = runtime_of(environment)
+    store = runtime.settings.source
+    dead, alive = tmp_path / "s3borgbackup-abcdef_7" / "source", tmp_path / "s3borgbackup-abcdef_8" / "source"
+    elsewhere = tmp_path / "mine" / "source"
+    for folder in (dead, elsewhere):
+        folder.mkdir(parents=True)
+        command = backup.tigrisfs_command(store, "us-east-1", folder, True, ["--memory-limit", "128"])
+        child = backup.Child(command, backup.tigrisfs_environment(store, environment), print, print)
+        wait_until(lambda folder=folder: mounts_below(folder), 20, "it is mounted")
+        assert child.kill()
+    with mounted(source, alive), backup.mounted(runtime, store, "us-east-1", read_only=True) as mount:
+        backup.wait_until_usable(runtime, mount)
+        assert not dead.parent.exists()
+        assert mounts_below(alive) == [alive]
+        assert mounts_below(elsewhere) == [elsewhere]
+    subprocess.run(["fusermount3", "-uz", elsewhere], check=True)
+
+
+@needs_fuse
+def test_a_mount_that_cannot_be_detached_does_not_outlive_its_lease(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, target: Bucket
+) -> None:
+    """Unmounting it hangs, and somebody has a file open: tigrisfs is killed, and the lease is to expire."""
+    runtime = runtime_of({**environment, "STALL_TIMEOUT": "5"})
+    store = runtime.settings.targets[0].store
+    holder = backup.Holder("run", "here", "a test", "now", 60)
+    lease = backup.Lease(backup.S3Client(store), holder, 60, print, time.sleep, backup.NoSwitch())
+    with (
+        pytest.raises(backup.BackupError),
+        backup.mounted(runtime, store, "us-east-1", False, lease) as mount,
+    ):
+        backup.wait_until_usable(runtime, mount)
+        stream = (mount.path / "open").open("wb")
+        monkeypatch.setattr(backup, "MOUNT_SECONDS", 0)
+        monkeypatch.setattr(backup, "BUSY_SECONDS", 0)
+    assert not is_running(mount.child.pid)
+    assert lease.expires
+    with suppress(OSError):
+        stream.close()
+    target.clear()
 
 
 @needs_fuse

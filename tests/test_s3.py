@@ -4,7 +4,7 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +159,74 @@ def test_faults_that_pass_are_retried(fault: Reply) -> None:
     with scripted_server(fault, fault, answer(200, EMPTY_LISTING)) as (url, seen):
         assert client_of(url).list_page("") == ([], False)
     assert len(seen) >= 3
+
+
+def closing(reply: Reply) -> Reply:
+    """The same, and then the connection ends, without a word of that."""
+
+    def reply_and_close(handler: http.server.BaseHTTPRequestHandler) -> None:
+        reply(handler)
+        handler.close_connection = True
+
+    return reply_and_close
+
+
+IMPATIENT = backup.Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
+
+
+def test_a_kept_connection_that_the_server_has_closed_is_no_failure() -> None:
+    """It is opened anew, once, also for who has no patience: a lease must not fail by that."""
+    listing = closing(answer(200, EMPTY_LISTING))
+    with scripted_server(listing, listing, hang_up) as (url, seen):
+        client = client_of(url).with_patience(IMPATIENT)
+        assert client.list_page("") == client.list_page("") == ([], False)
+        with pytest.raises(backup.S3Error, match="NoAnswer"):
+            client.list_page("")
+        assert len(seen) == 3
+
+
+@contextmanager
+def dead_address() -> Iterator[tuple[str, int]]:
+    """An address that answers no attempt to connect."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        address = listener.getsockname()
+        waiting = [socket.socket() for _ in range(4)]  # more than its queue holds
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(address)
+        yield address
+        for one in waiting:
+            one.close()
+
+
+def resolve_to(addresses: Sequence[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every name mean these addresses."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+def test_connecting_takes_no_longer_for_a_name_with_many_dead_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What must end before a lease does ends; one address that lives is enough."""
+    with dead_address() as dead, scripted_server(answer(200, EMPTY_LISTING)) as (url, _):
+        alive = ("127.0.0.1", int(url.rpartition(":")[2]))
+        client = client_of("http://many.example").with_patience(IMPATIENT)
+        resolve_to([dead] * 7 + [alive], monkeypatch)
+        assert client.list_page("") == ([], False)
+        resolve_to([dead] * 8, monkeypatch)
+        start = time.monotonic()
+        with pytest.raises(backup.S3Error, match="timed out"):
+            client_of("http://many.example").with_patience(IMPATIENT).list_page("")
+        assert time.monotonic() - start < 4 * IMPATIENT.answer_seconds
+
+
+def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(30) or [])
+    with pytest.raises(backup.S3Error, match=r"looking up many\.example timed out"):
+        client_of("http://many.example").with_patience(IMPATIENT).list_page("")
+    over.set()
 
 
 def test_a_refusal_is_not_retried() -> None:

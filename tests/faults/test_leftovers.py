@@ -114,6 +114,24 @@ def test_a_lock_that_a_crashed_run_left_in_borgs_cache_holds_nobody_up(
         assert [path for path in cache.glob("lock.*") if path.name != "lock.roster"] == []
 
 
+def test_a_lock_in_borgs_cache_lives_as_long_as_the_run_that_took_it(
+    environment: Mapping[str, str], target: Bucket, cache: Path
+) -> None:
+    """A run on a copy has another lease, and the same cache where two containers share its volume."""
+    lock = cache / "lock.exclusive" / f"{OURS}.1-0"
+    lock.parent.mkdir()
+    lock.touch()
+    before = target.contents()
+    with backup.cache_reserved(backup.Store("copy", "", "", "", "", ""), cache):
+        result = run_backup(environment).expect(2)
+    assert (
+        "target-first: a run on another repository with the same id (a copy) uses borg's cache"
+        in result.output
+    )
+    assert lock.exists()
+    assert target.contents() == before
+
+
 def test_a_lock_of_somebody_else_in_borgs_cache_is_named_and_the_advice_that_is_given_helps(
     environment: Mapping[str, str],
     source: Bucket,
