@@ -599,11 +599,11 @@ class Result:
 class Backup:
     """backup.py at work: its lines as they come, signals, and its end. Leaving the `with` block ends it."""
 
-    def __init__(self, environment: Mapping[str, str], *arguments: str) -> None:
-        """Start it with this environment and nothing else of ours."""
+    def __init__(self, environment: Mapping[str, str], *arguments: str, through: Sequence[str] = ()) -> None:
+        """Start it with this environment and nothing else of ours; `through` is a command to execute it."""
         self._started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, str(BACKUP), *arguments],
+            [*through, sys.executable, str(BACKUP), *arguments],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

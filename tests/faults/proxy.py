@@ -93,7 +93,7 @@ class Request:
 class Action(Enum):
     """What happens to a request."""
 
-    REFUSE = auto()  # an S3 error is the answer, and the server never sees it
+    REFUSE = auto()  # an error is the answer, and the server never sees it: S3's, or HTML without a `code`
     HANG = auto()  # no answer ever, until the fault is removed
     RESET = auto()  # the connection is reset, and the server never sees it
     CUT = auto()  # half of the answer's body (of one in chunks: of its first), then the end
@@ -123,21 +123,22 @@ class Fault:
 class FaultProxy:
     """Stands before `upstream` (an endpoint URL); a `with` block opens and closes it."""
 
-    def __init__(self, upstream: str, seed: int = 0) -> None:
-        """`seed` decides what faults with a probability hit."""
+    def __init__(self, upstream: str, seed: int = 0, address: str = "127.0.0.1") -> None:
+        """`seed` decides what faults with a probability hit; `address` is ours to listen at."""
         url = urllib.parse.urlsplit(upstream)
         self.upstream = (url.hostname or "", url.port or 80)
         self._requests: list[Request] = []
         self._statuses: list[int | None] = []
         self._faults: list[Fault] = []
         self._lock, self._chance = threading.Lock(), random.Random(seed)
-        self._server = _Server(("127.0.0.1", free_ports(1)[0]), _Connection)
+        self._server = _Server((address, free_ports(1)[0]), _Connection)
         self._server.proxy = self
 
     @property
     def endpoint(self) -> str:
         """The URL to use in place of the server's."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"http://{host}:{port}"
 
     @property
     def requests(self) -> list[tuple[Request, int | None]]:
@@ -295,6 +296,8 @@ class _Connection(socketserver.BaseRequestHandler):
             fault.removed.wait()
             return False
         body = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
+        if not fault.code:
+            body = b"<html>\r\n<head><title>Refused</title></head>\r\n<body><hr>\r\n</body>\r\n</html>\r\n"
         length = f"Content-Length: {len(body)}\r\nContent-Type: application/xml\r\n"
         head = f"HTTP/1.1 {fault.status} Injected\r\n{length}\r\n".encode()
         self.server.proxy.note_status(number, fault.status)
