@@ -135,9 +135,14 @@ METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as 
 # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
 READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
 WRITE_RETRY = "2s"
+# For a whole request with its body, however slow the line is. A read that is cut off goes on where it was; a
+# part of an upload begins anew: on a slow line none would ever end. What hangs is left to the stall clock.
+READ_TIMEOUT, WRITE_TIMEOUT = "90s", "1h"
+PARALLEL_PARTS = "4"  # of one file; TigrisFS's default, 8, was no faster, and each took twice as long
 WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
 NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
+REFUSED_TIMES = 5  # so often in a row a write is refused before it is taken as final
 IDLE_BYTES_PER_SECOND = 20  # seen: 7
 ASK_SECONDS = 10  # between questions to S3 while TigrisFS complains
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
@@ -1109,6 +1114,7 @@ S3_HINTS = {
     "PermanentRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
+    "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
 }
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
@@ -1282,10 +1288,10 @@ class S3Client:
     def _error(self, status: int, code: str, message: str) -> S3Error:
         """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
-        hint = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN).format(**settings)
+        hint = S3_HINTS.get(str(status)) or S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
-        return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
+        return S3Error(f"{where}: {code}{number}: {message}", hint.format(**settings), status, code)
 
 
 def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
@@ -2472,6 +2478,8 @@ def tigrisfs_command(
         *sizes,
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
+        *("--http-timeout", READ_TIMEOUT if read_only else WRITE_TIMEOUT),
+        *("--max-parallel-parts", PARALLEL_PARTS),
         *store.mount_flags,
         *(("-o", "ro") if read_only else ()),
         store.location,
@@ -2503,6 +2511,12 @@ HARMLESS_LINES = (
     "*fuseops.CreateLinkOp error: function not implemented",
     "*fuseops.RmDirOp error: directory not empty",
 )
+# The SDK tells an S3 error as `CODE: MESSAGE\n\tstatus code: NUMBER, ...`.
+REFUSED_WRITE = re.compile(r"(Failed to .*?): (\w+): (.*?)\n\tstatus code: (4\d\d),", re.DOTALL)
+UNFINISHED = re.compile(r"Failed to finalize multi-part upload of object (.*?): \w+: ", re.DOTALL)
+# 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.find_arrived.
+PASSING_STATUSES = (408, 425, 429)
+PASSING_CODES = ("RequestTimeout", "OperationAborted", "NoSuchUpload")
 SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF", re.DOTALL)
 
 
@@ -2516,8 +2530,13 @@ class TigrisLog:
         """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
-        self.complaint_count = 0
+        self.failed_uploads = 0
+        self.unfinished: set[str] = set()  # keys whose CompleteMultipartUpload failed
+        self.arrived: set[str] = set()  # those of them that are in the bucket all the same
+        self.lost = ""  # why it has dropped what was written
         self.complained_at = 0.0
+        self._refused: dict[str, tuple[int, float]] = {}  # what failed -> how often in a row, and when last
+        self._refusal: tuple[str, str, str, str] | None = None
         self._name, self._console = name, console
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
 
@@ -2537,10 +2556,27 @@ class TigrisLog:
             return
         if match := SHORT_READ.fullmatch(message):
             self.shrunk.add(match[1])
+        if match := UNFINISHED.match(message):
+            if match[1] in self.arrived:  # it repeats that as long as it lives
+                return
+            self.unfinished.add(match[1])
+        self._note_refusal(message)
         self.complaints.append(message)
-        self.complaint_count += 1
+        if message.startswith("Conflict detected"):
+            self.lost = "; ".join(list(self.complaints)[-2:])
+        self.failed_uploads += message.startswith("Failed to flush")
         self.complained_at = time.monotonic()
         self._show(f"tigrisfs: {message}")
+
+    def _note_refusal(self, message: str) -> None:
+        match, now = REFUSED_WRITE.match(message), time.monotonic()
+        if not match or int(match[4]) in PASSING_STATUSES or match[2] in PASSING_CODES:
+            return
+        times, last = self._refused.get(match[1], (0, now))
+        times = times + 1 if now - last < COMPLAINT_SECONDS else 1
+        self._refused[match[1]] = (times, now)
+        if times >= REFUSED_TIMES:
+            self._refusal = (match[1], match[2], match[3], match[4])
 
     def _show(self, text: str) -> None:
         now = time.monotonic()
@@ -2562,9 +2598,9 @@ class TigrisLog:
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
-    def is_refused(self) -> bool:
-        """Whether S3 refused a short while ago what no repetition makes right."""
-        return self.is_complaining and "status code: 403" in self.reason
+    def refusal(self) -> tuple[str, str, str, str] | None:
+        """What S3 refuses as often as it is tried, its code, its words, and the status."""
+        return self._refusal if self.is_complaining else None
 
     @property
     def reason(self) -> str:
@@ -2599,6 +2635,7 @@ class Mount:
     lease: Lease | None = None  # what allows writing to it
     asked_at: float = 0.0
     nudges: int = 0  # how often its flusher was woken
+    arrived: set[Path] = field(default_factory=set)  # files that are uploaded though their fsync fails
     usable: bool = False  # it was listed
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
     ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
@@ -2609,9 +2646,14 @@ class Mount:
         return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
-        """Raises Stuck when the mount is gone: what is read below its path would be an empty folder."""
+        """Raises Stuck when the mount is gone: what is read below its path would be an empty folder.
+
+        And when it has dropped what was written, which borg takes for stored.
+        """
         if self.lease:
             self.lease.check()
+        if self.log.lost:
+            raise Stuck(f"{self.store.name}: tigrisfs lost what was written: {self.log.lost}", TRY_AGAIN)
         code = self.child.wait(0)
         if code is not None:
             raise Stuck(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
@@ -2621,10 +2663,15 @@ class Mount:
             )
 
     def check_store(self) -> None:
-        """Raises S3Error when tigrisfs complains and S3 says why: the keys or the bucket are gone.
+        """Raises S3Error when S3 refuses what tigrisfs writes, or when the keys or the bucket are gone.
 
-        It tries for minutes in vain then, for each object anew.
+        It tries for ever then, for each object anew.
         """
+        if refusal := self.log.refusal:
+            what, code, words, status = refusal
+            if code == "SerializationError":  # no XML: the answer is not S3's but a proxy's
+                code, words = http_reason(int(status)), "a proxy before S3 may have said so"
+            raise self.client._error(int(status), code, f"{words} (tigrisfs: {what})")
         if not self.log.is_complaining or time.monotonic() - self.asked_at < ASK_SECONDS:
             return
         self.asked_at = time.monotonic()
@@ -2633,18 +2680,44 @@ class Mount:
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
+        for key in self.log.unfinished - self.log.arrived:
+            self._find_arrived(key)
+
+    def _find_arrived(self, key: str) -> None:
+        """Notes an object that is in the bucket although tigrisfs does not know it.
+
+        When the answer to CompleteMultipartUpload is lost, TigrisFS repeats it for ever, and some servers say
+        NoSuchUpload to that.
+        """
+        path = self.path / key.removeprefix(self.store.key_prefix)
+        with contextlib.suppress(OSError, BackupError):
+            written = within(MOUNT_SECONDS, f"{self.store.name}: looking at {path}", path.stat).st_size
+            if self.client.request("HEAD", key).headers.get("content-length") == str(written):
+                self.log.arrived.add(key)
+                self.arrived.add(path)
 
     def meter(self, stall_seconds: float) -> Callable[[], float]:
         """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
 
-        It moves bytes for a slow upload and for one that it tries in vain again and again. For each complaint
-        in its log as many bytes are taken off as the tries before it can have sent.
+        It moves bytes for a slow upload and for one that it tries in vain again and again. For each upload
+        that failed as many bytes are taken off as its tries can have sent, but no more than were sent in half
+        of the time: after an outage a slow line could not make up for it.
         """
-        unit = IDLE_BYTES_PER_SECOND * stall_seconds
+        unit, window_seconds = IDLE_BYTES_PER_SECOND * stall_seconds, max(60.0, stall_seconds / 2)
+        before, failed, worth = 0.0, self.log.failed_uploads, 0.0
+        worths: deque[tuple[float, float]] = deque()
 
         def moved() -> float:
-            vain = RETRY_BYTES * self.log.complaint_count + NUDGE_BYTES * self.nudges
-            return (io_bytes(self.child.pid) - vain) / unit
+            nonlocal before, failed, worth
+            now, sent = time.monotonic(), io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
+            worth, before = worth + sent - before, sent
+            while worths and worths[0][0] < now - window_seconds:
+                worths.popleft()
+            if self.log.failed_uploads > failed:
+                vain, failed = RETRY_BYTES * (self.log.failed_uploads - failed), self.log.failed_uploads
+                worth = max(worth - vain, min([worth, *(value for _, value in worths)]))
+            worths.append((now, worth))
+            return worth / unit
 
         return moved
 
@@ -3653,6 +3726,8 @@ class Borg:
         """The environment for one command, and the file descriptor of the passphrase that it names."""
         with passphrase_pipe(self._target.passphrase) as fd, borg_additions() as additions:
             env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
+            env["S3BORGBACKUP_REPOSITORY"] = str(self.repository)
+            self._arrived = Path(additions, "arrived")
             yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
 
     def _run_to_end(self, command: str, child: Child) -> int:
@@ -3668,6 +3743,8 @@ class Borg:
             for mount in self._mounts:
                 mount.check_alive()
                 mount.check_store()
+                if mount.arrived:
+                    self._arrived.write_bytes(b"\0".join(map(os.fsencode, mount.arrived)))
             stall.check(lambda: f"{self._target.store.name}: borg {command} hangs: {self._complaint()}")
 
         try:
@@ -3838,12 +3915,18 @@ def passphrase_pipe(passphrase: str) -> Iterator[int]:
 # When one upload fails, by a connection that is reset for instance, fsync fails too, and borg would give up.
 # TigrisFS keeps the data, but tries again only when the file is closed, and until that has succeeded every
 # fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed for a moment,
-# behind borg's back, and opened again. Where S3 refuses the data, fsync fails with EACCES, and borg hears of
-# it. Python imports a module named sitecustomize at its start.
+# behind borg's back, and opened again. A refusal may pass as well: where S3 means it, Mount.check_store ends
+# borg. (REFUSED is what mapHttpError makes of 4xx; 409 is EINTR, at which Python would ask again at once, for
+# ever.) A file that has arrived all the same is in a list, see Mount.arrived. And where S3 does not know an
+# upload any more, TigrisFS drops the data, and fsync succeeds: but what was dropped cannot be read. Python
+# imports a module named sitecustomize at its start.
 PATIENT_FSYNC = """\
-import errno, fcntl, os, time
+import ctypes, errno, fcntl, os, stat, time
 
 PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
+REFUSED = (errno.EACCES, errno.EINTR, errno.EINVAL, errno.ENOENT, errno.ENOTSUP, errno.ENXIO)
+REPOSITORY, ARRIVED = os.environ.get("S3BORGBACKUP_REPOSITORY", ""), os.path.dirname(__file__) + "/arrived"
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 def close_for_a_moment(fd):
     path, flags = os.readlink(f"/proc/self/fd/{fd}"), fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -3857,18 +3940,36 @@ def close_for_a_moment(fd):
     os.dup2(again, fd, inheritable=False)
     os.close(again)
 
+def is_patient(number, path):
+    return number in PASSING or REPOSITORY and number in REFUSED and path.startswith(REPOSITORY + "/")
+
+def has_arrived(path):
+    try:
+        with open(ARRIVED, errors="surrogateescape") as stream:
+            return path in stream.read().split("\\0")
+    except FileNotFoundError:
+        return False
+
 def patient(sync):
-    def wrapper(fd):
-        while True:
-            try:
-                return sync(fd)
-            except OSError as error:
-                if error.errno not in PASSING:
-                    raise
+    def wrapper(file):
+        fd = file if isinstance(file, int) else file.fileno()
+        while sync(fd):
+            number, path = ctypes.get_errno(), os.readlink(f"/proc/self/fd/{fd}")
+            if not is_patient(number, path):
+                raise OSError(number, os.strerror(number))
+            if has_arrived(path):
+                return
             close_for_a_moment(fd)
+        prove_kept(fd)
     return wrapper
 
-os.fsync, os.fdatasync = patient(os.fsync), patient(os.fdatasync)
+def prove_kept(fd):
+    path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+    if REPOSITORY and path.startswith(REPOSITORY + "/") and stat.S_ISREG(facts.st_mode) and facts.st_size:
+        with open(path, "rb", buffering=0) as stream:
+            stream.read(1)
+
+os.fsync, os.fdatasync = patient(LIBC.fsync), patient(LIBC.fdatasync)
 """
 
 
@@ -4127,21 +4228,19 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
 
     At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that
     failed, some without a word, and what its SDK repeats is told after many seconds. So this ends without
-    success only when S3 refuses something, or when nothing was uploaded and nothing complained about for a
-    while: tigrisfs may have lost track of a file, or somebody else has changed the bucket. It raises Stuck
-    when there is no progress, or the mount is gone.
+    success only when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost
+    track of a file, or somebody else has changed the bucket. It raises S3Error when S3 refuses something,
+    and Stuck when there is no progress, or the mount is gone.
     """
-    least, since = math.inf, 0.0
+    least, since, meter = math.inf, 0.0, mount.meter(SETTLE_SECONDS)
+    most = meter()
 
     def mistakes() -> list[str]:
-        nonlocal least, since
-        found = compare()
+        nonlocal least, since, most
+        found, moved = compare(), meter()
         mount.holds_nothing = not found
-        if len(found) < least:
-            least, since = len(found), time.monotonic()
-        if mount.log.is_refused:
-            mount.check_store()  # which may tell it in S3's words
-            return []
+        if len(found) < least or moved >= most + 1:
+            least, most, since = len(found), max(moved, most), time.monotonic()
         is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
         return [] if is_quiet else found
 

@@ -296,7 +296,7 @@ def test_what_could_not_be_uploaded_then_is_an_error_of_the_container(
         proxy.add(lambda request: request.is_write and request.key == "file", Action.REFUSE)
         done = as_container(with_target(environment, "first", endpoint=proxy.endpoint), BY_HAND)
     assert done.returncode == 2
-    assert "file is missing" in done.stderr
+    assert "AccessDenied (403): injected (tigrisfs: Failed to flush small file file)" in done.stderr
     assert target.sizes() == {}
 
 

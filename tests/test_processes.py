@@ -1,6 +1,7 @@
 """Processes: children are ended in order, their output is complete, and whatever hangs is given up."""
 
 import fcntl
+import json
 import os
 import pty
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,53 @@ def test_on_a_terminal_the_progress_of_all_that_are_at_work_is_on_one_line() -> 
     assert "[second] 7 objects: xxx" in shown[2]
     assert len(shown[2].rstrip()) < 80
     assert shown[-1].partition("\n")[0].strip() == "[first] done"
+
+
+@pytest.fixture
+def writing() -> Iterator[Callable[[int], None]]:
+    """Writes as many bytes, in this process, which the mount below takes for its tigrisfs."""
+    with open(os.devnull, "wb", buffering=0) as null:
+        yield lambda count: [null.write(bytes(100_000)) for _ in range(count // 100_000)]
+
+
+class Ourselves(backup.Child):
+    pid = property(lambda _: os.getpid())
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> backup.Mount:
+    store = backup.Store("first", "http://127.0.0.1:1", "bucket", "", "key", "secret")
+    child = Ourselves(["true"], ENVIRONMENT, print, print)
+    log = backup.TigrisLog("target-first", backup.Console(debug=False))
+    return backup.Mount(store, tmp_path, child, log, backup.S3Client(store))
+
+
+FAILED = json.dumps({"level": "warn", "message": "Failed to flush part 0 of object data/0/1: RequestError"})
+
+
+def test_an_upload_that_is_tried_in_vain_is_no_progress(
+    mount: backup.Mount, writing: Callable[[int], None]
+) -> None:
+    meter = mount.meter(900)
+    values = [meter()]
+    for _ in range(20):
+        writing(20_000_000)
+        values.append(meter())
+        mount.log.feed(FAILED)
+        values.append(meter())
+    assert max(values[2:]) < values[1] + 1
+
+
+def test_what_a_slow_line_sends_after_an_outage_is_progress(
+    mount: backup.Mount, writing: Callable[[int], None]
+) -> None:
+    """During it TigrisFS complains again and again without having sent anything."""
+    meter, sent = mount.meter(900), 3_000_000
+    meter()
+    writing(sent)
+    before = meter()
+    for _ in range(200):
+        mount.log.feed(FAILED)
+        meter()
+    writing(sent + 100_000)
+    assert meter() >= before + 1

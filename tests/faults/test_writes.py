@@ -12,7 +12,7 @@ import pytest
 
 from helpers import Bucket, run_backup, sample_objects, settings
 from proof import Table, newest_contents, prove_intact
-from proxy import Action, FaultProxy
+from proxy import Action, FaultProxy, Request
 from servers import SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
@@ -126,3 +126,100 @@ def test_writes_that_fail_from_the_nth_on_never_end_in_a_false_success(
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         for done in [pool.submit(work, worker) for worker in range(SIDE_BY_SIDE)]:
             done.result()
+
+
+# ----------------------------------------------------------------------------- What no repetition makes right
+
+
+@pytest.fixture
+def proxy(server: SeaweedFS) -> Iterator[FaultProxy]:
+    with FaultProxy(server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def environment(
+    server: SeaweedFS, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
+) -> dict[str, str]:
+    """One object, which makes a segment that TigrisFS uploads in parts; stalls are far away."""
+    source.put({"large": os.urandom(6_000_000)})
+    entry = {"path": target.name, "endpoint": proxy.endpoint, "compression": "none"}
+    return settings(server, tmp_path, source.name, {"first": entry}, STALL_TIMEOUT="900", LEASE_TTL="10")
+
+
+def is_segment(request: Request) -> bool:
+    """As TigrisFS writes it; those of a new repository are ours."""
+    return request.key.startswith("data/0/") and "user-agent" in request.headers
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (413, "", "client_max_body_size"),  # a proxy's own page, not S3's words
+        (409, "InvalidBucketState", "InvalidBucketState (409): injected"),
+    ],
+)
+def test_uploads_that_are_refused_for_good_end_a_run_within_seconds(
+    proxy: FaultProxy, environment: dict[str, str], status: int, code: str, words: str
+) -> None:
+    """Seen: 12 s. Small requests, such as those of the preflight, pass."""
+    proxy.add(lambda request: request.body_bytes > 500_000, Action.REFUSE, status=status, code=code)
+    result = run_backup(environment, timeout_seconds=60).expect(2)
+    error = next(line for line in result.lines if line.startswith("first: target-first ("))
+    assert f"({status})" in error
+    assert words in error
+
+
+def test_a_single_refusal_ends_no_run(
+    proxy: FaultProxy, environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """As a server may answer for a moment while its keys or its configuration are renewed."""
+    for kind, status, code in (
+        ("INITIATE", 409, "OperationAborted"),
+        ("PART", 403, "AccessDenied"),
+        ("COMPLETE", 400, "InvalidRequest"),
+        ("PUT", 404, "NoSuchBucket"),
+    ):
+        proxy.add(
+            lambda request, kind=kind: request.kind == kind and is_segment(request),
+            Action.REFUSE,
+            times=1,
+            status=status,
+            code=code,
+        )
+    run_backup(environment).expect(0)
+    statuses = [status for request, status in proxy.requests if is_segment(request)]
+    assert sorted(status for status in statuses if status and status >= 400) == [400, 403, 404, 409]
+    assert newest_contents(target, tmp_path, environment) == source.contents()
+
+
+@pytest.mark.parametrize("repeated", ["lost", "NoSuchUpload"])
+def test_an_object_that_is_there_though_no_answer_said_so_is_uploaded(
+    proxy: FaultProxy,
+    environment: dict[str, str],
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    repeated: str,
+) -> None:
+    """The answer to CompleteMultipartUpload is lost; some servers do not know the upload any more then."""
+
+    def is_complete(request: Request) -> bool:
+        return request.kind == "COMPLETE"
+
+    proxy.add(is_complete, Action.LOSE_ANSWER, times=1 if repeated == "NoSuchUpload" else float("inf"))
+    proxy.add(is_complete, Action.REFUSE, status=404, code="NoSuchUpload")
+    run_backup(environment).expect(0)
+    assert 200 not in [status for request, status in proxy.requests if is_complete(request)]
+    assert newest_contents(target, tmp_path, environment) == source.contents()
+
+
+def test_an_upload_that_was_aborted_is_not_taken_for_done(
+    proxy: FaultProxy, environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """TigrisFS drops the data then, and borg would go on as if it were stored."""
+    proxy.add(lambda request: request.kind == "PART", Action.REFUSE, times=1, status=404, code="NoSuchUpload")
+    result = run_backup(environment)
+    assert "tigrisfs lost what was written" in result.output
+    run_backup(environment).expect(0)
+    prove_intact(environment, source, target, tmp_path)
