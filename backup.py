@@ -98,7 +98,7 @@ MAX_NAME_BYTES = 200  # a mount point `target-NAME` must stay below the 255 byte
 
 # Everything that is waited for has a deadline. These are in seconds.
 POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited for
-MOUNT_SECONDS = 60  # from the start of tigrisfs to a mount that can be listed
+MOUNT_SECONDS = 120  # from the start of tigrisfs to a mount that can be listed, though a request may hang
 WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wait 8 s before it says so
@@ -135,10 +135,11 @@ METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as 
 # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
 READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
 WRITE_RETRY = "2s"
-# For a whole request with its body, however slow the line is. A read that is cut off goes on where it was; a
-# part of an upload begins anew: on a slow line none would ever end. What hangs is left to the stall clock.
-READ_TIMEOUT, WRITE_TIMEOUT = "90s", "1h"
-PARALLEL_PARTS = "4"  # of one file; TigrisFS's default, 8, was no faster, and each took twice as long
+# For a whole request with its body. A read that is cut off goes on where it was, a part of an upload begins
+# anew: on a line of 1 Mbit/s two parts of 5 MiB side by side take 84 s. borg writes one large file at a time.
+# What hangs is repeated before the stall clock gives it up.
+READ_TIMEOUT, WRITE_TIMEOUT = "90s", "100s"
+PARALLEL_PARTS = "2"  # of one file; TigrisFS's default, 8, was no faster, and each took four times as long
 WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
 NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
