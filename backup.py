@@ -2706,7 +2706,8 @@ def keep_awake(mount: Mount, over: threading.Event) -> None:
     """Opens and closes a file of the mount again and again, which wakes TigrisFS's flusher, until `over`.
 
     An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
-    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does.
+    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does. TigrisFS
+    wakes itself two seconds after an upload (recordFlushError), but not after a rename that went well.
     """
     while not over.wait(WAKE_SECONDS):
         mount.nudges += 1
@@ -3653,6 +3654,8 @@ class Borg:
         """The environment for one command, and the file descriptor of the passphrase that it names."""
         with passphrase_pipe(self._target.passphrase) as fd, borg_additions() as additions:
             env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
+            if self._mounts:
+                env["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
             yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
 
     def _run_to_end(self, command: str, child: Child) -> int:
@@ -3840,10 +3843,23 @@ def passphrase_pipe(passphrase: str) -> Iterator[int]:
 # fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed for a moment,
 # behind borg's back, and opened again. Where S3 refuses the data, fsync fails with EACCES, and borg hears of
 # it. Python imports a module named sitecustomize at its start.
+#
+# A folder's fsync tells borg that what it has renamed there is durable: only then does it delete the index
+# before. TigrisFS tries once to upload all that it holds (SyncTree in core/goofys.go), hears of no error, and
+# may wait for ever: for the deletion of a folder, which waits until no change below it is left to do. Where a
+# file was renamed together with its folder, and S3 did not answer when the old name was to be deleted, one
+# change is left for good (sendRename in core/file.go adds a tombstone, and does not take back what the rename
+# had counted). borg takes its lock by such a rename. So a folder is made anew under its new name, and fsync
+# of one waits for the files that were renamed, as it does for any other file.
 PATIENT_FSYNC = """\
-import errno, fcntl, os, time
+import errno, fcntl, os, shutil, stat, time
 
 PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
+MOUNT = os.environ.get("S3BORGBACKUP_MOUNT")
+renamed = []
+
+def is_on_mount(file):
+    return MOUNT and os.stat(file).st_dev == os.stat(MOUNT).st_dev
 
 def close_for_a_moment(fd):
     path, flags = os.readlink(f"/proc/self/fd/{fd}"), fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -3857,8 +3873,21 @@ def close_for_a_moment(fd):
     os.dup2(again, fd, inheritable=False)
     os.close(again)
 
+def sync_renamed():
+    while renamed:
+        try:
+            fd = os.open(renamed.pop(), os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
 def patient(sync):
     def wrapper(fd):
+        if stat.S_ISDIR(os.stat(fd).st_mode) and is_on_mount(fd):
+            return sync_renamed()
         while True:
             try:
                 return sync(fd)
@@ -3868,7 +3897,22 @@ def patient(sync):
             close_for_a_moment(fd)
     return wrapper
 
+def file_by_file(replace):
+    def wrapper(old, new, **options):
+        if not is_on_mount(old):
+            return replace(old, new, **options)
+        if os.path.isdir(old):
+            os.mkdir(new)
+            for name in os.listdir(old):
+                shutil.copyfile(os.path.join(old, name), os.path.join(new, name))
+            shutil.rmtree(old)
+        else:
+            replace(old, new, **options)
+            renamed.append(new)
+    return wrapper
+
 os.fsync, os.fdatasync = patient(os.fsync), patient(os.fdatasync)
+os.rename, os.replace = file_by_file(os.rename), file_by_file(os.replace)
 """
 
 
@@ -4035,7 +4079,7 @@ if "S3BORGBACKUP_EXPORTED" in os.environ:
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
+    PATIENT_FSYNC repeats what failed, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
     EXPORTED do what they are asked for by variables.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
@@ -4144,22 +4188,6 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
             return []
         is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
         return [] if is_quiet else found
-
-    wait_until_listed(runtime, mount, mistakes)
-
-
-def settle_index(runtime: Runtime, mount: Mount, client: S3Client) -> None:
-    """Waits until the bucket has the index that borg wrote last; raises as `settle` does.
-
-    TigrisFS renames later than borg asks for it. Compaction removes segments that an older index still counts
-    on: a crash that leaves both would leave an index with chunks that are not there any more.
-    """
-    what = f"{mount.store.name}: listing the repository"
-    names = within(MOUNT_SECONDS, what, lambda: os.listdir(mount.path), runtime.stop)
-    written = {name for name in names if INDEX_FILE.fullmatch(name)}
-
-    def mistakes() -> list[str]:
-        return [f"{name} is missing" for name in sorted(written.difference(names_after_data(client)))]
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -5146,10 +5174,10 @@ def writable(
         written = repository_files(runtime, store, mount.path)
         # What borg overwrites without changing its size, it does by renaming a file that was uploaded before.
         settle(runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client)))
+    if lease.enforced:  # a lock: TigrisFS may upload it late, or not know that it has, as the answer was lost
+        remove_leftovers(runtime, store, lease, find_leftovers(client))
     if not mount.holds_nothing:
         audit_upload(runtime, client, written)
-    if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
-        remove_leftovers(runtime, store, lease, find_leftovers(client))
 
 
 @contextlib.contextmanager
@@ -6174,7 +6202,6 @@ def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
 def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
     """Frees the space of what was deleted."""
     target = outcome.target
-    settle_index(runtime, repository.mount, repository.client)
     compacted = repository.borg.run(borg_compact(target, repository.mount.path))
     outcome.add(compacted)
     for line in compacted.log.infos:
