@@ -2780,7 +2780,8 @@ def keep_awake(mount: Mount, over: threading.Event) -> None:
     """Opens and closes a file of the mount again and again, which wakes TigrisFS's flusher, until `over`.
 
     An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
-    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does.
+    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does. TigrisFS
+    wakes itself two seconds after an upload (recordFlushError), but not after a rename that went well.
     """
     while not over.wait(WAKE_SECONDS):
         mount.nudges += 1
@@ -3727,8 +3728,9 @@ class Borg:
         """The environment for one command, and the file descriptor of the passphrase that it names."""
         with passphrase_pipe(self._target.passphrase) as fd, borg_additions() as additions:
             env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
-            env["S3BORGBACKUP_REPOSITORY"] = str(self.repository)
             self._arrived = Path(additions, "arrived")
+            if self._mounts:
+                env["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
             yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
 
     def _run_to_end(self, command: str, child: Child) -> int:
@@ -3921,13 +3923,25 @@ def passphrase_pipe(passphrase: str) -> Iterator[int]:
 # ever.) A file that has arrived all the same is in a list, see Mount.arrived. And where S3 does not know an
 # upload any more, TigrisFS drops the data, and fsync succeeds: but what was dropped cannot be read. Python
 # imports a module named sitecustomize at its start.
+#
+# A folder's fsync tells borg that what it has renamed there is durable: only then does it delete the index
+# before. TigrisFS tries once to upload all that it holds (SyncTree in core/goofys.go), hears of no error, and
+# may wait for ever: for the deletion of a folder, which waits until no change below it is left to do. Where a
+# file was renamed together with its folder, and S3 did not answer when the old name was to be deleted, one
+# change is left for good (sendRename in core/file.go adds a tombstone, and does not take back what the rename
+# had counted). borg takes its lock by such a rename. So a folder is made anew under its new name, and fsync
+# of one waits for the files that were renamed, as it does for any other file.
 PATIENT_FSYNC = """\
-import ctypes, errno, fcntl, os, stat, time
+import ctypes, errno, fcntl, os, shutil, stat, time
 
 PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
 REFUSED = (errno.EACCES, errno.EINTR, errno.EINVAL, errno.ENOENT, errno.ENOTSUP, errno.ENXIO)
-REPOSITORY, ARRIVED = os.environ.get("S3BORGBACKUP_REPOSITORY", ""), os.path.dirname(__file__) + "/arrived"
+MOUNT, ARRIVED = os.environ.get("S3BORGBACKUP_MOUNT"), os.path.dirname(__file__) + "/arrived"
 LIBC = ctypes.CDLL(None, use_errno=True)
+renamed = []
+
+def is_on_mount(path):
+    return MOUNT and os.path.join(path, "").startswith(MOUNT + "/")
 
 def close_for_a_moment(fd):
     path, flags = os.readlink(f"/proc/self/fd/{fd}"), fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -3942,7 +3956,7 @@ def close_for_a_moment(fd):
     os.close(again)
 
 def is_patient(number, path):
-    return number in PASSING or REPOSITORY and number in REFUSED and path.startswith(REPOSITORY + "/")
+    return number in PASSING or number in REFUSED and is_on_mount(path)
 
 def has_arrived(path):
     try:
@@ -3951,9 +3965,23 @@ def has_arrived(path):
     except FileNotFoundError:
         return False
 
+def sync_renamed():
+    while renamed:
+        try:
+            fd = os.open(renamed.pop(), os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
 def patient(sync):
     def wrapper(file):
         fd = file if isinstance(file, int) else file.fileno()
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if is_on_mount(path) and stat.S_ISDIR(os.fstat(fd).st_mode):
+            return sync_renamed()
         while sync(fd):
             number, path = ctypes.get_errno(), os.readlink(f"/proc/self/fd/{fd}")
             if not is_patient(number, path):
@@ -3966,11 +3994,26 @@ def patient(sync):
 
 def prove_kept(fd):
     path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
-    if REPOSITORY and path.startswith(REPOSITORY + "/") and stat.S_ISREG(facts.st_mode) and facts.st_size:
+    if is_on_mount(path) and stat.S_ISREG(facts.st_mode) and facts.st_size:
         with open(path, "rb", buffering=0) as stream:
             stream.read(1)
 
+def file_by_file(replace):
+    def wrapper(old, new, **options):
+        if not is_on_mount(os.fspath(old)):
+            return replace(old, new, **options)
+        if os.path.isdir(old):
+            os.mkdir(new)
+            for name in os.listdir(old):
+                shutil.copyfile(os.path.join(old, name), os.path.join(new, name))
+            shutil.rmtree(old)
+        else:
+            replace(old, new, **options)
+            renamed.append(new)
+    return wrapper
+
 os.fsync, os.fdatasync = patient(LIBC.fsync), patient(LIBC.fdatasync)
+os.rename, os.replace = file_by_file(os.rename), file_by_file(os.replace)
 """
 
 
@@ -4137,7 +4180,7 @@ if "S3BORGBACKUP_EXPORTED" in os.environ:
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    An fsync that failed is repeated, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
+    PATIENT_FSYNC repeats what failed, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
     EXPORTED do what they are asked for by variables.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
@@ -4244,22 +4287,6 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
             least, most, since = len(found), max(moved, most), time.monotonic()
         is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
         return [] if is_quiet else found
-
-    wait_until_listed(runtime, mount, mistakes)
-
-
-def settle_index(runtime: Runtime, mount: Mount, client: S3Client) -> None:
-    """Waits until the bucket has the index that borg wrote last; raises as `settle` does.
-
-    TigrisFS renames later than borg asks for it. Compaction removes segments that an older index still counts
-    on: a crash that leaves both would leave an index with chunks that are not there any more.
-    """
-    what = f"{mount.store.name}: listing the repository"
-    names = within(MOUNT_SECONDS, what, lambda: os.listdir(mount.path), runtime.stop)
-    written = {name for name in names if INDEX_FILE.fullmatch(name)}
-
-    def mistakes() -> list[str]:
-        return [f"{name} is missing" for name in sorted(written.difference(names_after_data(client)))]
 
     wait_until_listed(runtime, mount, mistakes)
 
@@ -5246,10 +5273,10 @@ def writable(
         written = repository_files(runtime, store, mount.path)
         # What borg overwrites without changing its size, it does by renaming a file that was uploaded before.
         settle(runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client)))
+    if lease.enforced:  # a lock: TigrisFS may upload it late, or not know that it has, as the answer was lost
+        remove_leftovers(runtime, store, lease, find_leftovers(client))
     if not mount.holds_nothing:
         audit_upload(runtime, client, written)
-    if lease.enforced:  # the folder of a lock: TigrisFS may upload it after borg has removed it
-        remove_leftovers(runtime, store, lease, find_leftovers(client))
 
 
 @contextlib.contextmanager
@@ -6274,7 +6301,6 @@ def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
 def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
     """Frees the space of what was deleted."""
     target = outcome.target
-    settle_index(runtime, repository.mount, repository.client)
     compacted = repository.borg.run(borg_compact(target, repository.mount.path))
     outcome.add(compacted)
     for line in compacted.log.infos:
