@@ -53,6 +53,7 @@ import enum
 import errno
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import heapq
 import hmac
@@ -98,13 +99,13 @@ MAX_NAME_BYTES = 200  # a mount point `target-NAME` must stay below the 255 byte
 
 # Everything that is waited for has a deadline. These are in seconds.
 POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited for
+WARM_UP_SECONDS = 900  # how long whoever waits for a mount gives it to list a repository's folders
 MOUNT_SECONDS = 120  # from the start of tigrisfs to a mount that can be listed, though a request may hang
-WARM_UP_SECONDS = 900  # to list a repository's folders: one LIST for each 1,000 segments
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wait 8 s before it says so
 FIRST_PAUSE_SECONDS = 0.05  # between two looks at what is uploaded; each further one is twice as long
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
-HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal
+HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal, or a first one while nothing moves
 TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
@@ -145,6 +146,10 @@ NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
 REFUSED_TIMES = 5  # so often in a row a write is refused before it is taken as final
 IDLE_BYTES_PER_SECOND = 20  # seen: 7
+# How long is waited for what stands still though S3 answers us, or an eighth of STALL_TIMEOUT where that is
+# more. Between two tries TigrisFS and its SDK sleep for 15 s at most.
+SILENCE_SECONDS = 120
+SHARED_BYTES = 512 * 1024 * 1024  # what the source may move for others before it answers somebody's read
 ASK_SECONDS = 10  # between questions to S3 while TigrisFS complains
 COMPLAINT_SECONDS = 15.0  # a complaint not older than this means that the trouble goes on
 COMPLAINTS_A_MINUTE = 20  # TigrisFS repeats itself while it retries; more lines than that help nobody
@@ -228,6 +233,10 @@ class S3Error(BackupError):
 
 class Stuck(BackupError):
     """What goes on cannot end well or at all: whatever takes part in it has to be killed."""
+
+
+class Hung(Stuck):
+    """A mount, or what works on it, does not move any more or is gone: with new mounts it may well end."""
 
 
 class Stopped(BackupError):
@@ -1585,7 +1594,9 @@ class Lease:
                     "Let it finish, or wait for it with LEASE_WAIT.",
                 )
             if current is first:
-                self._notice(f"the repository is in use: {current.holder}; waiting to see whether that lives")
+                ours = current.holder.run_id == self._holder.run_id
+                who = "its first try" if ours else current.holder
+                self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
             self._pause(min(2.0, current.holder.ttl_seconds / 10))
         if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
             self._arm()
@@ -1609,7 +1620,8 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            is_ours = current.holder.run_id == self._holder.run_id
+            holder, ours = current.holder, self._holder
+            is_ours = (holder.run_id, holder.since) == (ours.run_id, ours.since)  # a run may try twice
             if not (is_ours or current.has_expired):
                 return current
             if self._write(self._client, {"If-Match": current.etag}):
@@ -2129,6 +2141,10 @@ class Child:
                 if not self._holders:
                     self.send(signal.SIGCONT)
 
+    def is_held(self, why: str) -> bool:
+        """Whether it is stopped for this reason."""
+        return why in self._holders
+
     def kill(self) -> bool:
         """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
         self.send(signal.SIGKILL)
@@ -2247,33 +2263,84 @@ def cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-class StallClock:
-    """Notices when nothing moves any more.
+class Stillness:
+    """How long nothing has moved.
 
     Each meter returns a number that grows by 1 or more where there is progress.
     """
 
-    def __init__(self, seconds: float, meters: Sequence[Callable[[], float]]) -> None:
+    def __init__(self, meters: Sequence[Callable[[], float]]) -> None:
         """The time runs from now on."""
-        self._seconds, self._meters = seconds, meters
-        self._highest = [meter() for meter in meters]
-        self._moved_at = self._looked_at = time.monotonic()
+        self._meters, self._moved_at = meters, time.monotonic()
+        self._before = [meter() for meter in meters]
+
+    def seconds(self, now: float) -> float:
+        """How long it has been; to be asked again and again."""
+        values = [meter() for meter in self._meters]
+        if any(value >= before + 1 for value, before in zip(values, self._before, strict=True)):
+            self._before, self._moved_at = values, now
+        return now - self._moved_at
+
+
+class StallClock:
+    """Notices when nothing moves any more, neither what `meters` measure nor the mounts.
+
+    That is so after `seconds`. It is much sooner where S3 is not the reason: where each of our own questions
+    to it was answered, and tigrisfs had nothing to complain about either. Then something waits for what will
+    never come.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        mounts: Sequence[Mount],
+        *meters: Callable[[], float],
+        beside: Callable[[], float] | None = None,
+        hasty: bool = True,
+    ) -> None:
+        """The time runs from now on.
+
+        About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
+        """
+        self._seconds, self._mounts = seconds, mounts
+        self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
+        self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
+        complaints = [lambda log=mount.log: log.complained_at for mount in mounts]
+        self._still, self._silent = (
+            Stillness([*meters, *more, *(mount.meter(limit, beside) for mount in mounts)])
+            for limit, more in ((seconds, []), (self._silence_seconds, complaints))
+        )
+        self._looked_at = self._asked_at = self._unsure_at = time.monotonic()
+        self._question: concurrent.futures.Future[bool] | None = None
 
     def check(self, what: Callable[[], str]) -> None:
-        """Raises Stuck, saying what `what` returns, after as many seconds without progress."""
+        """Raises Hung, saying what `what` returns, when nothing moves; S3Error when S3 refuses all we ask."""
         now = time.monotonic()
         if now - self._looked_at < min(1.0, self._seconds / 10):
             return
         self._looked_at = now
-        for index, meter in enumerate(self._meters):
-            value = meter()
-            if value >= self._highest[index] + 1:
-                self._highest[index], self._moved_at = value, now
-        if now - self._moved_at > self._seconds:
-            raise Stuck(
-                f"{what()} (no progress for {self._seconds:.0f} s)",
-                "STALL_TIMEOUT says how long that may be; run it again.",
-            )
+        remedy = "STALL_TIMEOUT says how long that may be; run it again."
+        if self._still.seconds(now) > self._seconds:
+            raise Hung(f"{what()} (no progress for {self._seconds:.0f} s)", remedy)
+        if self._is_hasty and self._is_silent(now):
+            raise Hung(f"{what()} (no progress for {self._silence_seconds:.0f} s, though S3 answers)", remedy)
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether there was silence for long enough, and S3 has answered for the second half of it.
+
+        S3 is asked in the background: it may hold us up for as long as it likes.
+        """
+        if self._silent.seconds(now) < self._silence_seconds / 2:
+            self._unsure_at, self._question = now, None
+        elif self._question and self._question.done():
+            answered, self._question = self._question.result(), None
+            if answered:
+                return now - self._unsure_at >= self._silence_seconds / 2
+            self._unsure_at = now
+        elif not self._question and now - self._asked_at >= self._silence_seconds / 12:
+            self._asked_at = now
+            self._question = in_background(lambda: all(mount.answers() for mount in self._mounts))
+        return False
 
 
 def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
@@ -2333,7 +2400,7 @@ def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[R
 def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
     """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
 
-    Raises BackupError after `seconds`, Stopped on a stop signal; the thread is then left to itself.
+    Raises Hung after `seconds`, Stopped on a stop signal; the thread is then left to itself.
     """
     future, deadline = in_background(function), time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -2341,7 +2408,7 @@ def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop
             return future.result()
         if stop:
             stop.check()
-    raise BackupError(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
+    raise Hung(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
 
 
 def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
@@ -2638,8 +2705,21 @@ class Mount:
     nudges: int = 0  # how often its flusher was woken
     arrived: set[Path] = field(default_factory=set)  # files that are uploaded though their fsync fails
     usable: bool = False  # it was listed
+    is_by_hand: bool = False  # what a person wrote is worth waiting for
+    is_shared: bool = False  # by several borgs
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
     ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
+
+    def __post_init__(self) -> None:
+        """Begins to note when tigrisfs has moved something, and be it in vain."""
+        unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
+        self._stillness = Stillness([lambda: (io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges) / unit])
+
+    @property
+    def is_still(self) -> bool:
+        """Whether it has not moved a byte for a while; `check_alive` asks this all the time."""
+        seconds = self._stillness.seconds(time.monotonic())
+        return seconds > FAILING_FLUSH_SECONDS and not self.is_by_hand
 
     @property
     def is_alive(self) -> bool:
@@ -2647,19 +2727,20 @@ class Mount:
         return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
-        """Raises Stuck when the mount is gone: what is read below its path would be an empty folder.
+        """Raises Hung when the mount is gone: what is read below its path would be an empty folder.
 
-        And when it has dropped what was written, which borg takes for stored.
+        Raises Stuck when it has dropped what was written, which borg takes for stored.
         """
         if self.lease:
             self.lease.check()
+        _ = self.is_still  # is noted
         if self.log.lost:
             raise Stuck(f"{self.store.name}: tigrisfs lost what was written: {self.log.lost}", TRY_AGAIN)
         code = self.child.wait(0)
         if code is not None:
-            raise Stuck(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
+            raise Hung(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
         if str(self.path) not in mount_table():
-            raise Stuck(
+            raise Hung(
                 f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
             )
 
@@ -2676,13 +2757,22 @@ class Mount:
         if not self.log.is_complaining or time.monotonic() - self.asked_at < ASK_SECONDS:
             return
         self.asked_at = time.monotonic()
+        self.answers()
+        for key in self.log.unfinished - self.log.arrived:
+            self._find_arrived(key)
+
+    def answers(self) -> bool:
+        """Whether S3 answers us, and we may write where we want to.
+
+        Raises S3Error when the keys or the bucket are gone.
+        """
         try:
             self.ask(self.client)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
-        for key in self.log.unfinished - self.log.arrived:
-            self._find_arrived(key)
+            return False
+        return not (self.lease and self.lease.suspended)
 
     def _find_arrived(self, key: str) -> None:
         """Notes an object that is in the bucket although tigrisfs does not know it.
@@ -2697,19 +2787,23 @@ class Mount:
                 self.log.arrived.add(key)
                 self.arrived.add(path)
 
-    def meter(self, stall_seconds: float) -> Callable[[], float]:
+    def meter(self, stall_seconds: float, beside: Callable[[], float] | None = None) -> Callable[[], float]:
         """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
 
         It moves bytes for a slow upload and for one that it tries in vain again and again. For each upload
         that failed as many bytes are taken off as its tries can have sent, but no more than were sent in half
         of the time: after an outage a slow line could not make up for it.
+
+        A shared mount may move for others alone. So for a borg whose own meter, `beside`, stands still, it
+        counts no more than what others may have asked for before.
         """
+        limit, stood_at, start = SHARED_BYTES if beside and self.is_shared else math.inf, None, 0.0
         unit, window_seconds = IDLE_BYTES_PER_SECOND * stall_seconds, max(60.0, stall_seconds / 2)
         before, failed, worth = 0.0, self.log.failed_uploads, 0.0
         worths: deque[tuple[float, float]] = deque()
 
         def moved() -> float:
-            nonlocal before, failed, worth
+            nonlocal before, failed, worth, stood_at, start
             now, sent = time.monotonic(), io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
             worth, before = worth + sent - before, sent
             while worths and worths[0][0] < now - window_seconds:
@@ -2718,7 +2812,9 @@ class Mount:
                 vain, failed = RETRY_BYTES * (self.log.failed_uploads - failed), self.log.failed_uploads
                 worth = max(worth - vain, min([worth, *(value for _, value in worths)]))
             worths.append((now, worth))
-            return worth / unit
+            if beside and stood_at != (stands_at := beside()):
+                stood_at, start = stands_at, worth
+            return min(worth, start + limit) / unit
 
         return moved
 
@@ -2888,6 +2984,8 @@ def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
 def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
     """Returns when the mount is really there and can be listed; raises BackupError after MOUNT_SECONDS."""
     name, deadline = mount.store.name, time.monotonic() + MOUNT_SECONDS
+    if mount.usable:  # another target's borg may have hung on it since
+        mount.check_alive()
     while not mount_table().get(str(mount.path), "").startswith("fuse"):
         runtime.stop.check()
         if (code := mount.child.wait(0.02)) is not None:
@@ -2898,9 +2996,7 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
                 FUSE_HELP if permission else TRY_AGAIN,
             )
         if time.monotonic() > deadline:
-            raise BackupError(
-                f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN
-            )
+            raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN)
     try:
         probe_mount(runtime, mount.store, mount.path)
     except OSError as error:
@@ -2936,7 +3032,25 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
         for _ in walk_files(mount.store, mount.path):
             pass
 
-    within(WARM_UP_SECONDS, f"{mount.store.name}: listing the repository", walk, runtime.stop)
+    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", in_background(walk))
+
+
+def until_done(
+    runtime: Runtime,
+    mounts: Sequence[Mount],
+    what: str,
+    work: concurrent.futures.Future[Result],
+    *meters: Callable[[], float],
+) -> Result:
+    """The result of `work`, which uses the mounts. Raises what it raises; Hung, Stopped, S3Error."""
+    stall = StallClock(runtime.settings.stall_seconds, mounts, *meters)
+    while concurrent.futures.wait([work], timeout=POLL_SECONDS).not_done:
+        runtime.stop.check()
+        for mount in mounts:
+            mount.check_alive()
+            mount.check_store()
+        stall.check(lambda: f"{what} does not end")
+    return work.result()
 
 
 def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
@@ -2976,7 +3090,8 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     deadline = time.monotonic() + BUSY_SECONDS
     try:
         while str(mount.path) in mount_table() and mount.child.wait(0) is None:
-            lazy = runtime.stop.hurried or time.monotonic() > deadline
+            hangs = runtime.stop.requested and mount.is_still
+            lazy = runtime.stop.hurried or hangs or time.monotonic() > deadline
             reason = detach(runtime, mount.path, lazy)
             if reason and lazy:
                 runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
@@ -2996,7 +3111,7 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
 
 def flush_patience(runtime: Runtime, mount: Mount) -> float:
     """How many seconds the upload after an unmount may take, as long as it makes progress."""
-    if runtime.stop.hurried:
+    if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
         return HURRIED_FLUSH_SECONDS
     failing = runtime.stop.requested and mount.log.is_complaining
     return FAILING_FLUSH_SECONDS if failing else math.inf
@@ -3008,8 +3123,7 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
     Kills it when that takes too long.
     """
     start, told = time.monotonic(), False
-    seconds = runtime.settings.stall_seconds
-    stall = StallClock(seconds, [mount.meter(seconds)])
+    stall = StallClock(runtime.settings.stall_seconds, [mount])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
         waited = time.monotonic() - start
         if waited > 2:
@@ -3677,7 +3791,7 @@ class Borg:
 
         `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
         unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
-        borg. Raises BackupError when it fails, Stuck when its mounts are gone or nothing moves, Stopped on a
+        borg. Raises BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a
         stop signal, and what `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
@@ -3739,8 +3853,16 @@ class Borg:
         for lease in leases:
             lease.add(child)
         seconds = self._runtime.settings.stall_seconds if child.is_watched else math.inf
-        meters = [mount.meter(seconds) for mount in self._mounts]
-        stall = StallClock(seconds, [lambda: io_bytes(child.pid) + int(cpu_seconds(child.pid)), *meters])
+
+        def moved() -> float:
+            return io_bytes(child.pid) + int(cpu_seconds(child.pid))
+
+        def held() -> float:  # it would move if it might
+            return time.monotonic() if child.is_held(HELD_BACK) else 0
+
+        # What a person has started may wait for somebody else at its standard input.
+        hasty = not isinstance(child, ForegroundChild)
+        stall = StallClock(seconds, self._mounts, moved, held, beside=moved, hasty=hasty)
 
         def check() -> None:
             for mount in self._mounts:
@@ -3752,16 +3874,27 @@ class Borg:
 
         try:
             code = run_to_end(child, self._runtime.stop, check)
-        except BackupError:
-            for mount in sorted(self._mounts, key=lambda mount: mount.log.complained_at, reverse=True):
-                if child.wait(0) is None:
-                    mount.child.kill()
-                    child.wait(KILL_SECONDS)
+        except BackupError as error:
+            self._free(child, isinstance(error, Hung))
             raise
         if code:
             for mount in self._mounts:
                 mount.check_alive()  # the cause of borg's trouble, if it is gone
         return code
+
+    def _free(self, child: Child, hung: bool) -> None:
+        """Ends a borg that hangs on a mount: kills one after the other, first the one that complained last.
+
+        Where it `hung`, the one that is to be written to is lost anyway, and others may use the other.
+        """
+
+        def order(mount: Mount) -> tuple[bool, float]:
+            return hung and mount.lease is not None, mount.log.complained_at
+
+        for mount in sorted(self._mounts, key=order, reverse=True):
+            if child.wait(0) is None:
+                cut_off(mount)
+                child.wait(KILL_SECONDS)
 
     def _complaint(self) -> str:
         """What TigrisFS complained about last, on whichever mount."""
@@ -4223,17 +4356,21 @@ def count(number: int, noun: str) -> str:
 # mount showed.
 
 
-def repository_files(runtime: Runtime, store: Store, mount_point: Path) -> dict[str, int]:
-    """The repository's files as its mount shows them: path below the mount point -> size in bytes."""
+def repository_files(runtime: Runtime, store: Store, mount_point: Path, *mounts: Mount) -> dict[str, int]:
+    """The repository's files as its mount shows them: path below the mount point -> size in bytes.
+
+    `mounts` has it where it is ours. Raises BackupError.
+    """
+    sizes: dict[str, int] = {}
 
     def walk() -> dict[str, int]:
-        sizes = {}
         for path in walk_files(store, mount_point):
             with contextlib.suppress(FileNotFoundError):  # somebody still works in it
                 sizes[str(path.relative_to(mount_point))] = path.stat().st_size
         return borgs_own(sizes)
 
-    return within(WARM_UP_SECONDS, f"{store.name}: listing the repository", walk, runtime.stop)
+    what = f"{store.name}: listing the repository"
+    return until_done(runtime, mounts, what, in_background(walk), lambda: len(sizes))
 
 
 def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
@@ -4298,16 +4435,19 @@ def names_after_data(client: S3Client) -> list[str]:
 
 
 def wait_until_listed(runtime: Runtime, mount: Mount, mistakes: Callable[[], list[str]]) -> None:
-    """Waits until there are no mistakes in the bucket's listing. Raises Stuck when there is no progress."""
-    name, seconds, pause = mount.store.name, runtime.settings.stall_seconds, FIRST_PAUSE_SECONDS
-    stall = StallClock(seconds, [mount.meter(seconds)])
+    """Waits until there are no mistakes in the bucket's listing. Raises Hung when there is no progress."""
+    name, pause = mount.store.name, FIRST_PAUSE_SECONDS
+    stall = StallClock(runtime.settings.stall_seconds, [mount])
     while found := mistakes():
         runtime.stop.check()
         mount.check_alive()
         mount.check_store()
         stall.check(lambda what=found[0]: f"{name}: the upload does not end: {what}: {mount.log.reason}")
         runtime.console.progress(name, f"uploading what tigrisfs still holds: {found[0]}")
-        time.sleep(pause)
+        until = time.monotonic() + pause
+        while time.monotonic() < until:
+            runtime.stop.check()
+            time.sleep(min(pause, POLL_SECONDS))
         pause = min(2 * pause, MAX_BACKOFF_SECONDS)
 
 
@@ -5270,7 +5410,7 @@ def writable(
         borg = Borg(runtime, target, mount.path, [mount, *others])
         yield Repository(target, client, mount, borg, lease, identity, cache, {})
         mount.check_alive()
-        written = repository_files(runtime, store, mount.path)
+        written = repository_files(runtime, store, mount.path, mount)
         # What borg overwrites without changing its size, it does by renaming a file that was uploaded before.
         settle(runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client)))
     if lease.enforced:  # a lock: TigrisFS may upload it late, or not know that it has, as the answer was lost
@@ -5336,7 +5476,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         )
         mount = undo.enter_context(mounted(private, target.store, client.region, read_only=True))
         wait_until_usable(private, mount)
-        files = repository_files(private, target.store, mount.path)
+        files = repository_files(private, target.store, mount.path, mount)
         identity = repository_id(private, mount)
         view = within(MOUNT_SECONDS, "config", lambda: link_files(mount.path, files, folder / "view"))
         borg = Borg(private, target, view, [mount], separate_folders(runtime.environ, identity, view))
@@ -5691,7 +5831,7 @@ def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
         return found
 
     what = f"{repository.target.store.name}: listing the repository"
-    return within(WARM_UP_SECONDS, what, walk, runtime.stop)
+    return until_done(runtime, [repository.mount], what, in_background(walk))
 
 
 def note_record(repository: Repository, record: CheckRecord) -> None:
@@ -5751,6 +5891,13 @@ class Outcome:
     is_suspicious: bool = False  # the archive may not be worth what pruning would delete for it
     warnings: list[str] = field(default_factory=list)  # the reasons, where there are any
     failures: list[str] = field(default_factory=list)  # what fails it although its story goes on
+    tries: int = 0
+    stuck: str = ""  # how the first try ended
+
+    def begin(self) -> None:
+        """A try begins: what an earlier one has found counts for nothing."""
+        fresh = Outcome(self.target, seconds=self.seconds, tries=self.tries + 1, stuck=self.stuck)
+        vars(self).update(vars(fresh))
 
     def as_json(self) -> dict[str, Any]:
         """How it went, in JSON."""
@@ -5789,26 +5936,40 @@ class Outcome:
         self.verdict, self.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
 
 
-def bring_to_end(runtime: Runtime, outcome: Outcome, work: Callable[[], None]) -> None:
+def bring_to_end(runtime: Runtime, outcome: Outcome, work: Callable[[Runtime], None]) -> bool:
     """Does a target's work. Whatever goes wrong becomes its outcome, so that the others go on.
 
-    Raises Stopped.
+    Returns whether it got stuck for the first time, and is to be tried once more. That try takes the lease as
+    anybody else would: when it has expired. What the killed tigrisfs had sent may still arrive until then,
+    and would overwrite segments that have the same numbers. Raises Stopped.
     """
     start, console, name = time.monotonic(), runtime.console, outcome.target.store.name
+    outcome.begin()
+    if outcome.tries > 1:  # LEASE_WAIT is about other runs
+        settings = dataclasses.replace(runtime.settings, lease_wait_seconds=None)
+        runtime = dataclasses.replace(runtime, settings=settings)
     try:
-        work()
+        work(runtime)
         outcome.finish()
     except Stopped:
         outcome.fail(BackupError("was stopped"))
         raise
     except (BackupError, OSError) as error:
         outcome.fail(error)
+        if isinstance(error, Hung) and outcome.tries == 1 and not runtime.stop.requested:
+            outcome.stuck = error.message
+            console.warning(name, f"{error.message}; it is tried once more, with new mounts", "stuck")
+            return True
         console.error(name, str(error))
     except Exception as error:
         outcome.fail(BackupError(f"{name}: {type(error).__name__}: {DEFECT}"))
         tell_defect(console, name)
     finally:
-        outcome.seconds = time.monotonic() - start
+        outcome.seconds += time.monotonic() - start
+        if outcome.tries > 1:
+            first = f"tried twice, as it got stuck: {outcome.stuck}"
+            outcome.reason = f"{first}; {outcome.reason}" if outcome.reason else first
+    return False
 
 
 DEFECT = "this is a defect of the program, please report it"
@@ -5872,15 +6033,18 @@ def back_up_all(
     """Backs up to several targets at a time.
 
     Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
+    A target that got stuck is tried once more, and the source is mounted anew for it, too: it may be the one
+    that does not move.
     """
     remaining, at_once = deque(work), targets_at_once(runtime.settings, runtime.memory_mb)
     while remaining:
-        before = len(remaining)
+        before, again = len(remaining), []
         try:
             with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
-                while remaining and (mount.is_alive or not mount.usable):
+                mount.is_shared = at_once > 1
+                while remaining and not again and (mount.is_alive or not mount.usable):
                     batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
-                    back_up_batch(runtime, found, mount, batch)
+                    again = back_up_batch(runtime, found, mount, batch)
                     if not mount.usable:
                         break
         except Stopped:
@@ -5889,6 +6053,7 @@ def back_up_all(
             if len(remaining) == before:
                 raise
             runtime.console.warning("source", str(error))
+        remaining.extend(again)
 
 
 @dataclass(frozen=True)
@@ -5903,8 +6068,11 @@ class Source:
 
 def back_up_batch(
     runtime: Runtime, found: Preflight, mount: Mount, batch: Sequence[tuple[Outcome, Preflight | BackupError]]
-) -> None:
-    """Backs up to some targets side by side; the source is read once for all. Raises Stopped."""
+) -> list[tuple[Outcome, Preflight | BackupError]]:
+    """Backs up to some targets side by side; the source is read once for all. Raises Stopped.
+
+    Returns those that are to be tried once more.
+    """
     readers = [Reader() for _ in batch]
     ahead = ReadAhead(runtime, mount, readers)
     try:
@@ -5920,8 +6088,7 @@ def back_up_batch(
             pass  # each sees stop signals by itself, and has its own deadlines
     finally:
         ahead.close()
-    for future in futures:
-        future.result()
+    return [each for each, future in zip(batch, futures, strict=True) if future.result()]
 
 
 def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
@@ -5967,16 +6134,21 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
     return errors
 
 
-def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> None:
-    """Backs up to one target; a failure becomes its outcome, so that the others go on. Raises Stopped."""
+def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> bool:
+    """Backs up to one target; a failure becomes its outcome, so that the others go on. Raises Stopped.
 
-    def work() -> None:
+    Returns whether it is to be tried once more.
+    """
+
+    def work(runtime: Runtime) -> None:
         if isinstance(check, BackupError):
             raise check
-        backup_target(runtime, outcome, check, source)
+        again = outcome.tries > 1  # a store that does not take writes any more is to be told in seconds
+        found = preflight_one(runtime, outcome.target.store, write=True) if again else check
+        backup_target(runtime, outcome, found, source)
 
     try:
-        bring_to_end(runtime, outcome, work)
+        return bring_to_end(runtime, outcome, work)
     finally:
         source.ahead.left(source.reader)
 
@@ -6716,7 +6888,9 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
     outcomes = [Outcome(target) for target in targets]
     try:
         for outcome in outcomes:
-            bring_to_end(runtime, outcome, lambda outcome=outcome: maintain_target(runtime, outcome))
+            work = functools.partial(maintain_target, outcome=outcome)
+            if bring_to_end(runtime, outcome, work):
+                bring_to_end(runtime, outcome, work)
     finally:
         conclude(runtime, outcomes, maintenance_summary)
     return overall(outcomes)
@@ -7930,17 +8104,10 @@ def run_export(
 def wait_for_threads(
     runtime: Runtime, place: Landing, work: concurrent.futures.Future[None], handled: set[str]
 ) -> None:
-    """Waits until what borg has given is written, too. Raises what `work` raised; Stuck, Stopped, S3Error."""
-    seconds = runtime.settings.stall_seconds
-    meters = [mount.meter(seconds) for mount in place.mounts]
-    stall = StallClock(seconds, [lambda: len(handled), lambda: io_bytes(os.getpid()), *meters])
-    while concurrent.futures.wait([work], timeout=POLL_SECONDS).not_done:
-        runtime.stop.check()
-        for mount in place.mounts:
-            mount.check_alive()
-            mount.check_store()
-        stall.check(lambda: f"writing to {place.title} does not end")
-    work.result()
+    """Waits until what borg has given is written, too. Raises what `work` raised; Hung, Stopped, S3Error."""
+    # TigrisFS tells what goes on in a bucket; we move bytes all the while, and be it only to look at that.
+    written = [] if place.mounts else [lambda: io_bytes(os.getpid())]
+    until_done(runtime, place.mounts, f"writing to {place.title}", work, lambda: len(handled), *written)
 
 
 def take_out(fd: int, items: Mapping[str, Item], handle: Handler) -> None:
@@ -8546,6 +8713,7 @@ def keep_store(
         write_state(stream, {"writable": read_write})
         print(READY_LINE, flush=True)
         detach_output(log)
+        mount.is_by_hand = read_write
         written, uploaded_at = until_unmounted(runtime, mount, client, request)
     if written:
         audit_upload(runtime, client, written)

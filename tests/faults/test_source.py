@@ -66,28 +66,27 @@ def wait_for_the_middle(backup: Backup, target: str) -> None:
 # ----------------------------------------------------------------------------------------- A mount that dies
 
 
-@pytest.mark.leaves_lock
 @pytest.mark.parametrize(
-    ("victim", "at_once", "outcomes"),
+    ("victim", "at_once", "twice"),
     [
-        ("source", 1, ["failed", "ok"]),
-        ("source", 2, ["failed", "failed"]),
-        ("target-first", 1, ["failed", "ok"]),
-        ("target-first", 2, ["failed", "ok"]),
+        ("source", 1, ["first"]),
+        ("source", 2, ["first", "second"]),
+        ("target-first", 1, ["first"]),
+        ("target-first", 2, ["first"]),
     ],
 )
-def test_a_tigrisfs_that_dies_fails_who_uses_it_at_once_and_the_others_are_backed_up(
+def test_after_a_tigrisfs_has_died_who_used_it_is_tried_once_more(
     server: SeaweedFS,
     new_bucket: Callable[..., Bucket],
     tmp_path: Path,
     table: Table,
     victim: str,
     at_once: int,
-    outcomes: list[str],
+    twice: list[str],
 ) -> None:
-    """The source is mounted anew for targets that had not begun."""
+    """With new mounts, the source's, too."""
     source, first, second = new_bucket("source"), new_bucket("first"), new_bucket("second")
-    put_large(source)
+    put_large(source, 2)
     targets = {"first": first.name, "second": second.name}
     environment = settings(
         server, tmp_path, source.name, targets, LEASE_TTL="10", PARALLEL_TARGETS=str(at_once)
@@ -98,9 +97,12 @@ def test_a_tigrisfs_that_dies_fails_who_uses_it_at_once_and_the_others_are_backe
             wait_for_the_middle(running, "first")
             mount_point = str(tmp_path / "data" / victim)
             os.kill(child(running, f" {mount_point}"), signal.SIGKILL)
-            running.wait_for_line(f"error: {victim}: tigrisfs ended with 137", NOTICED_SECONDS)
-            result = running.wait().expect(2)
-        assert [outcome(result, name) for name in ("first", "second")] == outcomes
+            running.wait_for_line(f"warning: {victim}: tigrisfs ended with 137", NOTICED_SECONDS)
+            result = running.wait(250).expect(0)
+        assert [outcome(result, name) for name in ("first", "second")] == ["ok", "ok"]
+        why = f"tried twice, as it got stuck: {victim}: tigrisfs ended with 137"
+        told = [line for line in result.lines if why in line]
+        assert [line.partition(":")[0] for line in told] == twice
         for target in (first, second):
             prove_intact(environment, source, target, tmp_path)
 
