@@ -2729,13 +2729,13 @@ class Mount:
     def check_alive(self) -> None:
         """Raises Hung when the mount is gone: what is read below its path would be an empty folder.
 
-        Raises Stuck when it has dropped what was written, which borg takes for stored.
+        Also when it has dropped what was written, which borg takes for stored.
         """
         if self.lease:
             self.lease.check()
         _ = self.is_still  # is noted
         if self.log.lost:
-            raise Stuck(f"{self.store.name}: tigrisfs lost what was written: {self.log.lost}", TRY_AGAIN)
+            raise Hung(f"{self.store.name}: tigrisfs lost what was written: {self.log.lost}", TRY_AGAIN)
         code = self.child.wait(0)
         if code is not None:
             raise Hung(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
@@ -2782,7 +2782,7 @@ class Mount:
         """
         path = self.path / key.removeprefix(self.store.key_prefix)
         with contextlib.suppress(OSError, BackupError):
-            written = within(MOUNT_SECONDS, f"{self.store.name}: looking at {path}", path.stat).st_size
+            written = within(KILL_SECONDS, f"{self.store.name}: looking at {path}", path.stat).st_size
             if self.client.request("HEAD", key).headers.get("content-length") == str(written):
                 self.log.arrived.add(key)
                 self.arrived.add(path)
