@@ -106,7 +106,7 @@ SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wai
 FIRST_PAUSE_SECONDS = 0.05  # between two looks at what is uploaded; each further one is twice as long
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal, or a first one while nothing moves
-TERMINATE_SECONDS = 5  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
+TERMINATE_SECONDS = 4  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
@@ -485,6 +485,9 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
                 reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
                 mistakes.append(f"{name}_FILE: cannot read {path!r}: {reason}")
                 value = UNREADABLE
+        if value and value != UNREADABLE and not is_plain(value):
+            mistakes.append(f"{name}: {NOT_PLAIN}")
+            value = UNREADABLE
         if value:
             values[name] = value
     return values
@@ -492,6 +495,12 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
 
 # Stands for a value whose file could not be read: that is reported once, and not again as missing.
 UNREADABLE = "\0"
+NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a program can be given this text at all."""
+    return not re.search(r"[\x00\ud800-\udfff]", text)
 
 
 def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
@@ -611,6 +620,8 @@ def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str
     bucket, _, prefix = given.get("path", "").partition(":")
     if bucket != UNREADABLE and given.get("path"):
         mistakes += [f"{bare.setting('path')}: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    for key in HEADER_PARTS:
+        mistakes += header_mistakes(bare.setting(key), key, given.get(key, ""))
     return Store(
         target,
         endpoint.rstrip("/"),
@@ -635,6 +646,8 @@ def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destina
         )
     if "endpoint" in own and given["endpoint"] != UNREADABLE:
         mistakes += [f"RESTORE_ENDPOINT: {mistake}" for mistake in endpoint_mistakes(given["endpoint"])]
+    for key in own.intersection(HEADER_PARTS):
+        mistakes += header_mistakes(f"RESTORE_{key.upper()}", key, given[key])
     region = given["region"] if "region" in own or "endpoint" not in own else ""
     keys = given["access_key_id"], given["secret_access_key"]
     missing = {name for name, value in given.items() if not value}
@@ -656,6 +669,23 @@ def missing_settings(store: Store) -> list[str]:
     ]
 
 
+# What a request's headers and a mount's environment can hold. Only a file (`_FILE`) loses the line end at its
+# end: a value that others read, too, is not ours to correct.
+HEADER_PARTS = {
+    "access_key_id": re.compile(r"[!-~]+"),
+    "secret_access_key": re.compile(r"[!-~]([ -~]*[!-~])?"),
+    "region": re.compile(r"[!-~]+"),
+}
+
+
+def header_mistakes(setting: str, key: str, value: str) -> list[str]:
+    """What is wrong with a key or a region, which is not quoted."""
+    if value in ("", UNREADABLE) or HEADER_PARTS[key].fullmatch(value):
+        return []
+    reason = "has a blank or a line end around it, or a character in it that is not printable ASCII"
+    return [f"{setting}: {reason}; write it without (`printf %s`, where `echo` would add a line end)"]
+
+
 STORE_HELP = {
     "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
     "path": "write <bucket> or <bucket>:<prefix>",
@@ -666,16 +696,19 @@ STORE_HELP = {
 
 def endpoint_mistakes(endpoint: str) -> list[str]:
     """What is wrong with an endpoint URL."""
+    if re.match(r"(?i)https?://[0-9a-f]*:[0-9a-f]*:", endpoint):
+        return ["an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"]
     try:
         url = urllib.parse.urlsplit(endpoint)
         port_is_wrong = url.port == 0
+        (url.hostname or "").encode("idna")
     except ValueError as error:
         return [f"is not a URL ({error}); {STORE_HELP['endpoint']}"]
     if (
         url.scheme not in ("http", "https")
         or not url.hostname
         or port_is_wrong
-        or re.search(r"[\s\x00-\x1f]", endpoint)
+        or re.search(r"[^!-~]|\\", endpoint)
     ):
         return [f"is not an http(s) URL; {STORE_HELP['endpoint']}"]
     if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
@@ -725,7 +758,8 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
 
 def name_mistakes(name: str) -> list[str]:
     """What is wrong with a target's name, which becomes part of its mount point."""
-    if not name or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name) or len(name.encode()) > MAX_NAME_BYTES:
+    wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
+    if wrong or len(name.encode()) > MAX_NAME_BYTES:
         return ["this name cannot be a mount point; use letters, digits, '.', '_' and '-'"]
     return []
 
@@ -797,10 +831,11 @@ def parse_target(
     for key, value in {**given, **secret}.items():
         if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
             continue
-        if isinstance(value, str):
+        if isinstance(value, str) and is_plain(value):
             texts[key] = value
         elif value is not None:
-            mistakes.append(f"{store.setting(key)}: write a JSON string")
+            mistake = NOT_PLAIN if isinstance(value, str) else "write a JSON string"
+            mistakes.append(f"{store.setting(key)}: {mistake}")
             texts[key] = UNREADABLE
     encryption = texts.get("encryption", DEFAULT_ENCRYPTION)
     if encryption not in ENCRYPTION_MODES:
@@ -1115,18 +1150,41 @@ HASTY = Patience(answer_seconds=8, unreachable_seconds=0, failing_seconds=0)
 # What to do about S3's error codes; {setting} places are filled with the store's own settings.
 S3_HINTS = {
     "NoSuchBucket": "Create the bucket or correct {path}.",
-    "AccessDenied": "Give the key the permission, or correct {path} and {access_key_id}.",
+    "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
+    "LIST NoSuchKey": "The bucket's name belongs in {path}, not in the host of {endpoint}: take it out.",
+    "SecondLevelDomainForbidden": "This server wants the bucket in the host name: that is not supported.",
+    "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
+    "AccountProblem": "See to the account: the provider has locked it.",
+    "AllAccessDisabled": "See to the account: the provider has locked it.",
+    "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
+    "ExpiredToken": "Write a lasting key into {access_key_id}: session tokens are not supported.",
+    "InvalidToken": "Write a lasting key into {access_key_id}: session tokens are not supported.",
     "RequestTimeTooSkewed": "The clock of this machine is wrong: set it.",
+    "RequestExpired": "The clock of this machine is wrong: set it.",
     "AuthorizationHeaderMalformed": "Set {region} to the bucket's region.",
+    "InvalidRegion": "Set {region} to the bucket's region.",
+    "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
+    "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
+    "CannotSend": "Correct {endpoint} and {access_key_id}.",
+    "BadListing": "A backup would miss objects: update the server, or use another one.",
+    "RangeIgnored": "Mounts read by ranges: have {endpoint}, or a proxy before it, heed them (206).",
 }
+PERMISSIONS = {
+    "LIST": "s3:ListBucket",
+    "GET": "s3:GetObject",
+    "HEAD": "s3:GetObject",
+    "PUT": "s3:PutObject",
+    "DELETE": "s3:DeleteObject",
+}
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
 CONNECTION_FAULTS = (OSError, http.client.HTTPException)
 DEFAULT_REGION = "us-east-1"
@@ -1136,57 +1194,90 @@ class S3Client:
     """Control requests to one store: signed, path-style, retried. Safe to use from several threads.
 
     Every method raises S3Error when S3 refuses or when there is no answer for longer than the patience
-    constants say.
+    constants say. When a stop signal comes, requests get CLEANUP_SECONDS more and no further try, also those
+    that are made later, to clean up; then Stopped is raised.
     """
 
-    def __init__(self, store: Store, region: str | None = None, patience: Patience | None = None) -> None:
-        """Opens nothing yet; `region` is what an earlier client found out."""
+    def __init__(
+        self,
+        store: Store,
+        region: str | None = None,
+        patience: Patience | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        """Opens nothing yet; `region` is what an earlier client found out. `stop` is asked meanwhile."""
         self.store = store
         self.clock: datetime | None = None  # the server's, when it answered last
-        self._patience = patience or Patience()
+        self._patience, self._stop = patience or Patience(), stop or Stop()
         self.region = region or store.region or DEFAULT_REGION
         self._url = urllib.parse.urlsplit(store.endpoint)
         self._idle: list[http.client.HTTPConnection] = []
 
-    def with_patience(self, patience: Patience) -> S3Client:
+    def with_patience(self, patience: Patience, unstoppable: bool = False) -> S3Client:
         """The same client, with its open connections and what it has learned, but another patience."""
         twin = copy.copy(self)
         twin._patience = patience
+        twin._stop = Stop() if unstoppable else self._stop
         return twin
 
-    def list_page(self, prefix: str, start_after: str = "", limit: int = 1000) -> tuple[list[S3Object], bool]:
-        """Up to `limit` objects below `prefix` in key order, and whether there are more."""
+    def list_page(
+        self, prefix: str, where: tuple[str, str] | None = None, limit: int = 1000
+    ) -> tuple[list[S3Object], tuple[str, str] | None]:
+        """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none."""
         query = [("list-type", "2"), ("encoding-type", "url"), ("max-keys", str(limit)), ("prefix", prefix)]
-        if start_after:
-            query.append(("start-after", start_after))
-        answer = self.request("GET", query=query)
+        answer = self.request("GET", query=[*query, where] if where else query)
         try:
             return parse_listing(answer.body)
-        except (ElementTree.ParseError, ValueError) as error:
+        except ElementTree.ParseError as error:
             raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
+        except ValueError as error:
+            raise self._error(answer.status, "BadListing", str(error)) from error
 
     def list_objects(self, prefix: str, start_after: str = "") -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key, in key order; one request for each 1,000."""
-        more, last = True, start_after
-        while more:
-            objects, more = self.list_page(prefix, last)
-            yield from objects
-            if not objects:
+        """All objects below `prefix`, or those after a key; one request for each 1,000.
+
+        They are in key order, unless the server has another one (S3's directory buckets). Some servers ignore
+        where a listing is to start.
+        """
+        where, last = ("start-after", start_after) if start_after else None, None
+        while True:
+            objects, following = self.list_page(prefix, where)
+            # An empty page may have a next one; one that came twice would come for ever.
+            if following and (following == where or (objects and objects == last)):
+                raise self._error(200, "BadListing", "the listing does not advance: a page came twice")
+            yield from (entry for entry in objects if entry.key > start_after)
+            if not following:
                 return
-            last = objects[-1].key
+            where, last = following, objects
 
-    def get(self, key: str, first_byte_only: bool = False) -> bytes:
-        """The content of an object, or its first byte."""
-        return self.request("GET", key, headers={"Range": "bytes=0-0"} if first_byte_only else {}).body
+    def get(self, key: str, span: tuple[int, int] | None = None) -> bytes:
+        """The content of an object, or the bytes from the first to the last of `span`."""
+        if not span:
+            return self.request("GET", key).body
+        first, last = span
+        answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}"})
+        whole = answer.status == 200 and first == 0  # an object that has no more
+        if len(answer.body) == last - first + 1 and (
+            whole or answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/")
+        ):
+            return answer.body
+        words = f"the bytes {first}-{last} of {key!r} were asked for, and others came"
+        raise self._error(answer.status, "RangeIgnored", words)
 
-    def get_if_there(self, key: str) -> bytes:
-        """The content of an object; nothing where there is none."""
+    def find(self, key: str) -> Answer | None:
+        """An object; None where there is none.
+
+        Who may list only what is below a prefix is told of an absent object that access is denied (AWS).
+        """
         try:
-            return self.get(key)
+            return self.request("GET", key)
         except S3Error as error:
-            if error.code != "NoSuchKey":
-                raise
-            return b""
+            if error.code == "NoSuchKey" or (error.status == 403 and not self._is_listed(key)):
+                return None
+            raise
+
+    def _is_listed(self, key: str) -> bool:
+        return any(entry.key == key for entry in self.list_page(key, limit=1)[0])
 
     def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
         """Writes an object, under the condition that `headers` may name.
@@ -1213,10 +1304,10 @@ class S3Client:
         start, pause = time.monotonic(), 0.1
         while True:
             try:
-                answer = self._exchange(method, key, query, headers or {}, body)
+                answer = self._answer(lambda: self._exchange(method, key, query, headers or {}, body))
                 if answer.status < 300:
                     return answer
-                error = self._refusal(answer)
+                error = self._refusal(answer, method, key)
                 patience = self._patience.failing_seconds if answer.status in RETRIED_STATUSES else 0
                 if self._learn_region(answer):
                     continue
@@ -1224,10 +1315,20 @@ class S3Client:
                 error = self._error(0, "NoAnswer", describe_fault(fault))
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
                 patience = 0 if untrusted else self._patience.unreachable_seconds
+            except ValueError as fault:  # of http.client, whose words quote headers
+                raise self._error(0, "CannotSend", f"cannot be sent ({type(fault).__name__})") from None
             if time.monotonic() - start + pause > patience:
                 raise error
-            time.sleep(pause)
+            self._stop.wait(pause)
             pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+
+    def _answer(self, exchange: Callable[[], Answer]) -> Answer:
+        """The answer that `exchange` waits for. After a stop signal it is left to itself, soon."""
+        future = in_background(exchange)
+        while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
+            if self._stop.requested and not concurrent.futures.wait([future], timeout=CLEANUP_SECONDS).done:
+                self._stop.check()
+        return future.result()
 
     def _exchange(
         self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
@@ -1252,14 +1353,18 @@ class S3Client:
         try:
             connection.request(method, target, body=body or None, headers=headers)
             response = connection.getresponse()
-            content = response.read()
+            is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
+            content = response.read(READ_BYTES) if is_ignored else response.read()
         except BaseException as fault:
             connection.close()
             if is_new or isinstance(fault, TimeoutError) or not isinstance(fault, CONNECTION_FAULTS):
                 raise
             self._idle.clear()  # the server closes what is idle for long: that says nothing about it
             return self._exchange(method, key, query, extra, body)
-        self._idle.append(connection)
+        if is_ignored:
+            connection.close()
+        else:
+            self._idle.append(connection)
         answer = Answer(
             response.status, {name.lower(): value for name, value in response.getheaders()}, content, sent
         )
@@ -1271,8 +1376,7 @@ class S3Client:
         try:
             connection = self._idle.pop()
         except IndexError:
-            kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-            connection = kind(self._url.hostname or "", self._url.port)
+            connection = connection_to(self._url)
         is_new = connection.sock is None
         if is_new:
             connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
@@ -1289,19 +1393,29 @@ class S3Client:
         self.region = region
         return True
 
-    def _refusal(self, answer: Answer) -> S3Error:
+    def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         """The error for an answer that is not success, in S3's own words."""
         code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
         message = xml_text(answer.body, "Message") or http_reason(answer.status)
-        return self._error(answer.status, code, message)
+        if answer.status in REDIRECTS and not xml_text(answer.body, "Code"):
+            to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
+            code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
+        permission = PERMISSIONS.get(method if key else "LIST", method)
+        place = f"{self.store.bucket}/{key}" if key else self.store.bucket
+        asked_for = "" if key else "LIST"
+        return self._error(answer.status, code, message, asked_for, f"{permission} on {place}")
 
-    def _error(self, status: int, code: str, message: str) -> S3Error:
+    def _error(
+        self, status: int, code: str, message: str, asked_for: str = "", permission: str = ""
+    ) -> S3Error:
         """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
-        hint = S3_HINTS.get(str(status)) or S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
+        default = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
+        hint = S3_HINTS.get(str(status)) or S3_HINTS.get(f"{asked_for} {code}", default)
+        hint = hint.format(**settings, permission=permission)
         number = f" ({status})" if status else ""
         where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
-        return S3Error(f"{where}: {code}{number}: {message}", hint.format(**settings), status, code)
+        return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
 
 
 def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
@@ -1330,26 +1444,50 @@ def connect_within(address: tuple[str, int], seconds: float, _source: object = N
     raise fault
 
 
-def parse_listing(body: bytes) -> tuple[list[S3Object], bool]:
-    """The objects of a ListObjectsV2 answer, and whether it was truncated.
+def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
+    """The objects of a ListObjectsV2 answer, and what asks for the next page; None where there is none.
 
-    Raises ValueError where it is none.
+    Raises ParseError where it is none, ValueError where it is not as S3's.
     """
     root = ElementTree.fromstring(body)
     if not root.tag.endswith("ListBucketResult"):
-        raise ValueError(f"{root.tag} instead of ListBucketResult")
+        raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
     space = root.tag[: root.tag.find("}") + 1]
     decode = urllib.parse.unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
     objects = [
-        S3Object(
-            decode(entry.findtext(f"{space}Key", "")),
-            int(entry.findtext(f"{space}Size", "0")),
-            datetime.fromisoformat(entry.findtext(f"{space}LastModified", "")),
-            entry.findtext(f"{space}ETag", "").strip('"'),
+        parse_entry_of(listed, decode)
+        for listed in (
+            {element.tag[len(space) :]: element.text or "" for element in entry}
+            for entry in root.iter(f"{space}Contents")
         )
-        for entry in root.iter(f"{space}Contents")
     ]
-    return objects, root.findtext(f"{space}IsTruncated") == "true"
+    if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
+        return objects, None
+    if token := root.findtext(f"{space}NextContinuationToken"):
+        return objects, ("continuation-token", token)
+    keys = [entry.key for entry in objects]
+    if not keys or keys != sorted(keys):
+        raise ValueError("a page of the listing is truncated, and does not say how it goes on")
+    return objects, ("start-after", keys[-1])
+
+
+def parse_entry_of(listed: Mapping[str, str], decode: Callable[[str], str]) -> S3Object:
+    """An object from the elements of its entry in a listing. Raises ValueError."""
+    key = decode(listed.get("Key", ""))
+    try:
+        modified = datetime.fromisoformat(listed.get("LastModified", ""))
+        size_bytes = int(listed.get("Size", ""))
+    except ValueError as error:
+        raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
+    # S3's times are UTC, also where a server does not say so.
+    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+    return S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"'))
+
+
+def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
+    """A connection that is not opened yet. Without a port, http.client takes one from an IPv6 address."""
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    return kind(url.hostname or "", url.port or kind.default_port)
 
 
 def xml_text(body: bytes, name: str) -> str:
@@ -1510,12 +1648,9 @@ class Sighting:
 
 def look_at_lease(client: S3Client) -> Sighting | None:
     """The lease object as it is now; None where there is none. Raises S3Error."""
-    try:
-        answer = client.request("GET", f"{client.store.key_prefix}{LEASE_NAME}")
-    except S3Error as error:
-        if error.code == "NoSuchKey":
-            return None
-        raise
+    answer = client.find(f"{client.store.key_prefix}{LEASE_NAME}")
+    if not answer:
+        return None
     now, then = answer.time("Date"), answer.time("Last-Modified")
     age = (now - then).total_seconds() if now and then else 0.0
     return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
@@ -1564,6 +1699,7 @@ class Lease:
         self._client, self._holder, self._notice, self._pause = client, holder, notice, pause
         self._patience_seconds = patience_seconds
         self._hasty_client = client.with_patience(impatient)
+        self._renewing_client = client.with_patience(impatient, unstoppable=True)
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
@@ -1708,6 +1844,9 @@ class Lease:
                 if allowed:
                     request(self._hasty_client)
                     return
+            except Stopped:
+                self.expires = True  # what was not answered may take effect later
+                raise
             except S3Error as error:
                 if (error.status and error.status not in RETRIED_STATUSES) or time.monotonic() > give_up:
                     raise
@@ -1738,13 +1877,13 @@ class Lease:
                 self._trouble = str(error)
 
     def _renew(self) -> None:
-        if not self._write(self._hasty_client, {"If-Match": self._etag}):
-            current = look_at_lease(self._hasty_client)
+        if not self._write(self._renewing_client, {"If-Match": self._etag}):
+            current = look_at_lease(self._renewing_client)
             if current is None or current.holder.run_id != self._holder.run_id:
                 who = current.holder if current else "its object was deleted"
                 self._lose(f"the lease on the repository was lost ({who})")
                 return
-            self._write(self._hasty_client, {"If-Match": current.etag})
+            self._write(self._renewing_client, {"If-Match": current.etag})
         with self._lock:
             self._arm()
             if self.suspended and self._is_fresh:
@@ -1777,17 +1916,18 @@ class Lease:
     def _end_threads(self) -> None:
         self._over.set()
         for thread in self._threads:
-            if thread.ident:
+            if thread.ident and not self.expires:
                 thread.join(CLEANUP_SECONDS)
 
     def release(self) -> None:
         """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
         self._end_threads()
-        certain = boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
+        is_answered = not any(thread.is_alive() for thread in self._threads)
+        certain = is_answered and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
                 self._hasty_client.delete(self._key, {"If-Match": self._etag})
-            except S3Error as error:
+            except (S3Error, Stopped) as error:
                 self._notice(f"the lease could not be given back, and expires by itself: {error}")
         self._switch.close()
 
@@ -1821,6 +1961,9 @@ def leased(
 Result = TypeVar("Result")
 
 
+DEFECT = "this is a defect of the program, please report it"
+
+
 class Console:
     """Prints one line an event, with the name of the store that it is about.
 
@@ -1838,6 +1981,7 @@ class Console:
         self.debug_is_shown = debug
         self.as_json = as_json
         self.troubles = Troubles()
+        self.secrets: Collection[str] = ()  # that no traceback may show
         self._run_id = run_id
         self._colours = not as_json and environ is not None and allows_colours(environ)
         self._lock = threading.Lock()
@@ -1870,6 +2014,13 @@ class Console:
         """A failure."""
         self.troubles.add("error", name, text)
         self._print("error", name, text, event, numbers)
+
+    def defect(self, name: str, error: BaseException) -> None:
+        """An exception that nobody foresaw. Its words may be anybody's, and quote what is secret."""
+        trace = redacted("".join(traceback.format_exception(error)), self.secrets)
+        self.error(name, DEFECT, "defect", traceback=trace)
+        if not self.as_json:
+            print(trace, end="", file=sys.stderr)
 
     def plain(self, text: str) -> None:
         """Text of several lines, such as a table."""
@@ -2020,6 +2171,14 @@ class Stop:
         """Raises Stopped when a signal came."""
         if self.signals:
             raise Stopped(self.signals[0])
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps; raises Stopped as soon as a signal came."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, POLL_SECONDS))
+        self.check()
 
 
 @dataclass
@@ -2422,6 +2581,7 @@ def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[
             concurrent.futures.wait(futures, timeout=CLEANUP_SECONDS)
         stop.check()
     errors = [future.exception() for future in futures]
+    stop.check()
     return [
         error if isinstance(error, BackupError) else future.result()
         for future, error in zip(futures, errors, strict=True)
@@ -2541,6 +2701,7 @@ def tigrisfs_command(
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
         *("--log-format", "json", "--no-log-color", "--print-stats", "0s"),
         *("--endpoint", store.endpoint, "--region", region),
+        "--no-detect",  # it asks for an absent object: who may use a prefix only is told 403 (AWS)
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
         *(() if metadata else ("--disable-xattr",)),
         *sizes,
@@ -2836,7 +2997,8 @@ def mounted(
     argv = tigrisfs_command(store, region, path, read_only, sizes, metadata)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
-    mount = Mount(store, path, child, log, S3Client(store, region, hasty), lease, holds_nothing=read_only)
+    client = S3Client(store, region, hasty, runtime.stop)
+    mount = Mount(store, path, child, log, client, lease, holds_nothing=read_only)
     over = threading.Event()
     try:
         if lease:
@@ -3840,7 +4002,7 @@ class Borg:
     @contextlib.contextmanager
     def _environment(self, own: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]]:
         """The environment for one command, and the file descriptor of the passphrase that it names."""
-        with passphrase_pipe(self._target.passphrase) as fd, borg_additions() as additions:
+        with passphrase_file(self._target.passphrase) as fd, borg_additions() as additions:
             env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
             self._arrived = Path(additions, "arrived")
             if self._mounts:
@@ -4037,15 +4199,16 @@ def seen_encryption(environ: Mapping[str, str], repository_id: str) -> str | Non
 
 
 @contextlib.contextmanager
-def passphrase_pipe(passphrase: str) -> Iterator[int]:
-    """A file descriptor from which the passphrase can be read once."""
-    reading, writing = os.pipe()
+def passphrase_file(passphrase: str) -> Iterator[int]:
+    """A file descriptor from which the passphrase can be read once; a pipe would take 64 KiB at most."""
+    fd = os.memfd_create("passphrase")
     try:
-        with os.fdopen(writing, "wb") as stream:
-            stream.write(passphrase.encode())  # a pipe takes 64 KiB without a reader
-        yield reading
+        with open(fd, "wb", closefd=False) as stream:
+            stream.write(passphrase.encode())
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
     finally:
-        os.close(reading)
+        os.close(fd)
 
 
 # When one upload fails, by a connection that is reset for instance, fsync fails too, and borg would give up.
@@ -4577,7 +4740,7 @@ def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mou
 def why_unread(client: S3Client, key: str) -> str:
     """Why borg could not read `key`: S3 itself refuses it or has it no more, else the reading failed."""
     try:
-        client.get(key, first_byte_only=True)
+        client.get(key, (0, 0))
     except S3Error as error:
         if error.status in REFUSALS:
             return f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}"
@@ -4681,8 +4844,8 @@ class NotTaken(Exception):
 def send_once(message: Message, seconds: float) -> None:
     """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
     url = urllib.parse.urlsplit(message.url)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    connection = kind(url.hostname or "", url.port, timeout=seconds)
+    connection = connection_to(url)
+    connection.timeout = seconds
     try:
         own = message_headers(message, url)
         connection.request(message.method, request_target(url), message.body or None, own)
@@ -5074,6 +5237,8 @@ def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryStat
 def look(client: S3Client) -> Preflight:
     """Lists the beginning of a store. Raises S3Error."""
     entries, more = client.list_page(client.store.key_prefix)
+    if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
+        entries, more = list(client.list_objects(client.store.key_prefix)), None
     return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
 
 
@@ -5091,7 +5256,7 @@ def examine(client: S3Client, write: bool) -> Preflight:
 
 def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
     """Examines one store. Raises S3Error naming what is refused, Stopped on a stop signal."""
-    client = S3Client(store)
+    client = S3Client(store, stop=runtime.stop)
     [found] = side_by_side([lambda: examine(client, write)], runtime.stop)
     if isinstance(found, BackupError):
         raise found
@@ -5110,7 +5275,7 @@ def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
     refusals = []
     for entry in entries:
         try:
-            client.get(entry.key, first_byte_only=entry.size_bytes > 0)
+            client.get(entry.key, (0, 0) if entry.size_bytes else None)
             return
         except S3Error as error:
             if error.status not in (*REFUSALS, 404):
@@ -5130,7 +5295,7 @@ def probe_write(client: S3Client) -> None:
     for last in (False, False, True):
         client.put(key, body)
         try:
-            if client.get(key) == body:
+            if client.get(key, (1, len(body) - 1)) == body[1:]:
                 return
             what = f"{client.store.name}: an object that was just written reads back differently"
             raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
@@ -5157,18 +5322,12 @@ def held(
         runtime.run_id, socket.gethostname(), purpose, utc_now(client), settings.lease_ttl_seconds
     )
 
-    def pause(seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            runtime.stop.check()
-            time.sleep(POLL_SECONDS)
-
     def warn(text: str) -> None:
         runtime.console.warning(name, text)
 
     patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
     waits = settings.lease_wait_seconds
-    with leased(client, holder, waits, patience_seconds, notice or warn, pause, switch) as lease:
+    with leased(client, holder, waits, patience_seconds, notice or warn, runtime.stop.wait, switch) as lease:
         yield lease
 
 
@@ -5252,8 +5411,8 @@ def find_leftovers(client: S3Client) -> Leftovers:
     prefix = client.store.key_prefix
     names = names_after_data(client)
     # Its last holder may just have left.
-    roster = client.get_if_there(f"{prefix}lock.roster") if "lock.roster" in names else b""
-    return Leftovers.sort(names, roster)
+    roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
+    return Leftovers.sort(names, roster.body if roster else b"")
 
 
 def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
@@ -5347,12 +5506,11 @@ def check_encryption(runtime: Runtime, repository: Repository) -> None:
 
 def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
     """What was noted beside the repository; None where nothing was. Raises S3Error."""
-    try:
-        noted = json.loads(client.get(f"{client.store.key_prefix}{name}"))
-    except S3Error as error:
-        if error.status != 404:
-            raise
+    answer = client.find(f"{client.store.key_prefix}{name}")
+    if not answer:
         return None
+    try:
+        noted = json.loads(answer.body)
     except ValueError:
         noted = {}
     return noted if isinstance(noted, dict) else {}
@@ -5426,7 +5584,7 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
     On leaving, everything is uploaded and compared. Raises BackupError.
     """
     found = preflight_one(runtime, target.store, write=True)
-    client = S3Client(target.store, found.region, PROVEN)
+    client = S3Client(target.store, found.region, PROVEN, runtime.stop)
     with held(runtime, client, purpose) as lease:
         expect_repository(client, look(client))
         if lease.enforced:
@@ -5464,7 +5622,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     the repository while it is read for long. Raises BackupError.
     """
     found = preflight_one(runtime, target.store, write=False)
-    client = S3Client(target.store, found.region, PROVEN)
+    client = S3Client(target.store, found.region, PROVEN, runtime.stop)
     expect_repository(client, found)
     with contextlib.ExitStack() as undo:
         undo.enter_context(full_disk_told(target.store))
@@ -5672,8 +5830,8 @@ def age(seconds: float) -> str:
 
 def last_check(client: S3Client, identity: str) -> CheckRecord:
     """What is known of the checks of the repository with this id. Raises S3Error."""
-    body = client.get_if_there(f"{client.store.key_prefix}{CHECKED_NAME}")
-    return CheckRecord.parse(body, identity)
+    answer = client.find(f"{client.store.key_prefix}{CHECKED_NAME}")
+    return CheckRecord.parse(answer.body if answer else b"", identity)
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
@@ -5963,24 +6121,13 @@ def bring_to_end(runtime: Runtime, outcome: Outcome, work: Callable[[Runtime], N
         console.error(name, str(error))
     except Exception as error:
         outcome.fail(BackupError(f"{name}: {type(error).__name__}: {DEFECT}"))
-        tell_defect(console, name)
+        console.defect(name, error)
     finally:
         outcome.seconds += time.monotonic() - start
         if outcome.tries > 1:
             first = f"tried twice, as it got stuck: {outcome.stuck}"
             outcome.reason = f"{first}; {outcome.reason}" if outcome.reason else first
     return False
-
-
-DEFECT = "this is a defect of the program, please report it"
-
-
-def tell_defect(console: Console, name: str) -> None:
-    """Prints the exception that is being handled, and with it where in the program it was raised."""
-    trace = traceback.format_exc()
-    console.error(name, DEFECT, "defect", traceback=trace)
-    if not console.as_json:
-        print(trace, end="", file=sys.stderr)
 
 
 def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
@@ -6093,7 +6240,8 @@ def back_up_batch(
 
 def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
     """Examines the source and all targets at the same time; the source's result is the first."""
-    clients = [S3Client(runtime.settings.source), *(S3Client(target.store) for target in targets)]
+    stores = [runtime.settings.source, *(target.store for target in targets)]
+    clients = [S3Client(store, stop=runtime.stop) for store in stores]
     checks = [
         lambda client=client: examine(client, write=client.store.target is not None) for client in clients
     ]
@@ -6111,9 +6259,10 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
 
     def identity(target: Target) -> str:
         hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
-        client = S3Client(target.store, patience=None if target in targets else hasty)
-        config = client.get_if_there(f"{target.store.key_prefix}config").decode("utf-8", "replace")
-        return found[1] if (found := CONFIG_ID.search(config)) else ""
+        client = S3Client(target.store, patience=None if target in targets else hasty, stop=runtime.stop)
+        answer = client.find(f"{target.store.key_prefix}config")
+        found = CONFIG_ID.search(answer.body.decode("utf-8", "replace")) if answer else None
+        return found[1] if found else ""
 
     configured = runtime.settings.targets
     if len(configured) < 2:
@@ -6159,7 +6308,7 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
     Fills in `outcome`; raises BackupError.
     """
     target = outcome.target
-    client = S3Client(target.store, check.region, PROVEN)
+    client = S3Client(target.store, check.region, PROVEN, runtime.stop)
     with held(runtime, client, "a backup") as lease:
         is_new = prepare_repository(runtime, target, client, lease)
         with writable(runtime, target, client, lease, [source.mount]) as repository:
@@ -6229,7 +6378,8 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
     source.ahead.left(source.reader)
     record_archive(runtime, outcome, created)
     if created.log.warnings:  # some objects, or is the source gone, or its keys revoked?
-        examine(S3Client(settings.source, source.found.region, PROVEN), write=False)
+        client = S3Client(settings.source, source.found.region, PROVEN, runtime.stop)
+        examine(client, write=False)
     judge_emptiness(runtime, outcome, source.found)
     compare_with_source(runtime, outcome, archived, created, source, repository)
     report_shrunk(runtime, outcome, source.mount)
@@ -6245,7 +6395,8 @@ def compare_with_source(
     repository: Repository,
 ) -> None:
     """Names what the new archive lacks of the source; an archive that cannot be compared fails its target."""
-    found, client = Findings(), S3Client(runtime.settings.source, source.found.region, PROVEN)
+    found = Findings()
+    client = S3Client(runtime.settings.source, source.found.region, PROVEN, runtime.stop)
 
     def look() -> None:
         found.ask(client.with_patience(HASTY), archived.unread)
@@ -6552,7 +6703,7 @@ def check_config(runtime: Runtime) -> int:
     """
     settings = runtime.settings
     results = [
-        suitable(store, result)
+        suitable(runtime, store, result)
         for store, result in zip(settings.stores, preflight(runtime, settings.targets), strict=True)
     ]
     rows = [("store", "location", "endpoint", "region", "access", "result")]
@@ -6571,11 +6722,13 @@ def check_config(runtime: Runtime) -> int:
     return EXIT_FAILURE if failures else EXIT_OK
 
 
-def suitable(store: Store, result: Preflight | BackupError) -> Preflight | BackupError:
+def suitable(runtime: Runtime, store: Store, result: Preflight | BackupError) -> Preflight | BackupError:
     """The same result, or the error that a run would meet in what lies at a target's place."""
     if store.target is not None and isinstance(result, Preflight):
         try:
-            what_lies_there(S3Client(store, result.region), result)
+            what_lies_there(S3Client(store, result.region, stop=runtime.stop), result)
+        except Stopped:
+            raise
         except BackupError as error:
             return error
     return result
@@ -7277,7 +7430,7 @@ def verify(
 ) -> None:
     """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
     source = runtime.settings.source
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN)
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN, runtime.stop)
     with opened_for_reading(runtime, target, "`verify`") as repository:
         find_archive(runtime, repository, archive, found)
         runtime.console.info(target.store.name, f"{found.archive} is compared with {source.location}")
@@ -7973,7 +8126,7 @@ def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
 def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterator[Landing]:
     """A bucket to restore into. Raises BackupError, within seconds where a permission is missing."""
     found = preflight_one(runtime, store, write=not dry_run)
-    client = S3Client(store, found.region, PROVEN)
+    client = S3Client(store, found.region, PROVEN, runtime.stop)
     title = f"{store.location} at {store.endpoint}"
     [etags_are_md5] = side_by_side([lambda: not dry_run and gives_md5(client)], runtime.stop)
     if isinstance(etags_are_md5, BackupError):
@@ -8397,24 +8550,13 @@ def check_room(place: Landing, items: Iterable[Item], found: Mapping[str, Found]
         )
 
 
-def is_there(client: S3Client, key: str) -> bool:
-    """Whether a bucket holds an object. Raises S3Error."""
-    try:
-        client.get(key, first_byte_only=True)
-    except S3Error as error:
-        if error.status not in (404, 416):  # 416: it is empty, and has no first byte
-            raise
-        return error.status == 416
-    return True
-
-
 def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> None:
     """Makes the folders in which nothing is. In a bucket that is an empty object."""
     for key in contents.empty_folders:
         try:
             if place.client:
                 name = f"{place.client.store.key_prefix}{key}/"
-                if not is_there(place.client, name):
+                if not place.client.find(name):
                     place.client.put(name, b"")
             else:
                 os.makedirs(place.root / key, exist_ok=True)
@@ -8672,9 +8814,10 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     with stream:
         write_state(stream, {})
         try:
-            check = examine(S3Client(store), write=read_write)
+            check = examine(S3Client(store, stop=runtime.stop), write=read_write)
             with contextlib.ExitStack() as undo:
-                keep_store(runtime, S3Client(store, check.region, PROVEN), check, read_write, stream, undo)
+                client = S3Client(store, check.region, PROVEN, runtime.stop)
+                keep_store(runtime, client, check, read_write, stream, undo)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
@@ -9440,6 +9583,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     report = Report(secrets.token_hex(6), label_for_reports(values), datetime.now(UTC))
     report.command = argv[0] if argv else "run"
     console = Console(False, reporting.as_json, report.run_id, environ)
+    console.secrets = secrets_in(values)
+    threading.excepthook = lambda hook: console.defect("thread", hook.exc_value)
     stop = Stop()
     stop.install()
     reporter = Reporter(reporting, console, stop, report)
@@ -9481,9 +9626,26 @@ def perform(
     except BackupError as error:
         console.error(arguments.command, str(error))
         return error.exit_code
-    except Exception:  # Python's own exit code for it, 1, means warnings here
-        tell_defect(console, arguments.command)
+    except Exception as error:  # Python's own exit code for it, 1, means warnings here
+        console.defect(arguments.command, error)
         return EXIT_FAILURE
+
+
+def secrets_in(values: Mapping[str, str]) -> list[str]:
+    """All that is secret in our variables' values; key ids, too."""
+    found = [value for name, value in values.items() if name.endswith(("_KEY_ID", "_ACCESS_KEY", "_URL"))]
+    with contextlib.suppress(ValueError, AttributeError):  # a mistake, which is told without quoting it
+        for fields in json.loads(values.get("TARGET_SECRETS", "{}")).values():
+            found += [value for value in fields.values() if isinstance(value, str)]
+    return found
+
+
+def redacted(text: str, secrets: Iterable[str]) -> str:
+    """`text` without these secrets, whichever way Python may quote them, and without signatures."""
+    forms = {form.strip() for secret in secrets for form in (secret, repr(secret)[1:-1], ascii(secret)[1:-1])}
+    for form in sorted(forms - {""}, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return re.sub(r"(Credential|Signature)=[^\s,'\"]+", r"\1=***", text)
 
 
 def label_for_reports(values: Mapping[str, str]) -> str:

@@ -2,13 +2,14 @@
 
 import fnmatch
 import json
-import os
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 import backup
+from helpers import borg_environment
 
 STORE = backup.Store("first", "http://127.0.0.1:1", "bucket", "", "key-id", "key-secret")
 TARGET = backup.Target("first", STORE, "pass-phrase", "repokey-blake2", False, "lz4", ("--keep-daily=7",), 10)
@@ -144,11 +145,19 @@ def test_encryption_is_what_was_asked_for(
     assert (backup.encryption_mistake(target, actual) is not None) == refused
 
 
-def test_the_passphrase_goes_through_a_pipe_whole() -> None:
-    passphrase = "ü $'\"# " * 1000
-    with backup.passphrase_pipe(passphrase) as fd:
-        assert os.read(fd, 1 << 20) == passphrase.encode()
-        assert os.read(fd, 1) == b""
+def test_a_passphrase_of_any_length_reaches_borg_whole(tmp_path: Path) -> None:
+    """Borg makes a repository with it, and opens that with the same from its environment or a command."""
+    passphrase = "ü $'\"# " * 50_000
+    (tmp_path / "passphrase").write_text(passphrase, encoding="utf-8")
+    environment = {**borg_environment(tmp_path), "BORG_REPO": str(tmp_path / "repository")}
+    del environment["BORG_PASSPHRASE"]
+    with backup.passphrase_file(passphrase) as fd:
+        own = {**environment, "BORG_PASSPHRASE_FD": str(fd)}
+        subprocess.run(
+            ["borg", "init", "-e", "repokey-blake2"], env=own, pass_fds=[fd], check=True, timeout=120
+        )
+    own = {**environment, "BORG_PASSCOMMAND": f"cat {tmp_path}/passphrase"}
+    subprocess.run(["borg", "list"], env=own, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,35 @@ MISTAKES = {
     "port that is none": (environ(SOURCE_ENDPOINT="http://s3:99999"), "SOURCE_ENDPOINT", "not a URL"),
     "endpoint with bucket": (environ(SOURCE_ENDPOINT=f"{S3}/bucket"), "SOURCE_ENDPOINT", "the path"),
     "endpoint with key": (environ(SOURCE_ENDPOINT="https://a:b@s3.example.com"), "SOURCE_ENDPOINT", "keys"),
+    "endpoint in another script": (
+        environ(SOURCE_ENDPOINT="http://s3.exämple.com"),
+        "SOURCE_ENDPOINT",
+        "URL",
+    ),
+    "host that is none": (environ(SOURCE_ENDPOINT="http://s3..com"), "SOURCE_ENDPOINT", "not a URL"),
+    "bare IPv6": (environ(SOURCE_ENDPOINT="http://::1"), "SOURCE_ENDPOINT", "in brackets"),
+    "longer bare IPv6": (with_target(endpoint="https://2001:db8::1"), '"first"."endpoint"', "in brackets"),
+    "key with a line end": (environ(SOURCE_ACCESS_KEY_ID="AK1\n"), "SOURCE_ACCESS_KEY_ID", "line end"),
+    "secret with a line end": (
+        with_secret(secret_access_key=f"{SECRETS[1]}\n"),
+        'TARGET_SECRETS "first"."secret_access_key"',
+        "line end",
+    ),
+    "secret after a blank": (
+        environ(SOURCE_SECRET_ACCESS_KEY=f" {SECRETS[0]}"),
+        "SOURCE_SECRET_ACCESS_KEY",
+        "blank",
+    ),
+    "key in another script": (with_secret(access_key_id="AKĀ"), '"first"."access_key_id"', "printable ASCII"),
+    "region with a blank": (environ(SOURCE_REGION="eu north"), "SOURCE_REGION", "blank"),
+    "key to restore with": (
+        environ(RESTORE_ACCESS_KEY_ID="a\n", RESTORE_SECRET_ACCESS_KEY="b"),
+        "RESTORE_ACCESS_KEY_ID",
+        "line end",
+    ),
+    "NUL": (with_secret(borg_passphrase=f"{SECRETS[2]}\0"), '"first"."borg_passphrase"', "NUL"),
+    "half a surrogate pair": (with_target(path="bucket:\ud800"), 'TARGETS "first"."path"', "UTF-8"),
+    "bytes that are not UTF-8": (environ(SOURCE_PATH="bucket:\udcff"), "SOURCE_PATH", "UTF-8"),
     "slash for colon": (environ(SOURCE_PATH="bucket/prefix"), "SOURCE_PATH", "did you mean 'bucket:prefix'?"),
     "bucket with space": (environ(SOURCE_PATH="my bucket"), "SOURCE_PATH", "is not a bucket name"),
     "prefix with dots": (environ(SOURCE_PATH="bucket:a/../b"), "SOURCE_PATH", "no folder can be named"),
@@ -249,6 +278,21 @@ def test_a_value_from_a_file_loses_its_line_end(tmp_path: Path) -> None:
     path.write_text(f"{SECRETS[0]}\n", encoding="utf-8")
     environment = environ(SOURCE_SECRET_ACCESS_KEY=None, SOURCE_SECRET_ACCESS_KEY_FILE=str(path))
     assert load_settings(environment).source.secret_access_key == SECRETS[0]
+
+
+def test_a_traceback_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever an exception that nobody foresaw quotes, and which is printed for each defect."""
+    secrets = (*SECRETS, "AK1", "AK2", "https://hc-ping.com/uuid")
+    console = backup.Console(False)
+    console.secrets = backup.secrets_in(environ(HEALTHCHECK_URL="https://hc-ping.com/uuid"))
+    try:
+        raise ValueError(f"Invalid header value {' '.join(secrets)!r} Credential=AK9/eu, Signature=abc123")
+    except ValueError as error:
+        console.defect("run", error)
+    told = capsys.readouterr().err
+    assert "Invalid header value" in told
+    assert "Traceback" in told
+    assert not [secret for secret in (*secrets, "AK9", "abc123") if secret in told]
 
 
 def test_secrets_are_not_in_a_representation() -> None:

@@ -1,11 +1,13 @@
 """S3: the client for control requests, against a real server and against one that is out of order."""
 
 import http.server
+import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def store_of(
 
 
 @contextmanager
-def scripted_server(*replies: Reply) -> Iterator[tuple[str, list[str]]]:
+def scripted_server(*replies: Reply, host: str = "127.0.0.1") -> Iterator[tuple[str, list[str]]]:
     """An HTTP server that gives these replies in turn, the last for ever: its URL and what it was sent."""
     seen: list[str] = []
 
@@ -37,26 +39,33 @@ def scripted_server(*replies: Reply) -> Iterator[tuple[str, list[str]]]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            seen.append(self.headers.get("Authorization", ""))
+            seen.append(f"{self.headers.get('Host')} {self.path} {self.headers.get('Authorization', '')}")
             replies[min(len(seen), len(replies)) - 1](self)
+
+        do_POST = do_GET  # noqa: N815  # the name is http.server's
 
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    server = Server((host, 80 if ":" in host else 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+        yield f"http://{host}:{server.server_address[1]}", seen
     finally:
         server.shutdown()
         server.server_close()
 
 
-def answer(status: int, body: str) -> Reply:
+def answer(status: int, body: str, **headers: str) -> Reply:
     """A reply with this status and body."""
 
     def reply(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
         handler.send_header("Content-Length", str(len(body.encode())))
         handler.end_headers()
         handler.wfile.write(body.encode())
@@ -126,7 +135,7 @@ def test_a_probe_that_another_run_removes_is_written_again(server: SeaweedFS, ta
         proxy.remove(late)
         thread.join(20)
         statuses = [status for request, status in proxy.requests if request.kind == "GET"]
-    assert statuses == [404, 200]
+    assert statuses == [404, 206]
     assert target.sizes() == {}
 
 
@@ -157,7 +166,7 @@ def test_a_server_that_is_not_s3() -> None:
 @pytest.mark.parametrize("fault", [answer(503, error_body("SlowDown")), answer(500, ""), hang_up])
 def test_faults_that_pass_are_retried(fault: Reply) -> None:
     with scripted_server(fault, fault, answer(200, EMPTY_LISTING)) as (url, seen):
-        assert client_of(url).list_page("") == ([], False)
+        assert client_of(url).list_page("") == ([], None)
     assert len(seen) >= 3
 
 
@@ -179,7 +188,7 @@ def test_a_kept_connection_that_the_server_has_closed_is_no_failure() -> None:
     listing = closing(answer(200, EMPTY_LISTING))
     with scripted_server(listing, listing, hang_up) as (url, seen):
         client = client_of(url).with_patience(IMPATIENT)
-        assert client.list_page("") == client.list_page("") == ([], False)
+        assert client.list_page("") == client.list_page("") == ([], None)
         with pytest.raises(backup.S3Error, match="NoAnswer"):
             client.list_page("")
         assert len(seen) == 3
@@ -213,7 +222,7 @@ def test_connecting_takes_no_longer_for_a_name_with_many_dead_addresses(
         alive = ("127.0.0.1", int(url.rpartition(":")[2]))
         client = client_of("http://many.example").with_patience(IMPATIENT)
         resolve_to([dead] * 7 + [alive], monkeypatch)
-        assert client.list_page("") == ([], False)
+        assert client.list_page("") == ([], None)
         resolve_to([dead] * 8, monkeypatch)
         start = time.monotonic()
         with pytest.raises(backup.S3Error, match="timed out"):
@@ -253,13 +262,167 @@ def test_listings_are_complete(server: SeaweedFS, target: Bucket) -> None:
     assert {entry.key: entry.size_bytes for entry in objects if not entry.key.endswith("/")} == target.sizes()
 
 
+def page(*keys: str, token: str = "", extra: str = "", modified: str = "2026-01-02T03:04:05Z") -> Reply:
+    """A page of a listing; with a token, or where `extra` says so, it is not the last."""
+    entries = "".join(
+        f"<Contents><Key>{key}</Key><Size>1</Size><LastModified>{modified}</LastModified></Contents>"
+        for key in keys
+    )
+    more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>"
+    return answer(200, f"<ListBucketResult>{more if token else ''}{extra}{entries}</ListBucketResult>")
+
+
+TRUNCATED = "<IsTruncated>true</IsTruncated>"
+LISTINGS = {
+    "a page without objects": ((page("a", token="1"), page(token="2"), page("b")), "a b"),
+    "keys in any order": ((page("c", "a", token="1"), page("b")), "c a b"),
+    "no tokens": ((page("a", "b", extra=TRUNCATED), page("c")), "a b c"),
+    "keys that are not encoded": ((page("100%25", "a+b"),), "100%25 a+b"),
+    "encoded keys": ((page("100%25", "a+b", extra="<EncodingType>url</EncodingType>"),), "100% a b"),
+    "a time without a zone": ((page("a", modified="2026-01-02T03:04:05"),), "a"),
+}
+
+
+@pytest.mark.parametrize(("pages", "keys"), LISTINGS.values(), ids=LISTINGS)
+def test_listings_as_other_servers_give_them(pages: tuple[Reply, ...], keys: str) -> None:
+    with scripted_server(*pages) as (url, _):
+        entries = list(client_of(url).list_objects(""))
+    assert " ".join(entry.key for entry in entries) == keys
+    assert {entry.last_modified.isoformat() for entry in entries} == {"2026-01-02T03:04:05+00:00"}
+
+
+BAD_LISTINGS = {
+    "the same page again": ((page("a", token="1"), page("a", token="2")), "does not advance"),
+    "the same token again": ((page("a", token="1"), page(token="1")), "does not advance"),
+    "start-after is ignored, too": ((page("a", extra=TRUNCATED),), "does not advance"),
+    "nothing to go on with": ((page(extra=TRUNCATED),), "does not say how it goes on"),
+    "neither tokens nor order": ((page("b", "a", extra=TRUNCATED),), "does not say how it goes on"),
+    "a time that is none": ((page("a", modified="yesterday"),), "entry of 'a' cannot be read.*yesterday"),
+}
+
+
+@pytest.mark.parametrize(("pages", "reason"), BAD_LISTINGS.values(), ids=BAD_LISTINGS)
+def test_a_listing_that_would_lose_objects_or_never_end_is_an_error(
+    pages: tuple[Reply, ...], reason: str
+) -> None:
+    with scripted_server(*pages) as (url, _), pytest.raises(backup.S3Error, match=reason) as failure:
+        list(client_of(url).list_objects(""))
+    assert "update the server" in str(failure.value)
+
+
+def test_where_a_listing_starts_does_not_depend_on_the_server() -> None:
+    with scripted_server(page("a", "b", token="1"), page("c")) as (url, seen):
+        assert [entry.key for entry in client_of(url).list_objects("", "a")] == ["b", "c"]
+    assert "start-after=a" in seen[0]
+    assert "continuation-token=1" in seen[1]
+
+
+def test_a_repository_is_found_whatever_the_order_of_its_keys() -> None:
+    """What tells what lies there may be on any page then."""
+    pages = page("data/0/1", "README", token="1"), page("config", "index.1")
+    with scripted_server(pages[0], *pages) as (url, _):
+        client = client_of(url)
+        state = backup.look(client).repository_state(client.store)
+    assert state is backup.RepositoryState.READY
+
+
+HINTS = {
+    "LIST answered as a GET": (answer(404, error_body("NoSuchKey")), "belongs in TARGETS"),
+    "no path-style": (answer(403, error_body("SecondLevelDomainForbidden")), "not supported"),
+    "not allowed": (answer(403, error_body("AccessDenied")), "Give the key s3:ListBucket on bucket, or"),
+    "session token": (answer(400, error_body("InvalidToken")), "lasting key"),
+    "moved": (answer(301, "<html>", Location="https://other/bucket?x"), "Redirect.*to https://other. "),
+    "a web site": (answer(405, error_body("MethodNotAllowed")), "an S3 API lies elsewhere"),
+}
+
+
+@pytest.mark.parametrize(("reply", "remedy"), HINTS.values(), ids=HINTS)
+def test_a_refusal_says_what_to_do(reply: Reply, remedy: str) -> None:
+    with scripted_server(reply) as (url, _), pytest.raises(backup.S3Error, match=remedy):
+        client_of(url).list_page("")
+
+
+def ignored(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """Answers a request for a range with a large object from its beginning, which never ends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(1 << 40))
+    handler.end_headers()
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        ignored,
+        answer(200, "0123"),
+        answer(206, "0", Content_Range="bytes 0-0/4"),
+        answer(206, "12"),
+        answer(206, "01", Content_Range="bytes 0-1/4"),
+        answer(206, "123", Content_Range="bytes 1-3/4"),
+    ],
+)
+def test_a_server_that_does_not_heed_ranges_is_refused(reply: Reply) -> None:
+    """TigrisFS would not notice: what it reads would be other bytes."""
+    with scripted_server(reply) as (url, _), pytest.raises(backup.S3Error, match=r"RangeIgnored.*206"):
+        client_of(url).get("key", (0, 0) if reply is ignored else (1, 2))
+
+
+def test_a_target_whose_proxy_ignores_ranges_is_refused(server: SeaweedFS, target: Bucket) -> None:
+    with FaultProxy(server.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET", Action.IGNORE_RANGE)
+        store = replace(store_of(server, target.name), endpoint=proxy.endpoint)
+        with pytest.raises(backup.S3Error, match=r'RangeIgnored.*TARGETS "t"."endpoint"'):
+            backup.examine(backup.S3Client(store), write=True)
+    assert target.sizes() == {}
+
+
+@pytest.mark.parametrize("endpoint", ["http://[::1]", "http://[::1]:80"])
+def test_an_ipv6_address_may_have_a_port_or_not(endpoint: str) -> None:
+    """For S3 and for those who are told of a run; the Host header has the brackets, too."""
+    with scripted_server(answer(200, EMPTY_LISTING), host="::1") as (_, seen):
+        client_of(endpoint).list_page("")
+        backup.send_once(backup.Message("NOTIFY_URL", "POST", f"{endpoint}/hook", b"x"), 10)
+    assert [words.split(" /")[0] for words in seen] == [endpoint.removeprefix("http://"), "[::1]"]
+
+
+def test_nothing_secret_is_in_an_error_of_the_client() -> None:
+    """http.client quotes headers that it cannot send."""
+    with scripted_server(answer(200, EMPTY_LISTING)) as (url, _):
+        store = replace(client_of(url).store, access_key_id="\n".join(("key", "id")))
+        with pytest.raises(backup.S3Error, match="CannotSend") as failure:
+            backup.S3Client(store).list_page("")
+    shown = "".join(traceback.format_exception(failure.value))
+    assert "key\\nid" not in shown
+    assert "Signature" not in shown
+
+
+@pytest.mark.parametrize("reply", [answer(503, ""), lambda _: time.sleep(20)], ids=["503", "no answer"])
+def test_a_request_ends_soon_after_a_stop_signal(reply: Reply) -> None:
+    """And one that is made then, to clean up, is answered where the server does, and else ends as soon."""
+    stop = backup.Stop()
+    with scripted_server(reply) as (url, seen):
+        client = backup.S3Client(client_of(url).store, stop=stop)
+        waiting = backup.in_background(lambda: client.list_page(""))
+        wait_until(lambda: seen, 10, "the request is under way")
+        stop.signals.append(signal.SIGTERM)
+        start = time.monotonic()
+        for request in (waiting.result, lambda: client.list_page("")):
+            with pytest.raises(backup.Stopped):
+                request()
+        assert time.monotonic() - start < 8
+    with scripted_server(answer(200, EMPTY_LISTING)) as (url, _):
+        assert backup.S3Client(client_of(url).store, stop=stop).list_page("") == ([], None)
+
+
 @pytest.mark.parametrize("key", UNUSUAL_KEYS, ids=ascii)
 def test_unusual_keys_can_be_written_read_and_deleted(server: SeaweedFS, target: Bucket, key: str) -> None:
     client = backup.S3Client(store_of(server, target.name))
     client.put(key, b"content")
     assert target.get(key) == b"content"
     assert client.get(key) == b"content"
-    assert client.get(key, first_byte_only=True) == b"c"
+    assert client.get(key, (0, 0)) == b"c"
     client.delete(key)
     assert target.sizes() == {}
 

@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from faults.proxy import Action, FaultProxy, Request
 from helpers import (
     Backup,
     Bucket,
@@ -145,6 +147,58 @@ def test_a_run_stopped_while_borg_works_ends_in_time_with_its_lock_released(
     assert time.monotonic() - start < DOCKER_STOP_SECONDS
     assert_stopped_cleanly(site, result, number)
     assert any(line.startswith("first ") and "failed" in line for line in result.lines)
+
+
+def from_then_on(is_first: Callable[[Request], bool]) -> Callable[[Request], bool]:
+    """Matches all requests after the first such one, and that too."""
+    began: list[Request] = []
+
+    def matches(request: Request) -> bool:
+        if not began and is_first(request):
+            began.append(request)
+        return bool(began)
+
+    return matches
+
+
+STOPPED_WHILE_S3_FAILS = {
+    "a store is examined": ("check-config", lambda request: request.kind == "LIST"),
+    "the lease is taken": ("run", lambda request: request.key.endswith("-lease") and request.is_write),
+    "a repository is made": ("run", lambda request: request.key == "config" and request.is_write),
+    "leftovers are looked for": ("run", lambda request: request.query.get("start-after") == "hints"),
+    "a note is read": ("info", lambda request: request.key.endswith("-checked")),
+    "a target is mounted": ("run", lambda request: "user-agent" in request.headers),
+    "borg writes a segment": ("run", lambda request: request.key.startswith("data/0/") and request.is_write),
+    "the end is uploaded": ("run", lambda request: request.key.startswith("index.") and request.is_write),
+}
+NEW = ("the lease is taken", "a repository is made")
+
+
+@pytest.mark.leaves_lock
+@pytest.mark.parametrize("action", [Action.REFUSE, Action.HANG])
+def test_a_run_is_stopped_in_time_while_s3_fails_or_does_not_answer(site: Site, action: Action) -> None:
+    """In each of these phases, from such a request on: what is asked again, and what is never answered."""
+    with FaultProxy(site.target.server.endpoint) as proxy:
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
+        took = {}
+        for phase in sorted(STOPPED_WHILE_S3_FAILS, key=lambda phase: phase not in NEW):
+            command, is_first = STOPPED_WHILE_S3_FAILS[phase]
+            if phase not in NEW and not site.target.sizes("config"):
+                site.target.clear()
+                run_backup(site.environment).expect(0)
+            fault = proxy.add(from_then_on(is_first), action, status=503, code="SlowDown")
+            with Backup(environment, command) as backup:
+                few = 1 if action is Action.REFUSE else 0
+                wait_until(lambda few=few, fault=fault: fault.hit > few, 60, f"S3 fails while {phase}")
+                start = time.monotonic()
+                backup.send_signal(signal.SIGTERM)
+                result = backup.wait(60)
+            took[phase] = round(time.monotonic() - start, 1)
+            proxy.clear()
+            site.target.delete(*site.target.sizes(".s3borgbackup-"), *site.target.locks())
+            assert leftovers(site.folder) == []
+            result.expect(128 + signal.SIGTERM)
+        assert max(took.values()) < DOCKER_STOP_SECONDS, took
 
 
 def test_ctrl_c_reaches_borg_and_tigrisfs_through_us_only(site: Site) -> None:

@@ -99,8 +99,12 @@ class Action(Enum):
     CUT = auto()  # half of the answer's body (of one in chunks: of its first), then the end
     LOSE_ANSWER = auto()  # the server does it, the client sees a reset connection
     IGNORE_CONDITIONS = auto()  # the server does not see If-Match and If-None-Match
+    IGNORE_RANGE = auto()  # the server does not see Range
     DELAY = auto()  # it is forwarded `seconds` later, or when the fault is removed
     OTHER_ETAGS = auto()  # the answer's ETags are no MD5s, but as constant as those
+
+
+IGNORED = {Action.IGNORE_CONDITIONS: ("if-match", "if-none-match"), Action.IGNORE_RANGE: ("range",)}
 
 
 @dataclass(eq=False)
@@ -317,7 +321,7 @@ class _Connection(socketserver.BaseRequestHandler):
         action = fault and fault.action
         if fault and action is Action.DELAY:
             fault.removed.wait(fault.seconds)
-        server.send(_without_conditions(head, request) if action is Action.IGNORE_CONDITIONS else head)
+        server.send(_without(head, request, IGNORED[action]) if action in IGNORED else head)
         is_whole, answer = self._pass_body(client, server, request)
         body = server.answer_body(answer, request)
         if action is Action.LOSE_ANSWER:
@@ -494,16 +498,15 @@ def _parse_request(head: bytes) -> Request:
     return Request(method, target, _headers(head))
 
 
-def _without_conditions(head: bytes, request: Request) -> bytes:
-    """The head without If-Match and If-None-Match; signed anew, as a signature covers them."""
-    lines = [
-        line for line in head.split(b"\r\n") if not line.lower().startswith((b"if-match:", b"if-none-match:"))
-    ]
-    return b"\r\n".join(_signed_anew(line, request) for line in lines)
+def _without(head: bytes, request: Request, ignored: tuple[str, ...]) -> bytes:
+    """The head without these headers; signed anew, as a signature covers them."""
+    names = tuple(f"{name}:".encode() for name in ignored)
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(names)]
+    return b"\r\n".join(_signed_anew(line, request, ignored) for line in lines)
 
 
-def _signed_anew(line: bytes, request: Request) -> bytes:
-    """An Authorization line for the request without its conditions; any other line as it is."""
+def _signed_anew(line: bytes, request: Request, ignored: tuple[str, ...]) -> bytes:
+    """An Authorization line for the request without these headers; any other line as it is."""
     parts = re.fullmatch(
         r"(authorization: .* Credential=)([^/]+)/([^,]+)(.*SignedHeaders=)([^,]+)(.*Signature=).*",
         line.decode("latin-1"),
@@ -511,7 +514,7 @@ def _signed_anew(line: bytes, request: Request) -> bytes:
     )
     if not parts or parts[2] not in SECRETS:
         return line
-    names = [name for name in parts[5].split(";") if name not in ("if-match", "if-none-match")]
+    names = [name for name in parts[5].split(";") if name not in ignored]
     signature = _signature(request, names, SECRETS[parts[2]], parts[3])
     return f"{parts[1]}{parts[2]}/{parts[3]}{parts[4]}{';'.join(names)}{parts[6]}{signature}".encode(
         "latin-1"
