@@ -15,7 +15,7 @@ import pytest
 
 import backup
 from faults.proxy import Action, FaultProxy
-from helpers import UNUSUAL_KEYS, Bucket, run_backup, settings, wait_until, with_target_secrets
+from helpers import UNUSUAL_KEYS, Bucket, run_backup, settings, skip_or_fail, wait_until, with_target_secrets
 from servers import ADMIN, READER, Identity, SeaweedFS, free_ports
 
 Reply = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -50,7 +50,10 @@ def scripted_server(*replies: Reply, host: str = "127.0.0.1") -> Iterator[tuple[
     class Server(http.server.ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
-    server = Server((host, 80 if ":" in host else 0), Handler)
+    try:
+        server = Server((host, 80 if ":" in host else 0), Handler)
+    except OSError as error:
+        skip_or_fail(f"port 80 of {host}: {error}")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://{host}:{server.server_address[1]}", seen
