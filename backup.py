@@ -1185,7 +1185,10 @@ PERMISSIONS = {
     "DELETE": "s3:DeleteObject",
 }
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-RETRIED_STATUSES = frozenset({429, 500, 502, 503, 504})
+# What passes: too early, too many, too busy; 520-530 are a CDN's words for a server that does not answer it.
+RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
+RETRIED_CODES = frozenset({"RequestTimeout"})  # a 400, and S3's word for a body that stopped on its way
+EMPTY_PAGES = 10_000  # of a listing, one after the other: millions of delete markers may lie between two keys
 CONNECTION_FAULTS = (OSError, http.client.HTTPException)
 DEFAULT_REGION = "us-east-1"
 
@@ -1240,11 +1243,16 @@ class S3Client:
         where a listing is to start.
         """
         where, last = ("start-after", start_after) if start_after else None, None
+        empty = 0
         while True:
             objects, following = self.list_page(prefix, where)
             # An empty page may have a next one; one that came twice would come for ever.
             if following and (following == where or (objects and objects == last)):
                 raise self._error(200, "BadListing", "the listing does not advance: a page came twice")
+            empty = 0 if objects else empty + 1
+            if empty > EMPTY_PAGES:
+                words = f"the listing does not advance: {EMPTY_PAGES:,} empty pages"
+                raise self._error(200, "BadListing", words)
             yield from (entry for entry in objects if entry.key > start_after)
             if not following:
                 return
@@ -1308,7 +1316,8 @@ class S3Client:
                 if answer.status < 300:
                     return answer
                 error = self._refusal(answer, method, key)
-                patience = self._patience.failing_seconds if answer.status in RETRIED_STATUSES else 0
+                passes = answer.status in RETRIED_STATUSES or error.code in RETRIED_CODES
+                patience = self._patience.failing_seconds if passes else 0
                 if self._learn_region(answer):
                     continue
             except CONNECTION_FAULTS as fault:

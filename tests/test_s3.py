@@ -166,7 +166,16 @@ def test_a_server_that_is_not_s3() -> None:
         client_of(url).list_page("")
 
 
-@pytest.mark.parametrize("fault", [answer(503, error_body("SlowDown")), answer(500, ""), hang_up])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        answer(503, error_body("SlowDown")),
+        answer(500, ""),
+        answer(520, ""),
+        answer(400, error_body("RequestTimeout")),
+        hang_up,
+    ],
+)
 def test_faults_that_pass_are_retried(fault: Reply) -> None:
     with scripted_server(fault, fault, answer(200, EMPTY_LISTING)) as (url, seen):
         assert client_of(url).list_page("") == ([], None)
@@ -298,6 +307,10 @@ BAD_LISTINGS = {
     "the same page again": ((page("a", token="1"), page("a", token="2")), "does not advance"),
     "the same token again": ((page("a", token="1"), page(token="1")), "does not advance"),
     "start-after is ignored, too": ((page("a", extra=TRUNCATED),), "does not advance"),
+    "empty pages with ever new tokens": (
+        tuple(page(token=str(number)) for number in range(10)),
+        "does not advance: 3 empty pages",
+    ),
     "nothing to go on with": ((page(extra=TRUNCATED),), "does not say how it goes on"),
     "neither tokens nor order": ((page("b", "a", extra=TRUNCATED),), "does not say how it goes on"),
     "a time that is none": ((page("a", modified="yesterday"),), "entry of 'a' cannot be read.*yesterday"),
@@ -306,8 +319,9 @@ BAD_LISTINGS = {
 
 @pytest.mark.parametrize(("pages", "reason"), BAD_LISTINGS.values(), ids=BAD_LISTINGS)
 def test_a_listing_that_would_lose_objects_or_never_end_is_an_error(
-    pages: tuple[Reply, ...], reason: str
+    pages: tuple[Reply, ...], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(backup, "EMPTY_PAGES", 3)
     with scripted_server(*pages) as (url, _), pytest.raises(backup.S3Error, match=reason) as failure:
         list(client_of(url).list_objects(""))
     assert "update the server" in str(failure.value)
