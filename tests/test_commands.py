@@ -587,7 +587,8 @@ def test_a_new_repository_has_a_key_that_was_never_exported(site: Site) -> None:
     """What was noted of an older one there does not count for it."""
     site.target.put({".s3borgbackup-key-exported": b"{}", ".s3borgbackup-checked": b"{}"})
     assert "never exported" in run_backup(site.environment).expect(0).output
-    assert not [key for key in site.target.sizes() if key.startswith(".s3borgbackup-")]
+    notes = [key for key in site.target.sizes() if key.startswith(".s3borgbackup-")]
+    assert notes == [".s3borgbackup-compared-backup"], "its own"
 
 
 # --------------------------------------------------------------------------------------------------- maintain

@@ -442,7 +442,7 @@ def test_s3_is_asked_why_borg_could_not_read_an_object(
         outcome = backup.Outcome(backup.Target("first", store, "", "none", False, "lz4", (), None))
         created = backup.BorgResult(backup.Verdict.FAILURE, "", log)
         at = SimpleNamespace(found=SimpleNamespace(region="", clock=BEGAN), mount=None)
-        backup.compare_with_source(runtime, outcome, archived, created, at)
+        backup.compare_with_source(runtime, outcome, archived, created, at, SimpleNamespace(lease=None))
     outcome.finish()
     told = [text.partition("in the archive: ")[2] for text in console.troubles.about("warning", ["source"])]
     assert (outcome.verdict.value, [text for text in told if text]) == (verdict, reasons)
