@@ -225,7 +225,8 @@ def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
             assert small_group.oom_kills == 0
             assert result.output.count("compaction freed") == 2
         assert archived_digests(targets["second"], tmp_path / "copy") == digests
-        assert [line for line in run_backup(environment).expect(0).lines if "warning" in line] == []
+        result = run_backup(environment, timeout_seconds=300).expect(0)
+        assert [line for line in result.lines if "warning" in line] == []
 
 
 @pytest.mark.parametrize("small_group", [200 * 1024 * 1024], indirect=True)
