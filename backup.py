@@ -2753,8 +2753,7 @@ HARMLESS_LINES = (
 REFUSED_WRITE = re.compile(r"(Failed to .*?): (\w+): (.*?)\n\tstatus code: (4\d\d),", re.DOTALL)
 UNFINISHED = re.compile(r"Failed to finalize multi-part upload of object (.*?): \w+: ", re.DOTALL)
 # 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.find_arrived.
-PASSING_STATUSES = (408, 425, 429)
-PASSING_CODES = ("RequestTimeout", "OperationAborted", "NoSuchUpload")
+PASSING_CODES = (*RETRIED_CODES, "OperationAborted", "NoSuchUpload")
 SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF", re.DOTALL)
 
 
@@ -2808,7 +2807,7 @@ class TigrisLog:
 
     def _note_refusal(self, message: str) -> None:
         match, now = REFUSED_WRITE.match(message), time.monotonic()
-        if not match or int(match[4]) in PASSING_STATUSES or match[2] in PASSING_CODES:
+        if not match or int(match[4]) in RETRIED_STATUSES or match[2] in PASSING_CODES:
             return
         times, last = self._refused.get(match[1], (0, now))
         times = times + 1 if now - last < COMPLAINT_SECONDS else 1
