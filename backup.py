@@ -19,6 +19,7 @@ The sections of this file, each using only those above it:
     Errors          what a user is told: what happened, and what to do about it
     Configuration   environment variables -> Settings, or all the mistakes in them
     S3              request signing (pure), and a thin client for control requests, never for bulk data
+    Catalog         the objects of a source, an archive or a bucket, in an SQLite file
     Lease           the right to write to a repository: an object renewed under S3's conditions
     Processes       console, stop signals, the one place that starts child processes, deadlines, progress
     Mounts          TigrisFS: memory, command line, log, mounting, unmounting
@@ -70,6 +71,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -184,6 +186,7 @@ EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits
 
 
 TRY_AGAIN = "Run it again; LOG_LEVEL=debug tells more."
+DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 TRY_LATER = "The server is in trouble: run it again later."
 
 
@@ -1113,6 +1116,9 @@ class S3Object:
     size_bytes: int
     last_modified: datetime
     etag: str = ""  # without quotes
+    is_shown: bool = True  # by a mount
+    # What HEAD says of it, once that is known: `headers` by name, `tags`, `storage_class`.
+    facts: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -1518,6 +1524,173 @@ def http_reason(status: int) -> str:
 def describe_fault(fault: Exception) -> str:
     """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
+
+
+# -------------------------------------------------------------------------------------------------- Catalog
+
+# What a source lists, what an archive holds, and what a bucket is to get are the same kind of table. It lies
+# on disk, so that memory does not grow with the bucket. It is a cache: whatever is wrong with it costs time.
+
+CATALOG_ID, CATALOG_VERSION = 0x53334263, 1  # PRAGMA application_id and user_version of SQLite
+CATALOG_TABLES = f"""
+PRAGMA journal_mode = OFF; -- nothing is ever undone: a file that is not finished is thrown away
+PRAGMA synchronous = OFF;
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA application_id = {CATALOG_ID};
+PRAGMA user_version = {CATALOG_VERSION};
+CREATE TABLE objects (
+    key BLOB PRIMARY KEY, size INTEGER, modified INTEGER, etag TEXT, is_shown INTEGER, facts TEXT
+) WITHOUT ROWID;
+CREATE TABLE archives (
+    repository TEXT, label TEXT, objects INTEGER, as_of REAL, PRIMARY KEY (repository, label)
+) WITHOUT ROWID;
+"""
+CATALOG_PAGE = 1000  # rows at a time
+# An object is hidden by others below its name: their keys begin with it and a slash, 2F; 30 comes next.
+HIDE_COVERED = """
+UPDATE objects SET is_shown = 0 WHERE is_shown AND EXISTS (
+    SELECT 1 FROM objects AS low WHERE low.key >= objects.key || X'2F' AND low.key < objects.key || X'30'
+)
+"""
+# What is directly in a folder, not further down.
+HIDE_FOLDER = """
+UPDATE objects SET is_shown = 0 WHERE key > :folder AND key < :end AND instr(substr(key, :length), X'2F') = 0
+"""
+UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
+NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
+# XML 1.0 has no place for these ("Char" in its grammar): a page of a listing that has one cannot be read. A
+# return is read as a line end (2.11 there).
+NOT_IN_XML = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def is_showable(key: str, size_bytes: int) -> bool:
+    """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
+    name = key if size_bytes else key.removesuffix("/")
+    is_long = any(len(part.encode("utf-8", "surrogateescape")) > NAME_MAX_BYTES for part in name.split("/"))
+    return not (is_long or UNREPRESENTABLE.search(name) or NOT_IN_XML.search(name) or "\r" in name)
+
+
+class CatalogError(BackupError):
+    """SQLite's own words about a catalog that cannot be used."""
+
+
+class Catalog:
+    """Objects in an SQLite file, by key. Safe to use from several threads; methods raise CatalogError."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes a new one at `path`, in place of what may be there."""
+        self.path, self._lock = path, threading.RLock()
+        path.unlink(missing_ok=True)
+        with self._told():
+            self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
+            self._db.executescript(CATALOG_TABLES)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                hint = DISK_HELP if "full" in str(error) else TRY_AGAIN
+                raise CatalogError(f"the catalog {self.path}: {error}", hint) from error
+
+    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows that a statement gives."""
+        with self._told():
+            return self._db.execute(sql, values).fetchall()
+
+    def add(self, objects: Iterable[S3Object]) -> None:
+        """Takes objects in; one with a key that is there already replaces it."""
+        rows = ((encode_key(each.key), *self._values(each)) for each in objects)
+        while page := list(itertools.islice(rows, CATALOG_PAGE)):
+            with self._told():
+                self._db.executemany("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?)", page)
+
+    @staticmethod
+    def _values(each: S3Object) -> tuple[Any, ...]:
+        modified = (each.last_modified - EPOCH) // timedelta(microseconds=1)
+        facts = None if each.facts is None else json.dumps(each.facts)
+        return each.size_bytes, modified, each.etag, each.is_shown, facts
+
+    def rows(self, where: str = "1", values: Sequence[Any] = (), after: str = "") -> Iterator[S3Object]:
+        """The objects behind the key `after` for which `where` holds, a condition of SQL, in key order."""
+        sql, last = (
+            f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?",
+            encode_key(after),
+        )
+        while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
+            for key, size_bytes, modified, etag, is_shown, facts in page:
+                when = EPOCH + timedelta(microseconds=modified)
+                known = None if facts is None else json.loads(facts)
+                yield S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
+            last = page[-1][0]
+
+    def find(self, key: str) -> S3Object | None:
+        """An object; None where there is none."""
+        return next(self.rows("key = ?", [encode_key(key)]), None)
+
+    def remove(self, key: str) -> None:
+        """Takes an object out."""
+        self.execute("DELETE FROM objects WHERE key = ?", [encode_key(key)])
+
+    def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
+        """The number of the objects for which `where` holds, and of their bytes."""
+        return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE {where}", values)[0]
+
+    def hide(self, unlistable: Iterable[str]) -> None:
+        """Notes what no mount shows, though the keys would do, when all are in.
+
+        `unlistable` are folders ("" or with a slash at the end) whose listing TigrisFS cannot read.
+        """
+        for folder in unlistable:
+            key = encode_key(folder)
+            end = key[:-1] + b"0" if key else b"\xff" * 5
+            self.execute(HIDE_FOLDER, {"folder": key, "end": end, "length": len(key) + 1})
+        self.execute(HIDE_COVERED)
+
+    def close(self) -> None:
+        """Ends it, all written."""
+        with self._told():
+            self._db.commit()
+            self._db.close()
+
+
+def encode_key(key: str) -> bytes:
+    """A key as S3 sorts them."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def decode_key(key: bytes) -> str:
+    """A key as all else has it."""
+    return key.decode("utf-8", "surrogateescape")
+
+
+def manifest_line(each: S3Object) -> str:
+    """An object's line in an archive's manifest; what is not known is left out."""
+    path = {} if each.is_shown else {"path": odd_path(each.key)}
+    facts = {"key": each.key, "size": each.size_bytes, "modified": each.last_modified.isoformat()}
+    return json.dumps({**facts, "etag": each.etag, **(each.facts or {}), **path}, separators=(",", ":"))
+
+
+def parse_manifest_line(line: str) -> S3Object:
+    """The object of a manifest's line. Raises ValueError where it is none."""
+    try:
+        found = json.loads(line)
+        values = [found.pop(name) for name in ("key", "size", "modified", "etag")]
+        modified, is_shown = datetime.fromisoformat(values[2]), found.pop("path", None) is None
+        return S3Object(values[0], values[1], modified, values[3], is_shown, found or None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{line[:100]!r} is no line of a manifest ({error!r})") from error
+
+
+# Where an archive has what is not the source's own files. borg deduplicates the manifest like all else.
+MANIFEST_PATH = "data/s3borgbackup/manifest.jsonl"
+
+
+def odd_path(key: str) -> str:
+    """Where an archive holds an object that no mount can show."""
+    return f"data/s3borgbackup/objects/{hashlib.sha256(encode_key(key)).hexdigest()[:32]}"
 
 
 # ---------------------------------------------------------------------------------------------------- Lease
@@ -3802,7 +3975,6 @@ DAMAGE_HELP = (
 )
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 MAX_NAMED = 100  # objects or warnings; more are counted
 
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
@@ -4697,8 +4869,6 @@ class ArchivedObjects:
         return key in self._unreadable
 
 
-UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
-NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
