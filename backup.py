@@ -3574,14 +3574,14 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
-# borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read what
-# it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is taken as
-# one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg is told of
-# an object before that has come into the window.
+# borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
+# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is taken
+# as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg is told
+# of an object before that has come into the window.
 
 
 @dataclass(frozen=True)
-class Item:
+class Upcoming:
     """One of the objects that are read, one after the other."""
 
     path: str
@@ -3595,7 +3595,7 @@ class Place:
     """An object's place in the stream of those that somebody reads."""
 
     number: int  # among all, from 1 on
-    item: Item
+    item: Upcoming
     start: int  # in bytes, as all that follows
 
     @property
@@ -3662,7 +3662,7 @@ class ReadAhead:
     read by itself.
     """
 
-    def __init__(self, runtime: Runtime, items: Iterable[Item], readers: Sequence[Reader]) -> None:
+    def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
         """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
         self.moved = 0  # grows with all that is read
@@ -3763,10 +3763,14 @@ class ReadAhead:
         with self._lock:
             while not self.is_over and not self._all_began():
                 self._changed.wait(WATCH_SECONDS)
-        for number, item in enumerate(self._items, 1):
-            if self.is_over:
-                return
-            self._take(number, item)
+        try:
+            for number, item in enumerate(self._items, 1):
+                if self.is_over:
+                    return
+                self._take(number, item)
+        except BaseException:
+            self.close()  # nobody waits for what does not come
+            raise
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -3781,7 +3785,7 @@ class ReadAhead:
         """Whether one of the readers will read an object of this time."""
         return any(modified >= reader.since for reader in self._readers)
 
-    def _take(self, number: int, item: Item) -> None:
+    def _take(self, number: int, item: Upcoming) -> None:
         """Takes an object in, piece by piece as there is room; who has none of it is told of it at once."""
         with self._lock:
             if not (self._has_threads and self._readers and self.is_read(item.modified)):
@@ -4199,7 +4203,8 @@ class Borg:
         """Runs one command to its end; `on_fed` is told what it reports of what it is fed (FED).
 
         `on_start` is given the process; `meters` show that what it waits for moves; see TRUST_OLD about
-        `trusted_before`. The result has the output, unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
+        `trusted_before`. The result has the output, unless `consume` reads it, or `on_output` is told of each
+        line. `own` variables and `pass_fds` are for
         borg. Raises BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a
         stop signal, and what `consume` raises. An archive that lacks what could not be read is a result.
         """
@@ -4587,9 +4592,9 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 
 
 # borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
-# begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done with
-# and of which one it could make no file, and must be told that the list is at its end: whoever feeds it may be
-# gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+# begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
+# with, and of which one it could make no file, and must be told that the list is at its end: whoever feeds it
+# may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
 FED = """\
 
 def be_fed(fd):
@@ -6398,13 +6403,13 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             folder.mkdir(parents=True)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             remove_old_folders(kept)
-            listed = list_source(runtime, found, folder, kept)
+            listed = catalog_of_source(runtime, found, folder, kept)
         except (CatalogError, OSError) as error:
             console.warning(
                 "source", f"the catalog is not kept, and all headers are asked for again: {error}"
             )
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
-            listed, kept = list_source(runtime, found, folder, None), None
+            listed, kept = catalog_of_source(runtime, found, folder, None), None
         try:
             yield listed
         finally:
@@ -6427,7 +6432,7 @@ def remove_old_folders(kept: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
+def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
     """Lists the source into a new catalog in `folder`; `kept` is the last one."""
     source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
     client, unlistable = S3Client(source, found.region, PROVEN, runtime.stop), set()
@@ -6566,7 +6571,7 @@ class Feeder:
         """Where the mount shows an object."""
         return f"{self.mount.path}/{each.key.rstrip('/')}"
 
-    def _items(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[Upcoming]:
         """All objects. Each one's folders are listed before, so that TigrisFS looks nothing up one by one."""
         listed: list[str] = []
         try:
@@ -6578,9 +6583,9 @@ class Feeder:
                     for folder in folders[len(listed) :]:
                         listed.append(folder)
                         self._list(folder)
-                    item = Item(self.path(each), each.size_bytes, each.last_modified.timestamp())
+                    item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
                 else:
-                    item = Item("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
+                    item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
                 yield item
                 self._note_read(number, each)
         except BackupError as error:
