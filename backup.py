@@ -1575,12 +1575,15 @@ CREATE TABLE archives (
 ) WITHOUT ROWID;
 """
 CATALOG_PAGE = 1000  # rows at a time
-# An object is hidden by others below its name: their keys begin with it and a slash, 2F; 30 comes next.
-HIDE_COVERED = """
-UPDATE objects SET is_shown = 0 WHERE is_shown AND EXISTS (
-    SELECT 1 FROM objects AS low WHERE low.key >= objects.key || X'2F' AND low.key < objects.key || X'30'
+# An object is hidden by others below its name: their keys begin with it and a slash, and 0 comes after that.
+# (What || makes is text, which compares as more than any BLOB.)
+IS_COVERED = """
+EXISTS (
+    SELECT 1 FROM objects AS low
+    WHERE low.key >= CAST(objects.key || '/' AS BLOB) AND low.key < CAST(objects.key || '0' AS BLOB)
 )
 """
+HIDE_COVERED = f"UPDATE objects SET is_shown = 0 WHERE is_shown AND {IS_COVERED}"
 TAKE_HEADERS = """
 UPDATE objects SET facts = (
     SELECT facts FROM last.objects AS old WHERE old.key = objects.key AND old.size = objects.size
