@@ -1574,7 +1574,7 @@ CREATE TABLE archives (
     repository TEXT, label TEXT, objects INTEGER, as_of REAL, PRIMARY KEY (repository, label)
 ) WITHOUT ROWID;
 """
-CATALOG_PAGE = 1000  # rows at a time
+CATALOG_PAGE = 1000  # rows at a time, and objects of a listing
 # An object is hidden by others below its name: their keys begin with it and a slash, and 0 comes after that.
 # (What || makes is text, which compares as more than any BLOB.)
 IS_COVERED = """
@@ -1686,11 +1686,29 @@ class Catalog:
         """The number of the objects for which `where` holds, and of their bytes."""
         return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE {where}", values)[0]
 
-    def hide(self, unlistable: Iterable[str]) -> None:
-        """Notes what no mount shows, though the keys would do, when all are in.
+    def unlistable(self) -> set[str]:
+        """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
 
-        `unlistable` are folders ("" or with a slash at the end) whose listing TigrisFS cannot read.
+        Besides those that hold a key which no XML holds, these are the ones that begin near before such a key:
+        what it asks for first is a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
         """
+        found, recent, previous = set(), deque[tuple[int, str]](), None
+        if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
+            return found
+        for number, each in enumerate(self.rows()):
+            for folder in ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]:
+                if previous is None or not previous.startswith(folder):
+                    recent.append((number, folder))
+            while recent and recent[0][0] < number - CATALOG_PAGE:
+                recent.popleft()
+            if bad := [*NOT_IN_XML.finditer(each.key)]:
+                found.update(folder for _, folder in recent)
+                found.update(each.key[: each.key.rfind("/", 0, match.start()) + 1] for match in bad)
+            previous = each.key
+        return found
+
+    def hide(self, unlistable: Iterable[str]) -> None:
+        """Notes what no mount shows, though the keys would do, when all are in."""
         for folder in unlistable:
             key = encode_key(folder)
             end = key[:-1] + b"0" if key else b"\xff" * 5
@@ -3239,7 +3257,12 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    runtime: Runtime, store: Store, region: str, read_only: bool, lease: Lease | None = None
+    runtime: Runtime,
+    store: Store,
+    region: str,
+    read_only: bool,
+    lease: Lease | None = None,
+    unlistable: Collection[str] = (),
 ) -> Iterator[Mount]:
     """`store` being mounted at its mount point; on leaving it is unmounted and everything is uploaded.
 
@@ -3250,11 +3273,13 @@ def mounted(
     remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
+    if unlistable:  # it would list what follows each name that it looks up
+        sizes.append("--no-preload-dir")
     argv = tigrisfs_command(store, region, path, read_only, sizes)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
-    mount = Mount(store, path, child, log, client, lease, holds_nothing=read_only)
+    mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
     over = threading.Event()
     try:
         if lease:
@@ -6438,19 +6463,19 @@ def remove_old_folders(kept: Path) -> None:
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
     """Lists the source into a new catalog in `folder`; `kept` is the last one."""
     source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
-    client, unlistable = S3Client(source, found.region, PROVEN, runtime.stop), set()
+    client = S3Client(source, found.region, PROVEN, runtime.stop)
 
     def objects() -> Iterator[S3Object]:
         for number, entry in enumerate(client.list_objects(source.key_prefix), 1):
             if not number % CATALOG_PAGE:
                 console.progress("source", f"listing: {count(number, 'object')}")
             key = entry.key[len(source.key_prefix) :]
-            unlistable.update(key[: key.rfind("/", 0, bad.start()) + 1] for bad in NOT_IN_XML.finditer(key))
             if key:
                 yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
 
-    def work() -> None:
+    def work() -> Collection[str]:
         catalog.add(objects())
+        unlistable = catalog.unlistable()
         catalog.hide(unlistable)
         if kept and kept.exists():
             try:
@@ -6459,8 +6484,9 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
             except CatalogError as error:
                 console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
             catalog.close_last()
+        return unlistable
 
-    within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
     number, size_bytes = catalog.total()
     console.info(
         "source",
@@ -6472,7 +6498,7 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
     new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
     if new:
         console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
-    return Listing(catalog, frozenset(unlistable))
+    return Listing(catalog, unlistable)
 
 
 def back_up_all(
@@ -6491,8 +6517,9 @@ def back_up_all(
     while remaining:
         before, again = len(remaining), []
         try:
-            with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
-                mount.is_shared, mount.unlistable = at_once > 1, listed.unlistable
+            source, unlistable = runtime.settings.source, listed.unlistable
+            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
+                mount.is_shared = at_once > 1
                 while remaining and not again and (mount.is_alive or not mount.usable):
                     batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
                     again = back_up_batch(runtime, found, mount, listed.catalog, batch)
@@ -6547,6 +6574,7 @@ class Feeder:
         """It begins when the borgs do."""
         self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
         self.began = source.clock
+        self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
         self.mixed = Findings()  # what may have been archived as no version ever was
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
@@ -7140,7 +7168,7 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
     record_archive(runtime, outcome, created, fed)
     if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
-    judge_emptiness(runtime, outcome, feeder.catalog)
+    judge_emptiness(runtime, outcome, feeder.listed)
     report_findings(runtime, outcome, fed, feeder.mixed)
     report_shrunk(runtime, outcome, source.mount)
     if created.log.warnings:
@@ -7283,14 +7311,14 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed:
     )
 
 
-def judge_emptiness(runtime: Runtime, outcome: Outcome, catalog: Catalog) -> None:
-    """Warns of an archive without objects. Raises BackupError where the source has some."""
+def judge_emptiness(runtime: Runtime, outcome: Outcome, listed: int) -> None:
+    """Warns of an archive without objects. Raises BackupError where the source `listed` some."""
     name = outcome.target.store.name
     if outcome.objects:
         return
-    if catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]:
+    if listed:
         raise BackupError(
-            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
+            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} was not",
             "Run it again; nothing was pruned.",
         )
     reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
