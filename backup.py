@@ -6376,6 +6376,9 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         version=VERSION,
         targets=[target.name for target in targets],
     )
+    if runtime.settings.source_metadata:
+        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
+        runtime.console.info("run", words)
     outcomes = [Outcome(target) for target in targets]
     try:
         source, *checks = preflight(runtime, targets)
@@ -6551,6 +6554,7 @@ KEPT_HEADERS = frozenset(
     }
 )
 USER_METADATA = "x-amz-meta-"
+TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
 
 
 def headers_of(answer: Answer) -> dict[str, str]:
@@ -6695,8 +6699,7 @@ class Feeder:
         except S3Error as error:
             if error.status == 403 and not self._tags_refused:
                 self._tags_refused = True
-                words = f"its objects' tags may not be read, and are in no archive: {error.message}"
-                self.runtime.console.info("source", f"{words}. Give the key s3:GetObjectTagging.")
+                self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
             return {}
 
     def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
@@ -7445,6 +7448,8 @@ def check_config(runtime: Runtime) -> int:
     failures = [result for result in results if isinstance(result, BackupError)]
     for failure in failures:
         runtime.console.error("check-config", str(failure))
+    if isinstance(results[0], Preflight) and settings.headers:
+        tell_of_tags(runtime, results[0])
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -7458,6 +7463,17 @@ def suitable(runtime: Runtime, store: Store, result: Preflight | BackupError) ->
         except BackupError as error:
             return error
     return result
+
+
+def tell_of_tags(runtime: Runtime, source: Preflight) -> None:
+    """Says so where the source's key may not read tags, by one object."""
+    client = S3Client(runtime.settings.source, source.region, HASTY, runtime.stop)
+    try:
+        for entry in source.keys[:1]:
+            client.tags(entry.key)
+    except S3Error as error:
+        if error.status == 403:
+            runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
 
 
 def describe(store: Store, result: Preflight) -> str:
