@@ -40,9 +40,7 @@ The sections of this file, each using only those above it:
 from __future__ import annotations
 
 import argparse
-import array
 import base64
-import bisect
 import concurrent.futures
 import contextlib
 import copy
@@ -56,7 +54,6 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
-import heapq
 import hmac
 import http.client
 import io
@@ -64,6 +61,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -114,6 +112,7 @@ CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal come
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
+LEFTOVER_SECONDS = 86400  # after which what a run has left in /cache is nobody's
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
 TELL_SECONDS = 20  # for all that is told of a run at its end, with all tries: it must not hold the next one
@@ -306,6 +305,7 @@ VARIABLES = (
     "LEASE_WAIT",
     "STALL_TIMEOUT",
     "AUDIT",
+    "HEADERS",
     "MEMORY_LIMIT_MB",
     "READ_AHEAD_THREADS",
     "PARALLEL_TARGETS",
@@ -439,7 +439,8 @@ class Settings:
     memory_limit_mb: int | None  # None: what the container has
     read_ahead_threads: int  # 0: borg reads alone
     parallel_targets: int  # at most; fewer where memory is short
-    source_metadata: bool  # whether objects' user metadata is archived
+    source_metadata: bool  # asked for once, and not needed any more
+    headers: bool  # whether objects' headers and tags are archived
     shrink_percent: int  # an archive that lost more of its objects than this is suspicious; 0: none is
     destination: Destination  # how to reach the bucket that is restored into
 
@@ -537,6 +538,7 @@ def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
         parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
         parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
         parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
+        parse_choice(values, "HEADERS", ("on", "off"), mistakes) == "on",
         parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
         parse_destination(values, mistakes),
     )
@@ -1268,6 +1270,23 @@ class S3Client:
         """The content of an object, or the bytes from the first to the last of `span`."""
         return (self.get_span(key, *span) if span else self.request("GET", key)).body
 
+    def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
+        """The content of an object of about this size, piece by piece, all of one version, and its headers.
+
+        Raises S3Error, where it is overwritten meanwhile, too.
+        """
+        if size_bytes <= LARGEST_PIECE_BYTES:
+            yield self.request("GET", key)
+            return
+        head = self.request("HEAD", key)
+        size_bytes, version = int(head.headers["content-length"]), {"If-Match": head.headers.get("etag", "*")}
+        for first in range(0, size_bytes, LARGEST_PIECE_BYTES):
+            last = min(first + LARGEST_PIECE_BYTES, size_bytes) - 1
+            answer = self.get_span(key, first, last, version)
+            yield dataclasses.replace(
+                answer, headers={**answer.headers, "etag": head.headers.get("etag", "")}
+            )
+
     def tags(self, key: str) -> dict[str, str]:
         """An object's tags."""
         root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
@@ -1586,6 +1605,22 @@ EXISTS (
 )
 """
 HIDE_COVERED = f"UPDATE objects SET is_shown = 0 WHERE is_shown AND {IS_COVERED}"
+TAKE_HEADERS = """
+UPDATE objects SET facts = (
+    SELECT facts FROM last.objects AS old WHERE old.key = objects.key AND old.size = objects.size
+    AND old.modified = objects.modified AND old.etag = objects.etag
+)
+"""
+TAKE_ARCHIVES = """
+INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXISTS (
+    SELECT 1 FROM main.archives AS new
+    WHERE new.repository = old.repository AND new.label = old.label AND new.as_of >= old.as_of
+)
+"""
+NOTE_ARCHIVE = """
+INSERT INTO archives VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    objects = coalesce(excluded.objects, objects), as_of = coalesce(excluded.as_of, as_of)
+"""
 # What is directly in a folder, not further down.
 HIDE_FOLDER = """
 UPDATE objects SET is_shown = 0 WHERE key > :folder AND key < :end AND instr(substr(key, :length), X'2F') = 0
@@ -1688,6 +1723,35 @@ class Catalog:
             end = key[:-1] + b"0" if key else b"\xff" * 5
             self.execute(HIDE_FOLDER, {"folder": key, "end": end, "length": len(key) + 1})
         self.execute(HIDE_COVERED)
+
+    def open_last(self, path: Path) -> None:
+        """Opens another one beside this, and takes over what is known of archives."""
+        with self._told():
+            self._db.commit()
+            self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
+            for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
+                [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
+                if found != right:
+                    raise sqlite3.DatabaseError(f"{path} is not of this version ({pragma} {found})")
+            if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(f"{path}: {found}")
+            self._db.execute(TAKE_ARCHIVES)
+
+    def know_headers(self) -> None:
+        """Takes over what the last one knows of objects that have not changed."""
+        self.execute(TAKE_HEADERS)
+
+    def close_last(self) -> None:
+        """Closes the other one."""
+        with contextlib.suppress(CatalogError), self._told():
+            self._db.commit()
+            self._db.execute("DETACH last")
+
+    def note_archive(
+        self, repository: str, label: str, objects: int | None, as_of: float | None = None
+    ) -> None:
+        """Notes of the newest archive of a label how many objects it has, and of when; None: as before."""
+        self.execute(NOTE_ARCHIVE, [repository, label, objects, as_of])
 
     def close(self) -> None:
         """Ends it, all written."""
@@ -1925,7 +1989,7 @@ class Lease:
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
         self._members: list[Member] = []
-        self._lock, self._over = threading.RLock(), threading.Event()
+        self._lock, self.is_over = threading.RLock(), threading.Event()
         self._switch = switch or DeadMansSwitch()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
@@ -2091,7 +2155,7 @@ class Lease:
     def _renew_on(self) -> None:
         """The renewing thread's life."""
         ttl = self._holder.ttl_seconds
-        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
+        while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
                 self._renew()
             except S3Error as error:
@@ -2115,7 +2179,7 @@ class Lease:
 
     def _guard(self) -> None:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
-        while not self._over.wait(GUARD_SECONDS):
+        while not self.is_over.wait(GUARD_SECONDS):
             with self._lock:
                 if self.suspended or self.lost or self._is_fresh:
                     continue
@@ -2132,10 +2196,10 @@ class Lease:
             for member in self._members:
                 member.send(signal.SIGKILL)
             self._switch.arm(0)
-            self._over.set()
+            self.is_over.set()
 
     def _end_threads(self) -> None:
-        self._over.set()
+        self.is_over.set()
         for thread in self._threads:
             if thread.ident and not self.expires:
                 thread.join(CLEANUP_SECONDS)
@@ -2910,12 +2974,10 @@ def tigrisfs_command(
     mount_point: Path,
     read_only: bool,
     sizes: Sequence[str],
-    metadata: bool = False,
 ) -> list[str]:
     """The command line that mounts `store`; its keys go through the environment.
 
-    `sizes` are its flags for memory (`memory_flags`). `metadata` shows objects' user metadata as extended
-    attributes, at the cost of a HEAD request for each.
+    `sizes` are its flags for memory (`memory_flags`).
     """
     return [
         "tigrisfs",
@@ -2924,7 +2986,7 @@ def tigrisfs_command(
         *("--endpoint", store.endpoint, "--region", region),
         "--no-detect",  # it asks for an absent object: who may use a prefix only is told 403 (AWS)
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
-        *(() if metadata else ("--disable-xattr",)),
+        "--disable-xattr",  # it would ask for each object's headers
         *sizes,
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
@@ -3088,6 +3150,7 @@ class Mount:
     usable: bool = False  # it was listed
     is_by_hand: bool = False  # what a person wrote is worth waiting for
     is_shared: bool = False  # by several borgs
+    unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
     ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
@@ -3213,8 +3276,7 @@ def mounted(
     remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
-    metadata = runtime.settings.source_metadata and store.target is None
-    argv = tigrisfs_command(store, region, path, read_only, sizes, metadata)
+    argv = tigrisfs_command(store, region, path, read_only, sizes)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
@@ -3312,12 +3374,20 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     return path
 
 
-def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
+def probe_mount(runtime: Runtime, store: Store, path: Path, is_listable: bool = True) -> None:
     """Lists a mount's root: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
 
-    Raises OSError when the mount is dead, BackupError when it does not answer.
+    Where that cannot be listed it is opened, which the kernel does not do by itself either. Raises OSError
+    when the mount is dead, BackupError when it does not answer.
     """
-    within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
+
+    def look() -> None:
+        if is_listable:
+            next(os.scandir(path), None)
+        else:
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+
+    within(MOUNT_SECONDS, f"{store.name}: listing {path}", look, runtime.stop)
 
 
 TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
@@ -3380,7 +3450,7 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
         if time.monotonic() > deadline:
             raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN)
     try:
-        probe_mount(runtime, mount.store, mount.path)
+        probe_mount(runtime, mount.store, mount.path, "" not in mount.unlistable)
     except OSError as error:
         raise BackupError(
             f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}", TRY_AGAIN
@@ -3533,88 +3603,59 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
-# borg reads one object after the other, and waits for S3 at each. So threads read what it is going to read
-# through the same mount, and TigrisFS keeps it until borg comes. The objects that borg will read, in its
-# order, are taken as one stream; what is read ahead is a window of it that begins where the slowest borg is.
+# borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
+# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is taken
+# as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg is told
+# of an object before that has come into the window.
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """One of the objects that are read, one after the other."""
+
+    path: str
+    size: int  # in bytes
+    modified: float = math.inf  # in seconds since 1970
+    fetch: Callable[[], None] | None = None  # reads it in another way than through the mount
 
 
 @dataclass(frozen=True)
 class Place:
-    """An object's place in the stream."""
+    """An object's place in the stream of those that somebody reads."""
 
-    path: str
+    number: int  # among all, from 1 on
+    item: Upcoming
     start: int  # in bytes, as all that follows
-    size: int
 
     @property
     def end(self) -> int:
         """Where the next object begins. A small one counts for more, which bounds how many are ahead."""
-        return self.start + max(self.size, SMALLEST_PLACE_BYTES)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a thread reads at a time: `size` bytes of an object from `offset` on."""
-
-    place: Place
-    offset: int
-    size: int
+        return self.start + max(self.item.size, SMALLEST_PLACE_BYTES)
 
 
 @dataclass(eq=False)
 class Reader:
-    """One borg on its way through the source."""
+    """One borg on its way through the objects."""
 
     since: float = -math.inf  # what was last modified before that, it knows and does not read
     child: Child | None = None  # None: it has not begun yet
-    position: int = 0  # how much of the stream is behind it
+    done: int = 0  # how many objects are behind it
+    offset: int = 0  # how far it is in the next one
     began: float = 0.0
-    held_at: float = 0.0  # 0: it is not held
-    held_seconds: float = 0.0
+    waits_since: float = 0.0  # for others; 0: it does not
+    waited_seconds: float = 0.0
 
-    def held_for(self, now: float) -> float:
-        """How long it was held until now."""
-        return self.held_seconds + (now - self.held_at if self.held_at else 0.0)
+    def waited_for(self, now: float) -> float:
+        """How long it has waited for others until now."""
+        return self.waited_seconds + (now - self.waits_since if self.waits_since else 0.0)
 
-
-def in_borgs_order(folder: str) -> Iterator[os.DirEntry[str]]:
-    """The files below `folder` in the order in which borg archives them.
-
-    Each folder's entries by inode number, subfolders at once (`scandir_inorder` and `Archiver._rec_walk` of
-    borg 1.4).
-    """
-    stack = [by_inode(folder)]
-    while stack:
-        entry = next(stack[-1], None)
-        if entry is None:
-            stack.pop()
-        elif entry.is_dir(follow_symlinks=False):
-            stack.append(by_inode(entry.path))
-        elif entry.is_file(follow_symlinks=False):
-            yield entry
-
-
-def objects_below(folder: str) -> Iterator[tuple[str, int, float]]:
-    """Path, size in bytes and time of last modification of the files below `folder`, in borg's order."""
-    for entry in in_borgs_order(folder):
-        status = entry.stat(follow_symlinks=False)
-        yield entry.path, status.st_size, status.st_mtime
-
-
-def by_inode(folder: str) -> Iterator[os.DirEntry[str]]:
-    """A folder's entries by inode number, or nearly so where there are more than SORTED_AT_ONCE.
-
-    TigrisFS numbers them as it lists them, so that they come nearly sorted: no need to hold a million.
-    """
-    heap: list[tuple[int, str, os.DirEntry[str]]] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            item = entry.inode(), entry.name, entry
-            if len(heap) < SORTED_AT_ONCE:
-                heapq.heappush(heap, item)
-            else:
-                yield heapq.heappushpop(heap, item)[-1]
-    yield from (item[-1] for item in sorted(heap))
+    def wait(self, is_waiting: bool) -> None:
+        """It waits for others, or it does not any more."""
+        now = time.monotonic()
+        if is_waiting and not self.waits_since:
+            self.waits_since = now
+        elif self.waits_since and not is_waiting:
+            self.waited_seconds, self.waits_since = self.waited_for(now), 0.0
 
 
 def file_position(pid: int, path: str) -> int:
@@ -3630,13 +3671,12 @@ def file_position(pid: int, path: str) -> int:
 NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at it
 
 
-def read_piece(piece: Piece) -> None:
-    """Reads a piece into nowhere. Raises OSError."""
-    if not piece.size:
+def read_piece(path: str, offset: int, end: int) -> None:
+    """Reads a piece of a file into nowhere. Raises OSError."""
+    if offset == end:
         return
-    fd = os.open(piece.place.path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
     try:
-        offset, end = piece.offset, piece.offset + piece.size
         while offset < end and (got := os.preadv(fd, [memoryview(NOWHERE)[: end - offset]], offset)):
             offset += got
     finally:
@@ -3644,39 +3684,28 @@ def read_piece(piece: Piece) -> None:
 
 
 class ReadAhead:
-    """Reads the source before one or more borgs do, and keeps these close enough together to share that.
+    """Reads objects before one or more borgs do, and keeps these close enough together to share that.
 
-    It is a help only: what it cannot read, borg will report. A borg that is far ahead of another is held
-    (SIGSTOP); but not when that one does not move, and not for longer than it has worked itself. Then the
-    slower one is left to read by itself.
+    It is a help only: what it cannot read, borg will report. A borg that is ahead of another waits; but not
+    when that one does not move, and not for longer than it has worked itself. Then the slower one is left to
+    read by itself.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        mount: Mount,
-        readers: Sequence[Reader],
-        objects: Iterable[tuple[str, int, float]] | None = None,
-    ) -> None:
-        """Starts the threads. They begin when each reader has begun or left, or a while after the first.
-
-        `objects` are what is read instead of the whole mount, as `objects_below` has them.
-        """
+    def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
+        """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
-        window_bytes = read_ahead_bytes(runtime.memory_mb, settings.source)
-        self._window, self._readers = window_bytes, list(readers)
-        self._objects = objects_below(str(mount.path)) if objects is None else objects
-        self._with_metadata = settings.source_metadata
+        self.moved = 0  # grows with all that is read
+        self._window = read_ahead_bytes(runtime.memory_mb, settings.source)
+        self._items, self._readers, self._has_threads = items, list(readers), threads > 0
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
-        self._piece_bytes = piece_bytes(window_bytes)
+        self._piece_bytes = piece_bytes(self._window)
         self._lock = threading.RLock()
-        self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._ahead: deque[Place] = deque()
-        self._places: dict[str, Place] = {}
-        self._pieces: deque[Piece] = deque()
-        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
-        self._over = not threads
-        for work in (self._walk, self._watch, *[self._read] * threads) if threads else ():
+        self._pieces: deque[tuple[Place, int, int]] = deque()
+        self._taken, self._end, self._floor, self._moved_at = 0, 0, 0, time.monotonic()
+        self.is_over = False
+        for work in (self._walk, self._watch, *[self._read] * threads):
             threading.Thread(target=work, daemon=True).start()
 
     def began(self, reader: Reader, since: float, child: Child) -> None:
@@ -3684,71 +3713,93 @@ class ReadAhead:
         with self._lock:
             reader.since, reader.child = since, child
             reader.began = self._moved_at = time.monotonic()
-            self._room.notify_all()
+            self._changed.notify_all()
 
-    def passed(self, reader: Reader, path: str, offset: float = math.inf) -> None:
-        """`reader` is done with a file, or so far in it; where in a file a borg is, we see by ourselves."""
+    def wait_until_near(self, reader: Reader, number: int) -> None:
+        """Returns when `reader` may be told of the object with this number."""
+        self._wait_until(reader, lambda: number <= self._taken)
+
+    def wait_until_passed(self, number: int) -> bool:
+        """Returns when all readers are done with this object; False at the end."""
         with self._lock:
-            if place := self._places.get(path):
-                position = place.start + int(offset) if offset < place.size else place.end
-                reader.position = max(reader.position, position)
-                self._slide()
+            while not self.is_over and number > self._passed:
+                self._changed.wait()
+            return not self.is_over
+
+    def _wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
+        with self._lock:
+            while reader in self._readers and not self.is_over and not is_so():
+                reader.wait(reader.done > self._passed)
+                self._changed.wait(POLL_SECONDS)
+            reader.wait(False)
+
+    def has_passed(self, number: int) -> bool:
+        """Whether this object is behind all readers."""
+        with self._lock:
+            return number <= self._passed
+
+    @property
+    def _passed(self) -> float:
+        """How many objects are behind all readers."""
+        return min((reader.done for reader in self._readers), default=math.inf)
+
+    def done(self, reader: Reader, number: int, offset: int = 0) -> None:
+        """`reader` is done with so many objects, and is so far in the next one."""
+        with self._lock:
+            reader.done, reader.offset = number, offset
+            self._slide()
 
     def left(self, reader: Reader) -> None:
         """`reader` is at its end, or goes on by itself."""
         with self._lock:
             if reader in self._readers:
                 self._readers.remove(reader)
-                self._let_go(reader)
+                self._hold(reader, False)
                 self._slide()
 
     def close(self) -> None:
         """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
         with self._lock:
-            self._over = True
+            self.is_over = True
             for reader in self._readers:
-                self._let_go(reader)
-            self._room.notify_all()
+                self._hold(reader, False)
+            self._changed.notify_all()
             self._work.notify_all()
 
     def _slide(self) -> None:
-        """Moves the window to where the slowest reader is, and keeps the others near it."""
-        if not self._readers:
-            self.close()
-            return
-        floor = min(reader.position for reader in self._readers)
-        if floor > self._floor:
-            self._floor, self._moved_at = floor, time.monotonic()
-            while self._ahead and self._ahead[0].end <= floor:
-                del self._places[self._ahead.popleft().path]
-            self._room.notify_all()
-        for reader in self._readers:
-            lead = reader.position - self._floor
-            if lead > self._window * 3 // 4:
-                self._hold(reader)
-            elif lead < self._window // 2:
-                self._let_go(reader)
+        """Moves the window to where the slowest reader is."""
+        passed, before = self._passed, self._floor
+        while self._ahead and self._ahead[0].number <= passed:
+            self._floor = self._ahead.popleft().end
+        if self._ahead:
+            place = self._ahead[0]
+            slowest = [
+                reader.offset for reader in self._readers if reader.done + 1 == place.number == passed + 1
+            ]
+            self._floor = max(self._floor, place.start + min(slowest, default=0))
+        if self._floor > before or not self._ahead:
+            self._moved_at = time.monotonic()
+        self._changed.notify_all()
 
-    def _hold(self, reader: Reader) -> None:
-        if reader.child and not reader.held_at:
-            reader.held_at = time.monotonic()
-            reader.child.hold(HELD_BACK)
-
-    def _let_go(self, reader: Reader) -> None:
-        if reader.child and reader.held_at:
-            reader.held_seconds, reader.held_at = reader.held_for(time.monotonic()), 0.0
-            reader.child.let_go(HELD_BACK)
+    def _hold(self, reader: Reader, is_held: bool) -> None:
+        """Stops a borg in an object that is larger than the window, or has it go on."""
+        if reader.child and is_held != reader.child.is_held(HELD_BACK):
+            (reader.child.hold if is_held else reader.child.let_go)(HELD_BACK)
+            reader.wait(is_held)
 
     def _walk(self) -> None:
-        """The life of the thread that looks for objects to read."""
+        """The life of the thread that puts objects at the stream's end."""
         with self._lock:
-            while not self._over and not self._all_began():
-                self._room.wait(WATCH_SECONDS)
-        with contextlib.suppress(OSError):
-            for path, size_bytes, modified in self._objects:
-                if self._over:
+            while not self.is_over and not self._all_began():
+                self._changed.wait(WATCH_SECONDS)
+        try:
+            for number, item in enumerate(self._items, 1):
+                if self.is_over:
                     return
-                self._take(path, size_bytes, modified)
+                self._take(number, item)
+        except BaseException:
+            self.close()  # nobody waits for what does not come
+            raise
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -3759,46 +3810,55 @@ class ReadAhead:
                 self.left(reader)
         return not any(reader in self._readers for reader in late)
 
-    def _take(self, path: str, size_bytes: int, modified: float) -> None:
-        """Puts an object that somebody will read at the stream's end, piece by piece as there is room."""
+    def is_read(self, modified: float) -> bool:
+        """Whether one of the readers will read an object of this time."""
+        return any(modified >= reader.since for reader in self._readers)
+
+    def _take(self, number: int, item: Upcoming) -> None:
+        """Takes an object in, piece by piece as there is room; who has none of it is told of it at once."""
         with self._lock:
-            if not any(modified >= reader.since for reader in self._readers):
-                size_bytes = 0
-            if not (size_bytes or self._with_metadata):
+            if not (self._has_threads and self._readers and self.is_read(item.modified)):
+                self._taken = number
+                self._changed.notify_all()
                 return
-            place = Place(path, self._end, size_bytes)
+            place = Place(number, item, self._end)
             self._end = place.end
             self._ahead.append(place)
-            self._places[path] = place
-            for offset in range(0, size_bytes or 1, self._piece_bytes):
-                piece = Piece(place, offset, min(self._piece_bytes, size_bytes - offset))
-                while not self._over and place.start + offset + piece.size - self._floor > self._window:
-                    self._room.wait()
-                self._pieces.append(piece)
+            step = item.size if item.fetch else self._piece_bytes
+            for offset in range(0, item.size, step) if item.size else (0,):
+                end = min(offset + step, item.size)
+                while not self.is_over and place.start + min(end, self._window) - self._floor > self._window:
+                    self._changed.wait()
+                self._pieces.append((place, offset, end))
                 self._work.notify()
+                self._taken = number
+                self._changed.notify_all()
 
     def _read(self) -> None:
         """The life of a thread that reads."""
         while piece := self._next():
+            place, offset, end = piece
             with contextlib.suppress(OSError):
-                if self._with_metadata and not piece.offset:
-                    os.listxattr(piece.place.path)
-                read_piece(piece)
+                if place.item.fetch:
+                    place.item.fetch()
+                else:
+                    read_piece(place.item.path, offset, end)
+            self.moved += 1
 
-    def _next(self) -> Piece | None:
+    def _next(self) -> tuple[Place, int, int] | None:
         """The next piece that borg has not passed yet; None at the end."""
         with self._lock:
-            while not self._over:
+            while not self.is_over:
                 while self._pieces:
                     piece = self._pieces.popleft()
-                    if piece.place.start + piece.offset + piece.size > self._floor:
+                    if piece[0].start + piece[2] > self._floor or piece[0].item.fetch:
                         return piece
                 self._work.wait()
         return None
 
     def _watch(self) -> None:
         """The life of the thread that sees where in a large object borg is, and who waits for too long."""
-        while not self._over:
+        while not self.is_over:
             time.sleep(WATCH_SECONDS)
             with self._lock:
                 for reader in self._readers:
@@ -3807,21 +3867,29 @@ class ReadAhead:
                 self._leave_behind()
 
     def _look(self, reader: Reader) -> None:
-        """Where a reader is within an object of several pieces."""
-        place = next((place for place in self._ahead if place.end > reader.position), None)
-        if place and reader.child and place.size > self._piece_bytes:
-            position = place.start + min(file_position(reader.child.pid, place.path), place.size - 1)
-            reader.position = max(reader.position, position)
+        """Where a reader is within an object of several pieces; who is far ahead there is held."""
+        place = next((place for place in self._ahead if place.number > reader.done), None)
+        if not place or not reader.child or place.item.size <= self._piece_bytes:
+            self._hold(reader, False)
+            return
+        if place.number == reader.done + 1:
+            position = min(file_position(reader.child.pid, place.item.path), place.item.size - 1)
+            reader.offset = max(reader.offset, position)
+        lead = place.start + reader.offset - self._floor
+        if lead > self._window * 3 // 4 or lead < self._window // 2:
+            self._hold(reader, lead > self._window // 2)
 
     def _leave_behind(self) -> None:
         """Leaves the slowest to itself when that has held up others for too long."""
         now = time.monotonic()
-        held = [reader for reader in self._readers if reader.held_at]
+        waiting = [reader for reader in self._readers if reader.waits_since]
         stuck = now - self._moved_at > self._patience_seconds
+        limits = [max(HOLD_SECONDS, (now - reader.began) / 2) for reader in waiting]
         if any(
-            stuck or reader.held_for(now) > max(HOLD_SECONDS, (now - reader.began) / 2) for reader in held
+            stuck or reader.waited_for(now) > limit for reader, limit in zip(waiting, limits, strict=True)
         ):
-            for reader in [reader for reader in self._readers if reader.position == self._floor]:
+            passed = self._passed
+            for reader in [each for each in self._readers if each.done == passed and not each.waits_since]:
                 self.left(reader)
 
 
@@ -3837,8 +3905,17 @@ class Verdict(enum.Enum):
     BUSY = "busy"  # another run works on the repository
 
 
-# Unreadable content of the source. That a file vanished (107) or is forbidden (105) is a warning.
-IO_ERRORS = frozenset({"BackupIOError", "BackupOSError"})
+# What borg says of a file that it could not read; the exit code is one of the source's content.
+UNREAD_WARNINGS = frozenset(
+    {
+        "BackupError",
+        "BackupIOError",
+        "BackupOSError",
+        "BackupFileNotFoundError",
+        "BackupPermissionError",
+        "BackupRaceConditionError",
+    }
+)
 IO_ERROR_CODE = 106
 
 
@@ -3888,30 +3965,17 @@ def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
     return ["key export", *form, str(repository)]
 
 
-def borg_create(
-    target: Target, label: str, repository: Path, source: Path, metadata: bool = False, comment: str = ""
-) -> list[str]:
-    """Archives `source`, and names each object when it is done; with `metadata` extended attributes, too.
+def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
+    """Archives what it is told of (FED).
 
     The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
     numbers change with every mount. ACLs and flags do not exist on S3; asking for extended attributes
     costs a request for each object.
     """
-    options = ["--files-cache", "ctime,size", "--noacls", "--noflags"]
-    options += [] if metadata else ["--noxattrs"]
+    options = ["--files-cache", "ctime,size", "--noxattrs", "--noacls", "--noflags", "--paths-from-stdin"]
     options += ["--comment", comment] if comment else []
     archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
-    return [
-        "create",
-        "--json",
-        "--list",
-        "--progress",
-        *options,
-        "--compression",
-        target.compression,
-        archive,
-        str(source),
-    ]
+    return ["create", "--json", *options, "--compression", target.compression, archive]
 
 
 def borg_names(repository: Path) -> list[str]:
@@ -4044,16 +4108,19 @@ class BorgLog:
     """
 
     def __init__(
-        self, name: str, console: Console, stop: Stop, on_file: Callable[[str, str], None] | None = None
+        self,
+        name: str,
+        console: Console,
+        stop: Stop,
+        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        """Nothing was read yet; `on_file(status, path)` is told of each file that borg has done."""
+        """Nothing was read yet; `on_fed` is told what borg reports of what it is fed (FED)."""
         self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
         self.error_count = 0
         self.warnings = 0
-        self.io_errors = 0
         self.infos: list[str] = []
         self._name, self._console, self._stop = name, console, stop
-        self._on_file = on_file
+        self._on_fed = on_fed
 
     def feed(self, line: str) -> None:
         """Takes one line."""
@@ -4063,16 +4130,8 @@ class BorgLog:
         except (ValueError, KeyError, TypeError):
             self._take("ERROR", "", line)
             return
-        if kind == "file_status":
-            if self._on_file:
-                self._on_file(entry["status"], entry["path"])
-        elif kind == "archive_progress" and not entry.get("finished"):
-            self._console.progress(
-                self._name,
-                f"{count(entry['nfiles'], 'object')}, {size(entry['original_size'])}: {entry['path']}",
-                objects=entry["nfiles"],
-                bytes=entry["original_size"],
-            )
+        if kind in ("fed_done", "fed_status") and self._on_fed:
+            self._on_fed(entry)
         elif kind in ("progress_message", "progress_percent") and entry.get("message"):
             self._console.progress(self._name, entry["message"])
         elif kind == "log_message":
@@ -4094,9 +4153,10 @@ class BorgLog:
             )
         elif level in ("ERROR", "CRITICAL"):
             self._take_error(msgid, text)
+        elif level == "WARNING" and self._on_fed and msgid in UNREAD_WARNINGS:
+            self._console.debug(self._name, f"borg: {text}")  # our own client tries
         elif level == "WARNING":
             self.warnings += 1
-            self.io_errors += msgid in IO_ERRORS
             if self.warnings <= MAX_NAMED:
                 self._console.warning(self._name, f"borg: {text}")
         else:
@@ -4161,7 +4221,7 @@ class Borg:
     def run(
         self,
         arguments: Sequence[str],
-        on_file: Callable[[str, str], None] | None = None,
+        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
         on_start: Callable[[Child], None] = lambda child: None,
         trusted_before: datetime | None = None,
         consume: Callable[[IO[bytes]], None] | None = None,
@@ -4170,7 +4230,7 @@ class Borg:
         pass_fds: Sequence[int] = (),
         meters: Sequence[Callable[[], float]] = (),
     ) -> BorgResult:
-        """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
+        """Runs one command to its end; `on_fed` is told what it reports of what it is fed (FED).
 
         `on_start` is given the process; `meters` show that what it waits for moves; see TRUST_OLD about
         `trusted_before`. The result has the output, unless `consume` reads it, or `on_output` is told of each
@@ -4181,7 +4241,7 @@ class Borg:
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
         argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
+        log, output = BorgLog(name, runtime.console, runtime.stop, on_fed), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
         with self._environment({"BORG_EXIT_CODES": "modern", **(own or {})}) as (env, fd):
@@ -4549,7 +4609,7 @@ def trust(until):
     def wrapper(self, *arguments):
         memorize(self, *arguments)
         if self._newest_cmtime:
-            self._newest_cmtime = max(self._newest_cmtime, until)
+            self._newest_cmtime = until
 
     LocalCache.memorize_file = wrapper
 
@@ -4558,6 +4618,49 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
         trust(int(os.environ["S3BORGBACKUP_TRUSTED_BEFORE"]))
     except (ImportError, AttributeError):
         pass
+"""
+
+
+# borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
+# begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
+# with, and of which one it could make no file, and must be told that the list is at its end: whoever feeds it
+# may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+FED = """\
+
+def be_fed(fd):
+    import json, sys
+    from borg import archiver
+    number = told = at = 0
+
+    def report(kind, **facts):
+        print(json.dumps({"type": kind, "number": number, **facts}), file=sys.stderr, flush=True)
+
+    def paths(*arguments):
+        nonlocal number, told, at
+        rest = b""
+        while part := os.read(fd, 65536):
+            *whole, rest = (rest + part).split(b"\\0")
+            for path in whole:
+                if not path:
+                    return
+                number += 1
+                yield os.fsdecode(path)
+                if time.monotonic() > at + 0.05:
+                    told, at = number, time.monotonic()
+                    report("fed_done")
+            if number > told:
+                told, at = number, time.monotonic()
+                report("fed_done")
+        raise EOFError("the list of what to archive has no end")
+
+    def note(self, status, path):
+        if status in ("E", "d"):
+            report("fed_status", status=status)
+
+    archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
+
+if "S3BORGBACKUP_FED" in os.environ:
+    be_fed(int(os.environ["S3BORGBACKUP_FED"]))
 """
 
 
@@ -4698,11 +4801,11 @@ if "S3BORGBACKUP_EXPORTED" in os.environ:
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    PATIENT_FSYNC repeats what failed, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
-    EXPORTED do what they are asked for by variables.
+    PATIENT_FSYNC repeats what failed, which the stall clock bounds; the others do what they are asked for by
+    variables.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER + EXPORTED
+        additions = PATIENT_FSYNC + TRUST_OLD + FED + LIST_SIZES + HANDED_OVER + EXPORTED
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
 
@@ -4850,124 +4953,12 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
         time.sleep(POLL_SECONDS)
 
 
-def digest_of(text: str) -> int:
-    """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())
-
-
-class Digests:
-    """A set of texts that takes eight bytes for each, however long it is and however many there are.
-
-    Two texts may be taken for one with a chance of 1 in 10^19 for each pair.
-    """
-
-    def __init__(self) -> None:
-        """An empty set."""
-        self._buckets = [array.array("Q") for _ in range(256)]
-        self._is_sorted = True
-
-    def add(self, text: str) -> None:
-        """Takes a text in."""
-        number = digest_of(text)
-        self._buckets[number >> 56].append(number)
-        self._is_sorted = False
-
-    def __contains__(self, text: str) -> bool:
-        """Whether a text was taken in."""
-        if not self._is_sorted:
-            self._buckets = [array.array("Q", sorted(bucket)) for bucket in self._buckets]
-            self._is_sorted = True
-        number = digest_of(text)
-        bucket = self._buckets[number >> 56]
-        index = bisect.bisect_left(bucket, number)
-        return index < len(bucket) and bucket[index] == number
-
-
-class ArchivedObjects:
-    """What borg says it has archived, while it does so."""
-
-    def __init__(self, source: Path) -> None:
-        """Nothing yet; objects are named below `source`."""
-        self._prefix = f"{source}/"
-        self._archived = Digests()
-        self._unreadable = Digests()
-        self.unread: list[str] = []  # the first MAX_NAMED of what borg could not read
-
-    def take(self, status: str, path: str) -> None:
-        """Takes a file's status (`borg create --list`): A, M, U and C are archived, E is not."""
-        key = path.removeprefix(self._prefix)
-        if status == "E":
-            self._unreadable.add(key)
-            self.unread += [key] if len(self.unread) < MAX_NAMED else []
-        elif status in ("A", "M", "U", "C", "h"):
-            self._archived.add(key)
-
-    def holds(self, key: str) -> bool:
-        """Whether the archive holds an object."""
-        return key in self._archived
-
-    def failed(self, key: str) -> bool:
-        """Whether borg could not read it."""
-        return key in self._unreadable
-
-
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
 NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
-GONE = "it was deleted meanwhile"
+REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
-
-
-def why_missing(key: str, failed: bool, hidden: bool) -> str:
-    """Why an archive lacks an object of the source."""
-    if UNREPRESENTABLE.search(key) or any(len(part.encode()) > NAME_MAX_BYTES for part in key.split("/")):
-        return "no file can have this name"
-    if hidden:
-        return "it is hidden by objects below the same name"
-    return UNREAD if failed else NOT_SHOWN
-
-
-def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mount, began: datetime) -> str:
-    """What is wrong with the archived form of an object that the source lists now; nothing if all is well.
-
-    What was written after the run began belongs to the next run, but what was overwritten meanwhile may have
-    been archived with the length of one version and the content of another.
-    """
-    is_new = entry.last_modified >= began - timedelta(seconds=RACE_SECONDS)
-    if not archive.holds(key):
-        if is_new or (key.endswith("/") and not entry.size_bytes):
-            return ""
-        name = f"{mount.store.name}: looking at {key!r}"
-        hidden = key.endswith("/") or within(MOUNT_SECONDS, name, lambda: os.path.isdir(mount.path / key))
-        return why_missing(key, archive.failed(key), hidden)
-    if not is_new:
-        return ""
-    try:
-        shown = within(MOUNT_SECONDS, f"{mount.store.name}: stat of {key!r}", (mount.path / key).stat)
-    except OSError as error:
-        return f"it was overwritten meanwhile, and {error.strerror}"
-    if shown.st_size != entry.size_bytes:
-        return (
-            f"it was overwritten meanwhile: {shown.st_size:,} bytes are archived, it has {entry.size_bytes:,}"
-        )
-    was_rewritten = entry.last_modified.timestamp() - shown.st_mtime > 1
-    if was_rewritten and entry.size_bytes > WHOLE_READ_BYTES:
-        return "it was overwritten meanwhile: what is archived may be of both versions"
-    return ""
-
-
-def why_unread(client: S3Client, key: str) -> str:
-    """Why borg could not read `key`: S3 itself refuses it or has it no more, else the reading failed."""
-    try:
-        client.get(key, (0, 0))
-    except S3Error as error:
-        if error.status in REFUSALS:
-            return f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}"
-        with contextlib.suppress(S3Error):  # what borg could not read may also be a folder
-            if error.status == 404 and not client.list_page(f"{key}/", limit=1)[0]:
-                return GONE
-    return UNREAD
 
 
 class Findings:
@@ -4975,45 +4966,27 @@ class Findings:
 
     def __init__(self) -> None:
         """None."""
-        self.count = 0
+        self.count, self.unread = 0, 0
         self.named: list[tuple[str, str]] = []
-        self.asked: dict[str, str] = {}  # what S3 was asked about, with the answer
         self.explains_all = True
 
     def add(self, key: str, reason: str) -> None:
         """Takes one in."""
-        self.count += 1
-        if self.count <= MAX_NAMED:
+        if self.count < MAX_NAMED:
             self.named.append((key, reason))
+        self.add_more(1, reason)
+
+    def add_more(self, number: int, reason: str) -> None:
+        """Takes some in without their names."""
+        self.count += number
         # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
-        # a name that no file can have, and S3's own refusal (cold storage), last until a person does
-        # something, and meanwhile no archive will hold the object: pruning must not wait for that. (Where S3
-        # suddenly refuses very many, the archive has shrunk, which stops pruning, too.) Nor must it wait for
-        # an object that is overwritten in every night's run.
+        # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
+        # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
+        # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
+        # night's run.
         if reason in (NOT_SHOWN, UNREAD):
+            self.unread += number
             self.explains_all = False
-
-    def ask(self, client: S3Client, unread: Sequence[str]) -> None:
-        """Asks S3 why borg could not read these objects."""
-        for key in unread:
-            reason = self.asked[key] = why_unread(client, f"{client.store.key_prefix}{key}")
-            if reason != GONE:
-                self.add(key, reason)
-
-    def compare(self, client: S3Client, mount: Mount, archive: ArchivedObjects, began: datetime) -> None:
-        """Takes in what an archive lacks of what the source lists now; `began` is by the server's clock.
-
-        One LIST for each 1,000 objects. Raises S3Error.
-        """
-        prefix = client.store.key_prefix
-        # Of what borg could not read, S3 is asked about the first hundred, which stand for the others.
-        refuses_all = len(self.asked) == MAX_NAMED and not {UNREAD, GONE} & set(self.asked.values())
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            is_told = self.asked.get(key, GONE) != GONE
-            if key and not is_told and (reason := audit_object(entry, key, archive, mount, began)):
-                is_like_those = reason == UNREAD and refuses_all
-                self.add(key, "S3 refuses others like it" if is_like_those else reason)
 
 
 # -------------------------------------------------------------------------------------------- Notifications
@@ -6368,7 +6341,8 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         source, *checks = preflight(runtime, targets)
         if isinstance(source, BackupError):
             raise source
-        back_up_all(runtime, source, list(zip(outcomes, checks, strict=True)))
+        with listed_source(runtime, source) as listed:
+            back_up_all(runtime, source, listed, list(zip(outcomes, checks, strict=True)))
         runtime.stop.check()
     finally:
         conclude(runtime, outcomes, summary)
@@ -6394,8 +6368,103 @@ def conclude(
         )
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What the source lists as a run begins."""
+
+    catalog: Catalog
+    unlistable: Collection[str]  # folders that TigrisFS cannot list
+
+
+@contextlib.contextmanager
+def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
+    """The source's listing in a catalog, with the headers that the last one knows; kept for the next run.
+
+    What is wrong with the last one, or with its place, is told, and costs requests. Raises S3Error.
+    """
+    source, console = runtime.settings.source, runtime.console
+    name = hashlib.sha256(f"{source.endpoint} {source.location}".encode()).hexdigest()[:16]
+    kept = borg_folder(runtime.environ, "CACHE", ".cache").parent / "s3borgbackup" / f"{name}.catalog"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = kept.with_suffix(f".{runtime.run_id}")
+            folder.mkdir(parents=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            remove_old_folders(kept)
+            listed = catalog_of_source(runtime, found, folder, kept)
+        except (CatalogError, OSError) as error:
+            console.warning(
+                "source", f"the catalog is not kept, and all headers are asked for again: {error}"
+            )
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
+            listed, kept = catalog_of_source(runtime, found, folder, None), None
+        try:
+            yield listed
+        finally:
+            try:
+                if kept and kept.exists():  # another run may have noted archives meanwhile
+                    listed.catalog.open_last(kept)
+                    listed.catalog.close_last()
+                listed.catalog.close()
+                if kept:
+                    listed.catalog.path.replace(kept)
+            except (CatalogError, OSError) as error:
+                console.warning("source", f"the catalog is not kept: {error}")
+
+
+def remove_old_folders(kept: Path) -> None:
+    """Removes what runs that were killed have left beside a catalog."""
+    for folder in kept.parent.glob(f"{kept.stem}.*/"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
+    """Lists the source into a new catalog in `folder`; `kept` is the last one."""
+    source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
+    client, unlistable = S3Client(source, found.region, PROVEN, runtime.stop), set()
+
+    def objects() -> Iterator[S3Object]:
+        for number, entry in enumerate(client.list_objects(source.key_prefix), 1):
+            if not number % CATALOG_PAGE:
+                console.progress("source", f"listing: {count(number, 'object')}")
+            key = entry.key[len(source.key_prefix) :]
+            unlistable.update(key[: key.rfind("/", 0, bad.start()) + 1] for bad in NOT_IN_XML.finditer(key))
+            if key:
+                yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
+
+    def work() -> None:
+        catalog.add(objects())
+        catalog.hide(unlistable)
+        if kept and kept.exists():
+            try:
+                catalog.open_last(kept)
+                catalog.know_headers()
+            except CatalogError as error:
+                console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
+            catalog.close_last()
+
+    within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+    number, size_bytes = catalog.total()
+    console.info(
+        "source",
+        f"lists {count(number, 'object')}, {size(size_bytes)}",
+        "listed",
+        objects=number,
+        bytes=size_bytes,
+    )
+    new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
+    if new:
+        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
+    return Listing(catalog, frozenset(unlistable))
+
+
 def back_up_all(
-    runtime: Runtime, found: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
+    runtime: Runtime,
+    found: Preflight,
+    listed: Listing,
+    work: Sequence[tuple[Outcome, Preflight | BackupError]],
 ) -> None:
     """Backs up to several targets at a time.
 
@@ -6408,10 +6477,10 @@ def back_up_all(
         before, again = len(remaining), []
         try:
             with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
-                mount.is_shared = at_once > 1
+                mount.is_shared, mount.unlistable = at_once > 1, listed.unlistable
                 while remaining and not again and (mount.is_alive or not mount.usable):
                     batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
-                    again = back_up_batch(runtime, found, mount, batch)
+                    again = back_up_batch(runtime, found, mount, listed.catalog, batch)
                     if not mount.usable:
                         break
         except Stopped:
@@ -6423,29 +6492,472 @@ def back_up_all(
         remaining.extend(again)
 
 
+HEAD_THREADS, HEADS_AHEAD = 16, 2000  # requests at a time, and objects that wait for theirs
+FETCHED_AT_ONCE = 16  # of what borg could not read
+UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
+KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
+
+
+class Feeder:
+    """What all borgs of a batch are fed from: catalog, mount, and our own client for what that cannot show.
+
+    Objects' headers are asked for behind the reads, as the answer then proves what was read.
+    """
+
+    def __init__(
+        self, runtime: Runtime, source: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
+    ) -> None:
+        """It begins when the borgs do."""
+        self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
+        self.began = source.clock
+        self.mixed = Findings()  # what may have been archived as no version ever was
+        self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
+        self._prefix = runtime.settings.source.key_prefix
+        self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
+        self._moved, self._unproven, self._refusals, self._tags_refused = 0, False, 0, False
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
+        self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
+        self._walked = threading.Event()
+        threads = HEAD_THREADS if runtime.settings.headers else 0
+        self.ahead = ReadAhead(runtime, self._items(), readers)
+        self._heads = [in_background(self._ask) for _ in range(threads)]
+
+    def close(self) -> None:
+        """Ends it."""
+        self.ahead.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def moved(self) -> int:
+        """Grows with whatever is done for borg."""
+        return self._moved + self.ahead.moved
+
+    def path(self, each: S3Object) -> str:
+        """Where the mount shows an object."""
+        return f"{self.mount.path}/{each.key.rstrip('/')}"
+
+    def _items(self) -> Iterator[Upcoming]:
+        """All objects. Each one's folders are listed before, so that TigrisFS looks nothing up one by one."""
+        listed: list[str] = []
+        try:
+            for number, each in enumerate(self.catalog.rows(), 1):
+                if each.is_shown:
+                    while listed and not each.key.startswith(listed[-1]):
+                        listed.pop()
+                    folders = ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]
+                    for folder in folders[len(listed) :]:
+                        listed.append(folder)
+                        self._list(folder)
+                    item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
+                else:
+                    item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
+                yield item
+                self._note_read(number, each)
+        except BackupError as error:
+            self.runtime.console.error("source", str(error))  # and each borg's own way through it fails, too
+        finally:
+            self._walked.set()
+
+    def _list(self, folder: str) -> None:
+        if folder not in self.mount.unlistable:
+            with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as entries:
+                for _ in entries:
+                    self._moved += 1
+
+    def _note_read(self, number: int, each: S3Object) -> None:
+        """Has an object's headers asked for, when it has been read."""
+        if each.facts is None and self._heads:
+            while not self.ahead.is_over:
+                with contextlib.suppress(queue.Full):
+                    self._to_ask.put((number, each), timeout=POLL_SECONDS)
+                    return
+        elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
+            self._unproven = True
+
+    def _ask(self) -> None:
+        """The life of a thread that asks for headers."""
+        while not self.ahead.is_over and self._refusals < MAX_NAMED:
+            try:
+                number, each = self._to_ask.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if self._walked.is_set():
+                    return
+                continue
+            if each.is_shown and self.ahead.wait_until_passed(number):
+                try:
+                    self._learn(each)
+                    self._refusals = 0
+                except S3Error as error:
+                    self._refused(each, error)
+            self._moved += 1
+
+    def _refused(self, each: S3Object, error: S3Error) -> None:
+        if error.status == 404:  # it was deleted meanwhile
+            return
+        self._refusals += 1
+        if self._refusals == MAX_NAMED:
+            words = (
+                "headers cannot be asked for, the archives are made without those of new and changed objects"
+            )
+            self.runtime.console.warning("source", f"{words}: {error}")
+
+    def _learn(self, each: S3Object) -> None:
+        """Asks S3 for an object's headers, and so for the version that it has now."""
+        answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
+        now = self._version(each, answer)
+        if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
+            now = self.is_overwritten(each, now)
+        self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+
+    def _version(self, each: S3Object, answer: Answer) -> S3Object:
+        """The version of an object whose headers these are."""
+        facts: dict[str, Any] = {"headers": headers_of(answer)}
+        if tags := self._tags(each.key) if int(answer.headers.get("x-amz-tagging-count") or 0) else {}:
+            facts["tags"] = tags
+        if storage_class := answer.headers.get("x-amz-storage-class"):
+            facts["storage_class"] = storage_class
+        size_bytes, etag = int(answer.headers["content-length"]), answer.headers.get("etag", "").strip('"')
+        modified = answer.time("Last-Modified") or each.last_modified
+        return S3Object(each.key, size_bytes, modified, etag, each.is_shown, facts)
+
+    def _tags(self, key: str) -> dict[str, str]:
+        """An object's tags. That they may not be read is told once."""
+        if self._tags_refused:
+            return {}
+        try:
+            return self._client.tags(f"{self._prefix}{key}")
+        except S3Error as error:
+            if error.status == 403 and not self._tags_refused:
+                self._tags_refused = True
+                words = f"its objects' tags may not be read, and are in no archive: {error.message}"
+                self.runtime.console.info("source", f"{words}. Give the key s3:GetObjectTagging.")
+            return {}
+
+    def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
+        """What to note of an object that had another version when it was listed.
+
+        Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
+        """
+        modified = each.last_modified.timestamp()
+        if not any(reader.began and modified >= reader.since for reader in self.readers):
+            return each  # and its headers belong to the version that the next run reads
+        try:
+            name = f"source: stat of {each.key!r}"
+            shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
+        except OSError as error:
+            self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
+            return dataclasses.replace(now, etag="")
+        was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
+        if shown.st_size != now.size_bytes:
+            sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
+            self.mixed.add(each.key, f"it was overwritten meanwhile: {sizes}")
+        elif was_rewritten and now.size_bytes > WHOLE_READ_BYTES:
+            self.mixed.add(each.key, "it was overwritten meanwhile: what is archived may be of both versions")
+        elif not was_rewritten:
+            return now
+        return dataclasses.replace(now, size_bytes=shown.st_size, etag="")
+
+    def _fetch_ahead(self, each: S3Object) -> None:
+        with contextlib.suppress(BackupError):  # who needs it hears of that
+            self.fetched(each)
+
+    def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
+        """The path, for borg, of a file with an object's content, which our own client fetches.
+
+        It is there until `reader` gives it back. Raises S3Error, and BackupError where there is no room.
+        """
+        with self._lock:
+            is_first = each.key not in self._fetched
+            future, users = self._fetched.setdefault(each.key, (concurrent.futures.Future(), set()))
+            if reader:
+                users.add(reader)
+        if is_first:
+            try:
+                future.set_result(self._fetch(each))
+            except OSError as error:
+                words = f"{self.runtime.settings.source.name}: fetching {each.key!r}: {error.strerror}"
+                future.set_exception(BackupError(words, DISK_HELP))
+            except BackupError as error:
+                future.set_exception(error)
+        while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
+            self.runtime.stop.check()
+        return future.result()
+
+    def _fetch(self, each: S3Object) -> str:
+        root = (
+            f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
+        )
+        path = Path(self._folder, odd_path(each.key))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
+                stream.write(answer.body)
+                self._moved += 1
+        now = self._version(each, answer)
+        now = dataclasses.replace(now, size_bytes=path.stat().st_size)
+        os.utime(path, (now.last_modified.timestamp(),) * 2)
+        self.catalog.add([now])
+        return root + odd_path(each.key)
+
+    def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
+        """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
+        with self._lock:
+            future, users = self._fetched[each.key]
+            users.discard(reader)
+            if not users and self.ahead.has_passed(number):
+                del self._fetched[each.key]
+                Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
+
+    def manifest(self) -> str:
+        """The path, for borg, of the manifest: it is written when all headers are there."""
+        while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
+            self.runtime.stop.check()
+        path = Path(self._folder, MANIFEST_PATH)
+        with self._writing:
+            if not path.exists():
+                self._look_again()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.with_suffix(".new").open("w", encoding="ascii") as stream:
+                    for each in self.catalog.rows():
+                        stream.write(f"{manifest_line(each)}\n")
+                        self._moved += 1
+                path.with_suffix(".new").rename(path)
+        return f"{self._folder}/./{MANIFEST_PATH}"
+
+    def _look_again(self) -> None:
+        """Lists the source once more, where objects were read whose headers have not been asked for since."""
+        if not (self._unproven and self.runtime.settings.audit):
+            return
+        for entry in self._client.list_objects(self._prefix):
+            self._moved += 1
+            key = entry.key[len(self._prefix) :]
+            each = self.catalog.find(key) if key else None
+            if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
+                now = self.is_overwritten(each, dataclasses.replace(entry, key=key))
+                self.catalog.add([dataclasses.replace(now, facts=None)])
+
+
+@dataclass(frozen=True)
+class Told:
+    """An object that borg was told of."""
+
+    sent: int  # how many it had been told of then
+    number: int  # in the catalog
+    each: S3Object
+    is_fetched: bool  # by our own client
+
+
+MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH)
+
+
+def is_folder(each: S3Object) -> bool:
+    """Whether an object is a folder for borg, and no file."""
+    return each.is_shown and each.key.endswith("/")
+
+
+class Fed:
+    """One borg that is fed: what it was told of, and what has become of that."""
+
+    def __init__(self, feeder: Feeder, reader: Reader, name: str, since: float) -> None:
+        """Objects that were last modified before `since` it knows."""
+        self.read_end, self._write_end = os.pipe()
+        self.files = 0  # that its archive is to hold
+        self.lacks = Findings()
+        self.vanished: list[str] = []
+        self.failure: Exception | None = None  # of ours
+        self.has_manifest = False
+        self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
+        self._changed, self._is_over = threading.Condition(), False
+        self._under_way: deque[Told] = deque()
+        self._sent, self._refusals, self._more_unread = 0, 0, 0
+        self._unread: list[S3Object] = []
+        self._moved, self._seen = 0.0, (0, 0.0)
+        new = "modified >= ? OR NOT is_shown"
+        self._objects, self._bytes = feeder.catalog.total()
+        objects, size_bytes = feeder.catalog.total(new, [max(since, 0) * 10**6])
+        self._effort = size_bytes + objects * SMALLEST_PLACE_BYTES + self._objects * KNOWN_BYTES
+        self._began, self._done = time.monotonic(), (0, 0, 0)
+
+    def began(self, child: Child) -> None:
+        """`child` is the borg; it reads our pipe."""
+        os.close(self.read_end)
+        self._feeder.ahead.began(self._reader, self._since, child)
+        in_background(self._feed)
+
+    def close(self) -> None:
+        """borg has ended."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._feeder.ahead.left(self._reader)
+
+    def moved(self) -> float:
+        """A meter: it grows while borg waits for us, and we are at work or wait for another borg."""
+        now, before = (self._feeder.moved, time.monotonic()), self._seen
+        self._seen = now
+        if self._reader.waits_since:
+            self._moved += now[1] - before[1]
+        elif not self._under_way:
+            self._moved += now[0] - before[0]
+        return self._moved
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Takes what borg reports (FED)."""
+        number, passed = event["number"], []
+        with self._changed:
+            if event["type"] == "fed_status":
+                each = next(entry.each for entry in self._under_way if entry.sent == number)
+                if event["status"] == "E" or not is_folder(each):
+                    self.files -= not is_folder(each)
+                    if len(self._unread) < UNREAD_AT_MOST:
+                        self._unread.append(each)
+                    else:
+                        self._more_unread += 1
+                return
+            while self._under_way and self._under_way[0].sent <= number:
+                passed.append(self._under_way.popleft())
+            self._changed.notify_all()
+        if passed:
+            self._feeder.ahead.done(self._reader, passed[-1].number)
+        for entry in passed:
+            if entry.is_fetched:
+                self._feeder.give_back(entry.each, self._reader, entry.number)
+        self._tell_progress([entry.each for entry in passed])
+
+    def _feed(self) -> None:
+        """The life of the thread that tells borg what to read."""
+        try:
+            with open(self._write_end, "wb", buffering=0) as pipe:
+                number = 0
+                for number, each in enumerate(self._feeder.catalog.rows(), 1):
+                    self._feeder.ahead.wait_until_near(self._reader, number)
+                    if each.is_shown:
+                        self._tell(pipe, number, each, self._feeder.path(each))
+                    else:
+                        self._tell_fetched(pipe, number, [each])
+                self._wait_until_done()
+                self._feeder.ahead.done(self._reader, number)
+                self._fetch_unread(pipe, number)
+                self._tell(pipe, number, MANIFEST, self._feeder.manifest())
+                self._wait_until_done()
+                self.has_manifest = MANIFEST not in self._unread
+                for each in self._unread:
+                    self.lacks.add(each.key, UNREAD)
+                pipe.write(b"\0")  # this is the end
+        except BrokenPipeError:
+            pass  # borg has ended, and said why
+        except Exception as error:  # without the end, borg makes no archive
+            self.failure = error
+
+    def _tell(
+        self, pipe: IO[bytes], number: int, each: S3Object, path: str, is_fetched: bool = False
+    ) -> None:
+        """Tells borg to read an object next."""
+        with self._changed:
+            self._sent += 1
+            self._under_way.append(Told(self._sent, number, each, is_fetched))
+            self.files += not is_folder(each)
+        pipe.write(os.fsencode(path) + b"\0")
+
+    def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
+        """Tells borg of objects that our own client fetches, some at a time."""
+        fetches = [
+            in_background(lambda each=each: self._feeder.fetched(each, self._reader)) for each in objects
+        ]
+        for each, fetch in zip(objects, fetches, strict=True):
+            try:
+                self._tell(pipe, number, each, fetch.result(), is_fetched=True)
+            except Stopped:
+                raise
+            except BackupError as error:
+                self._note_lack(each, error)
+
+    def _fetch_unread(self, pipe: IO[bytes], number: int) -> None:
+        """Fetches what borg could not read, unless S3 refuses very many."""
+        unread, self._unread = self._unread, []
+        for start in range(0, len(unread), FETCHED_AT_ONCE):
+            if self._refusals < MAX_NAMED:
+                self._tell_fetched(pipe, number, unread[start : start + FETCHED_AT_ONCE])
+            else:
+                for each in unread[start : start + FETCHED_AT_ONCE]:
+                    self.lacks.add(each.key, REFUSED_ALIKE)
+        self._wait_until_done()
+        if self._more_unread:
+            is_alike = self._refusals >= MAX_NAMED
+            self.lacks.add_more(self._more_unread, REFUSED_ALIKE if is_alike else UNREAD)
+
+    def _note_lack(self, each: S3Object, error: BackupError) -> None:
+        """Notes why an object is not in the archive, in S3's words where these are the reason."""
+        status = error.status if isinstance(error, S3Error) else 0
+        if status == 404:
+            self.vanished.append(each.key)
+            self._feeder.catalog.remove(each.key)
+        elif status in REFUSALS:
+            self._refusals += 1
+            self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
+        else:
+            self.lacks.add(each.key, UNREAD)
+
+    def _wait_until_done(self) -> None:
+        """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
+        with self._changed:
+            while self._under_way:
+                if self._is_over:
+                    raise BrokenPipeError
+                self._changed.wait(POLL_SECONDS)
+
+    def _tell_progress(self, passed: Sequence[S3Object]) -> None:
+        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes do."""
+        objects, size_bytes, effort = self._done
+        for each in passed:
+            is_new = not each.is_shown or each.last_modified.timestamp() >= self._since
+            effort += KNOWN_BYTES + (SMALLEST_PLACE_BYTES + each.size_bytes if is_new else 0)
+            size_bytes += each.size_bytes
+        objects = min(objects + len(passed), self._objects)
+        self._done = objects, size_bytes, effort
+        share = min(1.0, effort / self._effort) if self._effort else 1.0
+        seconds = (time.monotonic() - self._began) * (1 - share) / share if share else 0.0
+        self._feeder.runtime.console.progress(
+            self._name,
+            f"{objects:,} of {count(self._objects, 'object')}, {size(size_bytes)} of {size(self._bytes)},"
+            f" {math.floor(share * 100)} %, {duration(seconds)} left",
+            objects=objects,
+            bytes=size_bytes,
+            objects_total=self._objects,
+            bytes_total=self._bytes,
+            percent=math.floor(share * 100),
+            seconds_left=round(seconds),
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """The mounted source, as the borg of one target meets it."""
 
     found: Preflight
     mount: Mount
-    ahead: ReadAhead
+    feeder: Feeder
     reader: Reader
 
 
 def back_up_batch(
-    runtime: Runtime, found: Preflight, mount: Mount, batch: Sequence[tuple[Outcome, Preflight | BackupError]]
+    runtime: Runtime,
+    found: Preflight,
+    mount: Mount,
+    catalog: Catalog,
+    batch: Sequence[tuple[Outcome, Preflight | BackupError]],
 ) -> list[tuple[Outcome, Preflight | BackupError]]:
     """Backs up to some targets side by side; the source is read once for all. Raises Stopped.
 
     Returns those that are to be tried once more.
     """
     readers = [Reader() for _ in batch]
-    ahead = ReadAhead(runtime, mount, readers)
+    feeder = Feeder(runtime, found, mount, catalog, readers)
     try:
         futures = [
             in_background(
-                lambda outcome=outcome, check=check, source=Source(found, mount, ahead, reader): attempt(
+                lambda outcome=outcome, check=check, source=Source(found, mount, feeder, reader): attempt(
                     runtime, outcome, check, source
                 )
             )
@@ -6454,7 +6966,7 @@ def back_up_batch(
         while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
             pass  # each sees stop signals by itself, and has its own deadlines
     finally:
-        ahead.close()
+        feeder.close()
     return [each for each, future in zip(batch, futures, strict=True) if future.result()]
 
 
@@ -6519,7 +7031,7 @@ def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, 
     try:
         return bring_to_end(runtime, outcome, work)
     finally:
-        source.ahead.left(source.reader)
+        source.feeder.ahead.left(source.reader)
 
 
 def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: Source) -> None:
@@ -6533,25 +7045,23 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
         is_new = prepare_repository(runtime, target, client, lease)
         with writable(runtime, target, client, lease, [source.mount]) as repository:
             wait_until_usable(runtime, source.mount)
-            if is_new:
-                note_known_objects(repository.cache, 0)  # `borg init` made an empty one
-                note_count(repository.cache, runtime.settings.label, 0)
+            if is_new:  # `borg init` made an empty files cache
+                source.feeder.catalog.note_archive(repository.cache.name, runtime.settings.label, 0, 0.0)
             else:
                 check_encryption(runtime, repository)
                 warn_of_missing_cache(runtime, target, repository.cache)
             create_archive(runtime, outcome, repository, source)
             is_whole = not outcome.failures
-            compare_with_last(runtime, outcome, repository)
+            compare_with_last(runtime, outcome, repository, source.feeder.catalog)
             if target.prune and outcome.objects and not outcome.is_suspicious:
                 prune(runtime, outcome, repository)
                 if target.compact_percent is not None:
                     compact(runtime, outcome, repository)
             check_at_last(runtime, outcome, repository, f"the archive {outcome.archive} is stored")
         outlast_name(outcome.archive)
-    if (
-        outcome.objects and is_whole
-    ):  # what comes after an empty or a failed one is to be compared with the last good one
-        note_count(repository.cache, runtime.settings.label, outcome.objects)
+    if outcome.objects and is_whole:  # what comes after another one is to be compared with the last good one
+        noted = repository.cache.name, runtime.settings.label, outcome.objects
+        source.feeder.catalog.note_archive(*noted)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
     if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
         remind_of_key(runtime, target)
@@ -6572,75 +7082,50 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
 
     Raises BackupError, also when the source went away.
     """
-    target, settings, cache = outcome.target, runtime.settings, repository.cache
+    target, settings, feeder = outcome.target, runtime.settings, source.feeder
     runtime.console.info(target.store.name, "borg create begins")
-    archived, known_until = ArchivedObjects(source.mount.path), known_objects(cache)
-
-    def on_file(status: str, path: str) -> None:
-        archived.take(status, path)
-        # borg names an object that it has to read when it begins to (`process_file` of borg 1.4).
-        source.ahead.passed(source.reader, path, 0 if status in ("A", "M") else math.inf)
-
-    arguments = borg_create(
-        target,
-        settings.label,
-        repository.mount.path,
-        source.mount.path,
-        settings.source_metadata,
-        f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}",
-    )
-    created = repository.borg.run(
-        arguments,
-        on_file,
-        lambda child: source.ahead.began(source.reader, known_until, child),
-        source.found.clock - timedelta(seconds=RACE_SECONDS),
-    )
-    source.ahead.left(source.reader)
-    record_archive(runtime, outcome, created)
-    if created.log.warnings:  # some objects, or is the source gone, or its keys revoked?
-        client = S3Client(settings.source, source.found.region, PROVEN, runtime.stop)
-        examine(client, write=False)
-    judge_emptiness(runtime, outcome, source.found)
-    compare_with_source(runtime, outcome, archived, created, source)
+    as_of = source.found.clock.timestamp() - RACE_SECONDS
+    fed = Fed(feeder, source.reader, target.store.name, known_until(feeder.catalog, repository.cache))
+    comment = f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
+    with contextlib.closing(fed):
+        try:
+            created = repository.borg.run(
+                borg_create(target, settings.label, repository.mount.path, comment),
+                fed.take,
+                fed.began,
+                source.found.clock - timedelta(seconds=RACE_SECONDS),
+                own={"S3BORGBACKUP_FED": str(fed.read_end)},
+                pass_fds=[fed.read_end],
+                meters=[fed.moved],
+            )
+        except BackupError as error:
+            raise error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure from None
+    record_archive(runtime, outcome, created, fed)
+    if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
+        examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
+    judge_emptiness(runtime, outcome, feeder.catalog)
+    report_findings(runtime, outcome, fed, feeder.mixed)
     report_shrunk(runtime, outcome, source.mount)
-    note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
-
-
-def compare_with_source(
-    runtime: Runtime,
-    outcome: Outcome,
-    archived: ArchivedObjects,
-    created: BorgResult,
-    source: Source,
-) -> None:
-    """Names what the new archive lacks of the source; an archive that cannot be compared fails its target."""
-    found = Findings()
-    client = S3Client(runtime.settings.source, source.found.region, PROVEN, runtime.stop)
-
-    def look() -> None:
-        found.ask(client.with_patience(HASTY), archived.unread)
-        if runtime.settings.audit:
-            found.compare(client, source.mount, archived, source.found.clock)
-
-    try:
-        within(LIST_SECONDS, "source: comparing the archive with its listing", look, runtime.stop)
-    except (Stopped, Stuck):
-        raise
-    except (BackupError, OSError) as error:
-        note_failure(runtime, outcome, f"the archive could not be compared with the source: {error}")
-    report_findings(runtime, outcome, found)
-    gone = sum(reason == GONE for reason in found.asked.values())
-    if created.verdict is not Verdict.OK and not 0 < gone == created.log.warnings:
+    if created.log.warnings:
         outcome.warn()
-    unread = sum(reason == UNREAD for reason in found.asked.values())
-    if created.log.io_errors and (unread or not found.asked):
-        what = count(unread or created.log.io_errors, "object")
-        note_failure(
-            runtime,
-            outcome,
-            f"{what} of the source could not be read (named above). The archive holds the others."
-            " Run it again; if it stays so, look at those objects.",
-        )
+    lost = fed.files - json.loads(created.output)["archive"]["stats"]["nfiles"]
+    if lost or not fed.has_manifest:
+        what = f"{count(abs(lost), 'object')} {'less' if lost > 0 else 'more'} than borg was told of"
+        note_failure(runtime, outcome, f"the archive holds {what if lost else 'no manifest'}. Run it again.")
+    feeder.catalog.note_archive(repository.cache.name, settings.label, None, as_of)
+
+
+def known_until(catalog: Catalog, cache: Path) -> float:
+    """Objects that were modified last before this time (Unix) borg knows, and will not read.
+
+    Without its files cache it knows none; where the catalog knows nothing of that, it is as old as it is.
+    """
+    try:
+        written = (cache / "files").stat().st_mtime
+    except OSError:
+        return -math.inf
+    [[noted]] = catalog.execute("SELECT max(as_of) FROM archives WHERE repository = ?", [cache.name])
+    return written if noted is None else noted
 
 
 def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
@@ -6650,28 +7135,41 @@ def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
     runtime.console.error(name, outcome.failures[-1])
 
 
-def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None:
-    """Prints what an archive lacks."""
+def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Findings) -> None:
+    """Prints what an archive lacks, or holds as it never was."""
     name = outcome.target.store.name
-    for key, reason in found.named:
-        runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
-    if found.count > len(found.named):
-        runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
-    if found.count:
-        outcome.warn(f"the archive lacks {count(found.count, 'object')}")
-    if not found.explains_all:
-        outcome.is_suspicious = True
-        if outcome.target.prune:
-            runtime.console.warning(name, "older archives may hold what this one lacks: nothing is pruned")
+    for found in (fed.lacks, mixed):
+        for key, reason in found.named:
+            runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
+        if found.count > len(found.named):
+            runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
+    if lacks := fed.lacks.count + mixed.count:
+        outcome.warn(f"the archive lacks {count(lacks, 'object')}")
+    if fed.vanished:
+        more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
+        names = f"{', '.join(map(repr, fed.vanished[:5]))}{more}"
+        runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
+    if not fed.lacks.explains_all:
+        note_failure(
+            runtime,
+            outcome,
+            f"{count(fed.lacks.unread, 'object')} of the source could not be read (named above). The archive"
+            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays so,"
+            " look at those objects.",
+        )
 
 
-def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
+def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository, catalog: Catalog) -> None:
     """Warns of an archive that has far fewer objects than the one before: the source may be wrong.
 
     Warns once: the next archive is compared with this one.
     """
     settings, name = runtime.settings, outcome.target.store.name
-    last = noted_count(repository.cache, settings.label)
+    found = catalog.execute(
+        "SELECT objects FROM archives WHERE repository = ? AND label = ?",
+        [repository.cache.name, settings.label],
+    )
+    last = found[0][0] if found else None
     if last is None and settings.shrink_percent:
         last = ask_count(runtime, outcome, repository)
     if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
@@ -6689,29 +7187,6 @@ def has_shrunk(objects: int, last: int, percent: int) -> bool:
     return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
 
 
-COUNTS_NAME = "s3borgbackup-objects"
-
-
-def noted_count(cache: Path, label: str) -> int | None:
-    """How many objects the last archive of `label` had, as noted beside borg's cache; None: not noted."""
-    try:
-        found = json.loads((cache / COUNTS_NAME).read_text(encoding="utf-8")).get(label)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, int) else None
-
-
-def note_count(cache: Path, label: str, objects: int) -> None:
-    """Notes how many objects the last archive of `label` has. Several labels may share a repository."""
-    path = cache / COUNTS_NAME
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        counts = {}
-    with contextlib.suppress(OSError):  # then borg is asked the next time
-        replace_file(path, json.dumps({**(counts if isinstance(counts, dict) else {}), label: objects}))
-
-
 def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int | None:
     """How many objects the archive before this one has. borg reads both archives' metadata for that."""
     borg, label = repository.borg, runtime.settings.label
@@ -6723,7 +7198,12 @@ def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int
         runtime.console.warning(outcome.target.store.name, str(error))
         return None
     archives = json.loads(shown.output)["archives"]
-    return next((each["stats"]["nfiles"] for each in archives if each["name"] != outcome.archive), None)
+    return next((count_of(each) for each in archives if each["name"] != outcome.archive), None)
+
+
+def count_of(archive: Mapping[str, Any]) -> int:
+    """How many objects an archive has, by `borg info --json`."""
+    return archive["stats"]["nfiles"] - archive.get("comment", "").endswith(WITH_MANIFEST)
 
 
 # What an archive's comment begins with: before that time the source cannot have been listed.
@@ -6737,23 +7217,6 @@ def outlast_name(archive: str) -> None:
     time.sleep(min(1.0, max(0.0, over - time.time())))
 
 
-def known_objects(cache: Path) -> float:
-    """Objects that were modified last before this time (Unix) borg knows, and will not read.
-
-    That is the time of borg's files cache, which `note_known_objects` sets. Without a cache it knows none.
-    """
-    try:
-        return (cache / "files").stat().st_mtime
-    except OSError:
-        return -math.inf
-
-
-def note_known_objects(cache: Path, before: float) -> None:
-    """Notes that borg knows all objects that were modified last before this time (Unix)."""
-    with contextlib.suppress(OSError):
-        os.utime(cache / "files", (before, before))
-
-
 def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None:
     """Says what a run without borg's cache costs."""
     if not (cache / "files").exists():
@@ -6764,11 +7227,11 @@ def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None
         )
 
 
-def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult) -> None:
+def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed: Fed) -> None:
     """Takes borg's statistics into `outcome` and prints them."""
     archive = json.loads(created.output)["archive"]
     stats, name = archive["stats"], outcome.target.store.name
-    outcome.archive, outcome.objects = archive["name"], stats["nfiles"]
+    outcome.archive, outcome.objects = archive["name"], stats["nfiles"] - fed.has_manifest
     outcome.archived_bytes, outcome.stored_bytes = stats["original_size"], stats["deduplicated_size"]
     runtime.console.info(
         name,
@@ -6783,12 +7246,12 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult) -> N
     )
 
 
-def judge_emptiness(runtime: Runtime, outcome: Outcome, source: Preflight) -> None:
+def judge_emptiness(runtime: Runtime, outcome: Outcome, catalog: Catalog) -> None:
     """Warns of an archive without objects. Raises BackupError where the source has some."""
     name = outcome.target.store.name
     if outcome.objects:
         return
-    if any(not entry.key.endswith("/") for entry in source.keys):
+    if catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]:
         raise BackupError(
             f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
             "Run it again; nothing was pruned.",

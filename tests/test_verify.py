@@ -343,7 +343,7 @@ def test_a_verification_that_hangs_in_the_source_can_be_stopped_and_ends_by_itse
     assert told in result.output
 
 
-# ------------------------------------------------------------------------------------ Archives with a manifest
+# ----------------------------------------------------------------------------------- Archives with a manifest
 
 
 @dataclass
