@@ -7844,7 +7844,8 @@ FROM held CROSS JOIN manifest USING (key) LEFT JOIN objects USING (key) ORDER BY
 """
 WITHOUT_CONTENT = "manifest WHERE NOT EXISTS (SELECT 1 FROM held WHERE held.key = manifest.key)"
 ONLY_OTHERS = """
-SELECT 1 FROM held WHERE path IS NOT NULL AND NOT is_folder AND NOT EXISTS (SELECT 1 FROM manifest) LIMIT 1
+SELECT 1 FROM held WHERE path NOT LIKE 'data/s3borgbackup/%' AND NOT is_folder
+AND NOT EXISTS (SELECT 1 FROM held WHERE path IS NULL) LIMIT 1
 """
 NOT_THEN = "objects WHERE NOT EXISTS (SELECT 1 FROM manifest WHERE manifest.key = objects.key)"
 LOST_OR_LATE = """
