@@ -40,9 +40,7 @@ The sections of this file, each using only those above it:
 from __future__ import annotations
 
 import argparse
-import array
 import base64
-import bisect
 import concurrent.futures
 import contextlib
 import copy
@@ -56,7 +54,6 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
-import heapq
 import hmac
 import http.client
 import io
@@ -1261,7 +1258,7 @@ class S3Client:
 
     def get(self, key: str, span: tuple[int, int] | None = None) -> bytes:
         """The content of an object, or the bytes from the first to the last of `span`."""
-        return (self._get_span(key, *span) if span else self.request("GET", key)).body
+        return (self.get_span(key, *span) if span else self.request("GET", key)).body
 
     def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
         """The content of an object of about this size, piece by piece, all of one version, and its headers.
@@ -1275,7 +1272,7 @@ class S3Client:
         size_bytes, version = int(head.headers["content-length"]), {"If-Match": head.headers.get("etag", "*")}
         for first in range(0, size_bytes, LARGEST_PIECE_BYTES):
             last = min(first + LARGEST_PIECE_BYTES, size_bytes) - 1
-            answer = self._get_span(key, first, last, version)
+            answer = self.get_span(key, first, last, version)
             yield dataclasses.replace(
                 answer, headers={**answer.headers, "etag": head.headers.get("etag", "")}
             )
@@ -1287,7 +1284,8 @@ class S3Client:
         tags = root.iter(f"{space}Tag")
         return {tag.findtext(f"{space}Key", ""): tag.findtext(f"{space}Value", "") for tag in tags}
 
-    def _get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
+    def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
+        """The bytes from the first to the last of an object, and its headers."""
         answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
         whole = answer.status == 200 and first == 0  # an object that has no more
         if len(answer.body) == last - first + 1 and (
@@ -1552,6 +1550,29 @@ def http_reason(status: int) -> str:
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
+KEPT_HEADERS = frozenset(
+    {
+        "content-type",
+        "cache-control",
+        "content-disposition",
+        "content-encoding",
+        "content-language",
+        "expires",
+        "x-amz-website-redirect-location",
+    }
+)
+USER_METADATA = "x-amz-meta-"
+
+
+def headers_of(answer: Answer) -> dict[str, str]:
+    """Those of an object's headers that are its own, in S3's order and letters."""
+    return {
+        name: text.encode("latin-1").decode("utf-8", "surrogateescape")
+        for name, text in answer.headers.items()
+        if name in KEPT_HEADERS or name.startswith(USER_METADATA)
+    }
+
+
 def describe_fault(fault: Exception) -> str:
     """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
@@ -1635,6 +1656,7 @@ class Catalog:
         with self._told():
             self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
             self._db.executescript(CATALOG_TABLES)
+            self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)), deterministic=True)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -1650,12 +1672,17 @@ class Catalog:
         with self._told():
             return self._db.execute(sql, values).fetchall()
 
-    def add(self, objects: Iterable[S3Object]) -> None:
+    def add(self, objects: Iterable[S3Object], table: str = "objects") -> None:
         """Takes objects in; one with a key that is there already replaces it."""
-        rows = ((encode_key(each.key), *self._values(each)) for each in objects)
+        self.insert(table, ((encode_key(each.key), *self._values(each)) for each in objects))
+
+    def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Takes rows in."""
+        rows = iter(rows)
         while page := list(itertools.islice(rows, CATALOG_PAGE)):
             with self._told():
-                self._db.executemany("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?)", page)
+                marks = ", ".join("?" * len(page[0]))
+                self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", page)
 
     @staticmethod
     def _values(each: S3Object) -> tuple[Any, ...]:
@@ -1691,8 +1718,8 @@ class Catalog:
     def unlistable(self) -> set[str]:
         """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
 
-        Besides those that hold a key which no XML holds, these are the ones that begin near before such a key:
-        what it asks for first is a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
+        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key: it
+        first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
         """
         found, recent, previous = set(), deque[tuple[int, str]](), None
         if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
@@ -1804,7 +1831,6 @@ LEASE_NAME = f"{OWN_PREFIX}lease"
 PROBE_NAME = f"{OWN_PREFIX}probe-"
 KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
 CHECKED_NAME = f"{OWN_PREFIX}checked"
-COMPARED_NAME = f"{OWN_PREFIX}compared-"  # and the label; see `note_comparison`
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -3605,9 +3631,9 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
 # borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
-# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is taken
-# as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg is told
-# of an object before that has come into the window.
+# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is
+# taken as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg
+# is told of an object before that has come into the window.
 
 
 @dataclass(frozen=True)
@@ -3957,7 +3983,8 @@ def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
 
 def borg_archives(repository: Path) -> list[str]:
     """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
-    return ["list", "--json", "--format", "{archive}{time}{end}{nfiles}{size}", str(repository)]
+    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]
+    return ["list", "--json", *options, str(repository)]
 
 
 def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
@@ -4026,9 +4053,9 @@ def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
-def borg_export_sample(repository: Path, archive: str, patterns: Sequence[str]) -> list[str]:
-    """Writes what matches, in the archive's order, as a tar stream to standard output."""
-    return ["export-tar", *patterns, f"{repository}::{archive}", "-"]
+def borg_extract(repository: Path, archive: str, path: str) -> list[str]:
+    """Writes the content of a file in an archive to standard output."""
+    return ["extract", "--stdout", f"{repository}::{archive}", path]
 
 
 def drain(stream: IO[bytes]) -> None:
@@ -4239,9 +4266,9 @@ class Borg:
 
         `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
         unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
-        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises BackupError when it
-        fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal, and what `consume`
-        raises. An archive that lacks what could not be read is a result.
+        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises BackupError
+        when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal, and what
+        `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -4962,54 +4989,12 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
         time.sleep(POLL_SECONDS)
 
 
-def digest_of(text: str) -> int:
-    """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())
-
-
-class Digests:
-    """A set of texts that takes eight bytes for each, however long it is and however many there are.
-
-    Two texts may be taken for one with a chance of 1 in 10^19 for each pair.
-    """
-
-    def __init__(self) -> None:
-        """An empty set."""
-        self._buckets = [array.array("Q") for _ in range(256)]
-        self._is_sorted = True
-
-    def add(self, text: str) -> None:
-        """Takes a text in."""
-        number = digest_of(text)
-        self._buckets[number >> 56].append(number)
-        self._is_sorted = False
-
-    def __contains__(self, text: str) -> bool:
-        """Whether a text was taken in."""
-        if not self._is_sorted:
-            self._buckets = [array.array("Q", sorted(bucket)) for bucket in self._buckets]
-            self._is_sorted = True
-        number = digest_of(text)
-        bucket = self._buckets[number >> 56]
-        index = bisect.bisect_left(bucket, number)
-        return index < len(bucket) and bucket[index] == number
-
-
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
 NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
 REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
-
-
-def why_missing(key: str, failed: bool, hidden: bool) -> str:
-    """Why an archive lacks an object of the source."""
-    if UNREPRESENTABLE.search(key) or any(len(part.encode()) > NAME_MAX_BYTES for part in key.split("/")):
-        return "no file can have this name"
-    if hidden:
-        return "it is hidden by objects below the same name"
-    return UNREAD if failed else NOT_SHOWN
 
 
 class Findings:
@@ -6553,28 +6538,7 @@ FETCHED_AT_ONCE = 16  # of what borg could not read
 UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
 KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
 
-KEPT_HEADERS = frozenset(
-    {
-        "content-type",
-        "cache-control",
-        "content-disposition",
-        "content-encoding",
-        "content-language",
-        "expires",
-        "x-amz-website-redirect-location",
-    }
-)
-USER_METADATA = "x-amz-meta-"
 TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
-
-
-def headers_of(answer: Answer) -> dict[str, str]:
-    """Those of an object's headers that are its own, in S3's order and letters."""
-    return {
-        name: text.encode("latin-1").decode("utf-8", "surrogateescape")
-        for name, text in answer.headers.items()
-        if name in KEPT_HEADERS or name.startswith(USER_METADATA)
-    }
 
 
 class Feeder:
@@ -6782,7 +6746,7 @@ class Feeder:
     def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
         """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
         with self._lock:
-            future, users = self._fetched[each.key]
+            _, users = self._fetched[each.key]
             users.discard(reader)
             if not users and self.ahead.has_passed(number):
                 del self._fetched[each.key]
@@ -7530,10 +7494,12 @@ class Archive:
     def parse(cls, entry: Mapping[str, Any]) -> Archive:
         """From an entry of borg's JSON; the times are for people, in their zone."""
         start, end = (borg_time(entry[key]).astimezone() for key in ("time", "end"))
-        numbers = [
+        files, archived_bytes = (
             number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
-        ]
-        return cls(entry["name"], start, end, *numbers)
+        )
+        if files and entry.get("comment", "").endswith(WITH_MANIFEST):
+            files -= 1
+        return cls(entry["name"], start, end, files, archived_bytes)
 
     def belongs_to(self, label: str) -> bool:
         """Whether it is one of `label`, and no checkpoint."""
@@ -7891,17 +7857,72 @@ def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bo
 
 # --------------------------------------------------------------------------------------------- Verification
 
-# Is an archive good? What the source lists is kept as 16 bytes for each object; the archive's list streams
-# past it, and a sample is chosen on the way, into a file. The sample leaves borg as a tar stream, for which
-# borg verifies what it reads, and is compared, block by block, with the objects that have not changed since.
-# So memory grows neither with the sample nor with an object's size.
+# Is an archive good? What the source lists now, what it listed then, by the archive's manifest, and what the
+# archive holds become tables beside each other, and each comparison is a query. A sample leaves borg as a tar
+# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
+# memory grows neither with the bucket, nor with the sample, nor with an object's size.
 
 DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
 SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
 PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
-AWKWARD_AT_ONCE = 100  # of them on its command line
-COMPARED_BYTES = 1024 * 1024  # at a time
+FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
 CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+VERIFICATION_TABLES = """
+CREATE TABLE manifest ( -- as `objects`, when the archive was made
+    key BLOB PRIMARY KEY, size INTEGER, modified INTEGER, etag TEXT, is_shown INTEGER, facts TEXT
+) WITHOUT ROWID;
+CREATE TABLE held ( -- the archive's entries in their order, with the path where the key does not tell it
+    place INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, modified INTEGER, is_folder INTEGER
+);
+CREATE TABLE content ( -- the archived objects in the archive's order, but folders last
+    number INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, is_folder INTEGER, since TEXT
+);
+CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER);
+CREATE INDEX held_path ON held (path) WHERE path IS NOT NULL
+"""
+HELD_KEYS = """
+CREATE INDEX held_key ON held (key);
+UPDATE held SET key = manifest.key FROM manifest WHERE held.path = odd_path(manifest.key);
+DELETE FROM held WHERE path IS NULL AND key IN (SELECT key FROM held WHERE path IS NOT NULL)
+"""
+# Of an archive without a manifest its own entries are all that is known.
+HELD_AS_MANIFEST = """
+INSERT OR REPLACE INTO manifest SELECT key, size, modified, '', 1, NULL FROM held
+WHERE key IS NOT NULL AND NOT is_folder
+"""
+# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
+# seconds, as HTTP and tar have them. What was overwritten before it was read is not what the manifest tells.
+COMPARE_CONTENT = """
+INSERT INTO content SELECT NULL, held.key, path, held.size, is_folder, CASE
+    WHEN objects.key IS NULL THEN 'deleted'
+    WHEN objects.size = held.size AND CASE
+        WHEN manifest.size <> held.size THEN objects.modified / 1000000 = held.modified / 1000000
+        WHEN '' IN (manifest.etag, objects.etag) THEN objects.modified / 1000000 = manifest.modified / 1000000
+        ELSE objects.etag = manifest.etag END THEN 'unchanged'
+    ELSE 'changed' END
+FROM held CROSS JOIN manifest USING (key) LEFT JOIN objects USING (key) ORDER BY is_folder, place
+"""
+WITHOUT_CONTENT = "manifest WHERE NOT EXISTS (SELECT 1 FROM held WHERE held.key = manifest.key)"
+ONLY_OTHERS = """
+SELECT 1 FROM held WHERE path NOT LIKE 'data/s3borgbackup/%' AND NOT is_folder
+AND NOT EXISTS (SELECT 1 FROM held WHERE path IS NULL) LIMIT 1
+"""
+NOT_THEN = "objects WHERE NOT EXISTS (SELECT 1 FROM manifest WHERE manifest.key = objects.key)"
+LOST_OR_LATE = """
+'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
+|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
+"""
+WHY_HIDDEN = f"""
+CASE WHEN {IS_COVERED} THEN 'it is hidden by objects below the same name'
+ELSE 'no file can have this name' END
+"""
+SAMPLED = """
+SELECT sample.number, content.key, path, content.size, since = 'unchanged', objects.etag,
+    objects.modified / 1000000, objects.modified / 1000000 = manifest.modified / 1000000, manifest.facts
+FROM sample JOIN content ON content.number = sample.content JOIN manifest USING (key)
+LEFT JOIN objects USING (key) WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
+"""
 
 
 @dataclass(frozen=True)
@@ -7922,161 +7943,16 @@ class Sample:
         number, share = int(found[1] or 0), float(found[2] or 0) / 100
         return cls(number, share) if number or 0 < share <= 1 else None
 
+    def choose(self, total: int, seed: int) -> Iterator[int]:
+        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
 
-@dataclass(frozen=True)
-class Chosen:
-    """An object of a sample."""
-
-    path: str  # in the archive
-    size_bytes: int
-    unchanged: bool  # the source lists it with the same size and time
-
-
-class Chooser:
-    """Chooses a sample of the objects that pass by, each with the same chance, and writes it to a file.
-
-    The same seed chooses the same objects of an archive. Where a share is asked for, at least one is chosen.
-    """
-
-    def __init__(self, sample: Sample, seed: int, spool: Path) -> None:
-        """Nothing has passed yet."""
-        self.number = 0  # of those chosen; counted when all have passed
-        self._sample, self._random, self._seen = sample, random.Random(seed), 0
-        self._spool = spool.open("w", encoding="utf-8")
-        self._kept: list[tuple[float, int, Chosen]] = []  # a heap, by how high the number is that was drawn
-
-    def take(self, chosen: Chosen) -> None:
-        """Decides on one object."""
-        drawn = self._random.random()
-        self._seen += 1
-        if drawn < self._sample.share:
-            self._write(chosen)
-            return
-        room = self._sample.number or (0 if self.number else 1)
-        heapq.heappush(self._kept, (-drawn, self._seen, chosen))
-        if len(self._kept) > room:
-            heapq.heappop(self._kept)
-
-    def finish(self) -> None:
-        """Writes what is still to be written, in the archive's order."""
-        kept = [] if self.number else sorted(self._kept, key=lambda entry: entry[1])
-        with self._spool:
-            for _, _, chosen in kept:
-                self._write(chosen)
-
-    def _write(self, chosen: Chosen) -> None:
-        self.number += 1
-        print(json.dumps(dataclasses.astuple(chosen)), file=self._spool)
-
-
-def read_sample(spool: Path) -> Iterator[Chosen]:
-    """The objects of a sample, in the archive's order."""
-    with spool.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Chosen(*json.loads(line))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one borg exports of a sample."""
-
-    patterns: Sequence[str]  # its options
-    objects: Iterable[Chosen]
-    number: int
-
-
-def batches(sample: Sample, chooser: Chooser, spool: Path) -> Iterator[Batch]:
-    """A sample in parts that one borg can take; the whole archive in one, as that needs no patterns."""
-    if sample.share == 1.0:
-        yield Batch((), read_sample(spool), chooser.number)
-        return
-    part, awkward = [], 0
-    for chosen in read_sample(spool):
-        part.append(chosen)
-        awkward += is_awkward(chosen.path)
-        if len(part) >= PATHS_AT_ONCE or awkward >= AWKWARD_AT_ONCE:
-            yield Batch(write_patterns(part, spool), part, len(part))
-            part, awkward = [], 0
-    if part:
-        yield Batch(write_patterns(part, spool), part, len(part))
-
-
-def is_awkward(path: str) -> bool:
-    """Whether borg would read something else from a line of a file: it strips lines, and ends them at CR."""
-    return path != path.strip() or bool(re.search(r"[\r\n]", path))
-
-
-def write_patterns(part: Sequence[Chosen], spool: Path) -> list[str]:
-    """borg's options for exactly these paths, most of them in a file; none is taken for a pattern."""
-    file = spool.with_suffix(".patterns")
-    lines = [f"+ pf:{chosen.path}" for chosen in part]
-    file.write_text("".join(f"{line}\n" for line in lines if not is_awkward(line)), encoding="utf-8")
-    own = [word for line in lines if is_awkward(line) for word in ("--pattern", line)]
-    return ["--patterns-from", str(file), *own, "--pattern", "- re:.*"]
-
-
-class Listed:
-    """What the source lists: of each object its size and time, and whether the archive holds it.
-
-    16 bytes and a bit for each, however long its key is; see `Digests` for the chance of a mistake.
-    """
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.number = 0
-        self._keys = [array.array("Q") for _ in range(256)]
-        self._prints = [array.array("Q") for _ in range(256)]
-        self._held = [bytearray() for _ in range(256)]
-
-    def add(self, key: str, size_bytes: int, modified: float) -> None:
-        """Takes an object in."""
-        number = digest_of(key)
-        self.number += 1
-        self._keys[number >> 56].append(number)
-        self._prints[number >> 56].append(fingerprint(size_bytes, modified))
-
-    def finish(self) -> None:
-        """All are in."""
-        for index, (keys, prints) in enumerate(zip(self._keys, self._prints, strict=True)):
-            pairs = sorted(zip(keys, prints, strict=True))
-            self._keys[index] = array.array("Q", (key for key, _ in pairs))
-            self._prints[index] = array.array("Q", (value for _, value in pairs))
-            self._held[index] = bytearray(len(pairs))
-
-    def is_unchanged(self, key: str, size_bytes: int, modified: float) -> bool:
-        """Whether it is listed with this size and time, by the second."""
-        number = digest_of(key)
-        index = self._find(number)
-        return index is not None and self._prints[number >> 56][index] == fingerprint(size_bytes, modified)
-
-    def hold(self, key: str) -> bool:
-        """Notes that the archive holds an object; False where that is not listed."""
-        number = digest_of(key)
-        index = self._find(number)
-        if index is not None:
-            self._held[number >> 56][index] = 1
-        return index is not None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the archive holds everything that is listed."""
-        return not any(0 in held for held in self._held)
-
-    def lacks(self, key: str) -> bool:
-        """Whether it is listed, and the archive does not hold it."""
-        number = digest_of(key)
-        index = self._find(number)
-        return index is not None and not self._held[number >> 56][index]
-
-    def _find(self, number: int) -> int | None:
-        keys = self._keys[number >> 56]
-        index = bisect.bisect_left(keys, number)
-        return index if index < len(keys) and keys[index] == number else None
-
-
-def fingerprint(size_bytes: int, modified: float) -> int:
-    """64 bits that stand for an object's size and its time in whole seconds: HTTP and tar know no others."""
-    return digest_of(f"{size_bytes} {math.floor(modified)}")
+        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
+        """
+        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
+        for number in range(1, total + 1):
+            if chance.random() * (total - number + 1) < wanted:
+                wanted -= 1
+                yield number
 
 
 @dataclass
@@ -8090,10 +7966,9 @@ class Verification:
     archived: int = 0
     listed: int = 0
     new: int = 0  # in the source since
-    lacked: frozenset[str] | None = None  # keys that it lacked when it was made; None: that is not known
     missing: Findings = field(default_factory=Findings)
     appeared: Findings = field(default_factory=Findings)  # since, with an older time
-    unarchivable: Findings = field(default_factory=Findings)  # no archive can hold them
+    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
     deleted: Findings = field(default_factory=Findings)  # since
     changed: Findings = field(default_factory=Findings)  # since
     sampled: int = 0
@@ -8101,6 +7976,7 @@ class Verification:
     equal: int = 0  # of the sample: as in the source, byte for byte
     extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
     differing: Findings = field(default_factory=Findings)
+    headers_changed: Findings = field(default_factory=Findings)
     unreadable: Findings = field(default_factory=Findings)  # in the source
     error: str = ""  # why it could not be verified to the end
 
@@ -8109,7 +7985,8 @@ class Verification:
         """Whether the archive is good. What changed in the source since says nothing about that."""
         if self.error or self.missing.count or self.differing.count:
             return Verdict.FAILURE
-        return Verdict.WARNING if self.unarchivable.count or self.unreadable.count else Verdict.OK
+        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
+        return Verdict.WARNING if doubts else Verdict.OK
 
     def as_json(self) -> str:
         """For programs."""
@@ -8120,27 +7997,23 @@ class Verification:
     def as_text(self) -> str:
         """For people."""
         as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
+        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
         rows = [
             ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
             ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
             ("missing", f"{self.missing.count:,} that the source had before"),
-            ("unarchivable", f"{self.unarchivable.count:,} that no archive can hold"),
-            (
-                "since then",
-                f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted",
-            ),
+            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
+            ("since then", since),
             ("", f"{self.appeared.count:,} appeared with an older time"),
             ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
             ("", f"{self.equal:,} equal the source byte for byte"),
             ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
-            (
-                "",
-                f"{self.differing.count:,} differ, {self.unreadable.count:,} could not be read in the source",
-            ),
+            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
+            ("", f"{self.unreadable.count:,} could not be read in the source"),
             ("result", self.verdict.value),
         ]
         named = [
-            f"{name}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
             for name in NAMED_FINDINGS
             for key, reason in getattr(self, name).named
         ]
@@ -8152,10 +8025,13 @@ VERIFICATION_FIELDS = (
     *("missing", "appeared", "unarchivable", "changed", "deleted"),
 )
 NAMED_FINDINGS = (
-    *("missing", "differing", "unreadable", "unarchivable"),
+    *("missing", "differing", "headers_changed", "unreadable", "unarchivable"),
     *("appeared", "changed", "deleted"),
 )
-SAMPLE_FIELDS = ("seed", "sampled", "sampled_bytes", "equal", "extracted", "differing", "unreadable")
+SAMPLE_FIELDS = (
+    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
+    *("differing", "headers_changed", "unreadable"),
+)
 
 
 def value_for_json(value: object) -> object:
@@ -8187,39 +8063,29 @@ def verify(
     runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
 ) -> None:
     """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
-    source = runtime.settings.source
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN, runtime.stop)
-    with opened_for_reading(runtime, target, "`verify`") as repository:
-        find_archive(runtime, repository, archive, found)
-        runtime.console.info(target.store.name, f"{found.archive} is compared with {source.location}")
-        listed = list_source(runtime, client)
-        found.listed = listed.number
-        with mounted_apart(runtime, client.region) as mount, spool_folder() as folder:
-            chooser = Chooser(sample, found.seed, folder / "sample")
-            compare_lists(repository, path_prefix(runtime.settings), listed, chooser, found)
-            find_missing(runtime, client, mount, listed, found)
-            runtime.console.info(target.store.name, f"{count(chooser.number, 'object')} are proved")
-            prover = Prover(runtime, client, mount, listed, found)
-            for batch in batches(sample, chooser, folder / "sample"):
-                prover.prove(repository, batch)
-
-
-@contextlib.contextmanager
-def spool_folder() -> Iterator[Path]:
-    """A folder for the sample."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        yield Path(folder)
-
-
-@contextlib.contextmanager
-def mounted_apart(runtime: Runtime, region: str) -> Iterator[Mount]:
-    """The source, mounted read-only where no run and no person mounts it, and without its user metadata."""
-    with folder_for_mounts() as folder:
-        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=False)
-        private = dataclasses.replace(runtime, settings=settings)
-        with mounted(private, settings.source, region, read_only=True) as mount:
-            wait_until_usable(private, mount)
-            yield mount
+    source, name = runtime.settings.source, target.store.name
+    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
+    with (
+        opened_for_reading(runtime, target, "`verify`") as repository,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
+        contextlib.closing(Catalog(Path(folder, "catalog"))) as catalog,
+    ):
+        verifier = Verifier(runtime, client, repository, catalog, found)
+        verifier.find_archive(archive)
+        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
+        verifier.take_archive()
+        verifier.list_source()
+        verifier.compare()
+        number = verifier.choose(sample)
+        runtime.console.info(name, f"{count(number, 'object')} are proved")
+        if sample.share == 1.0:
+            verifier.prove(0, number, None)
+        else:
+            for first in range(0, number, PATHS_AT_ONCE):
+                verifier.prove(first, min(first + PATHS_AT_ONCE, number), Path(folder, "chosen"))
+        if found.unreadable.count:  # some objects, or are the keys revoked?
+            examine(client, write=False)
 
 
 def path_prefix(settings: Settings) -> str:
@@ -8227,251 +8093,296 @@ def path_prefix(settings: Settings) -> str:
     return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
 
 
-def find_archive(runtime: Runtime, repository: Repository, name: str | None, found: Verification) -> None:
-    """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
-
-    Where it does not say so itself, that is its start by a clock of which little is known.
-    """
-    label, store = runtime.settings.label, repository.target.store
-    pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-    borg = repository.borg
-    archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
-    if not archives:
-        what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
-        raise BackupError(
-            f"{store.name}: {store.location} holds {what}",
-            f"`backup.py borg {repository.target.name} list` shows what it holds.",
-        )
-    [archive] = archives
-    found.archive = archive["name"]
-    found.as_of = source_as_of(archive["comment"], archive["start"])
-    noted = read_note(repository.client, f"{COMPARED_NAME}{found.archive[: -len('-2025-01-31T03:00:00')]}")
-    source = runtime.settings.source
-    facts = {"archive": archive["id"], "source": [source.endpoint, source.location]}
-    if noted and facts.items() <= noted.items():
-        found.lacked = frozenset(noted["lacks"])
-
-
 def source_as_of(comment: str, start: str) -> datetime:
     """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
     with contextlib.suppress(ValueError):
         if comment.startswith(SOURCE_AS_OF):
-            return datetime.fromisoformat(comment.removeprefix(SOURCE_AS_OF)).astimezone(UTC)
+            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
+            return datetime.fromisoformat(time).astimezone(UTC)
     return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
 
 
-def list_source(runtime: Runtime, client: S3Client) -> Listed:
-    """What the source lists now, but for empty objects that stand for folders. Raises S3Error, Stopped."""
-    prefix = client.store.key_prefix
-
-    def collect() -> Listed:
-        listed = Listed()
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            if key and not is_folder_marker(entry):
-                listed.add(key, entry.size_bytes, entry.last_modified.timestamp())
-        listed.finish()
-        return listed
-
-    return within(LIST_SECONDS, "source: listing it", collect, runtime.stop)
+def entries_held(lines: Iterable[bytes], prefix: str) -> Iterator[tuple[Any, ...]]:
+    """Rows for the table `held` from an archive's list."""
+    for entry in map(json.loads, lines):
+        path, is_folder = entry["path"], entry["type"] == "d"
+        key = encode_key(path.removeprefix(prefix)) + b"/" * is_folder if path.startswith(prefix) else None
+        modified = (borg_time(entry["mtime"]) - EPOCH) // timedelta(microseconds=1)
+        if entry["type"] in "-d":
+            yield None, key, path if key is None else None, entry["size"], modified, is_folder
 
 
-def is_folder_marker(entry: S3Object) -> bool:
-    """Whether an object only stands for a folder: no archive has it."""
-    return entry.key.endswith("/") and not entry.size_bytes
+# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
+OTHER_NOW = frozenset({404, 416, 200, 206})
 
 
-def compare_lists(
-    repository: Repository, prefix: str, listed: Listed, chooser: Chooser, found: Verification
-) -> None:
-    """Has the archive's list pass by what the source lists, and by the chooser. Raises BackupError."""
-    outside = 0
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """An object of a sample."""
 
-    def consume(lines: IO[bytes]) -> None:
-        nonlocal outside
-        for line in lines:
-            entry = json.loads(line)
-            key = entry["path"].removeprefix(prefix)
-            if entry["type"] != "-":
-                continue
-            if key == entry["path"]:
-                outside += 1
-                continue
-            found.archived += 1
-            modified = borg_time(entry["mtime"]).timestamp()
-            unchanged = listed.is_unchanged(key, entry["size"], modified)
-            if not listed.hold(key):
-                found.deleted.add(key, "")
-            elif not unchanged:
-                found.changed.add(key, "")
-            chooser.take(Chosen(entry["path"], entry["size"], unchanged))
-
-    borg = repository.borg
-    borg.run(borg_items(borg.repository, found.archive), consume=consume)
-    chooser.finish()
-    if outside and not found.archived:
-        raise BackupError(
-            f"{repository.target.store.name}: {found.archive} holds nothing below {prefix}",
-            "Set DATA_DIR to what it was when the archive was made.",
-        )
+    number: int
+    key: str
+    path: str  # in the archive
+    size_bytes: int
+    is_unchanged: bool
+    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
+    modified: int
+    is_same_time: bool  # as when the archive was made
+    facts: Mapping[str, Any]  # as the archive has them
 
 
-LOST_OR_LATE = (
-    "the backup missed it, or it came later with an older time (a delete marker was removed, or it is a"
-    " replica); the next backup will have it"
-)
+Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
 
 
-def find_missing(
-    runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
-) -> None:
-    """Names what the source had before, and the archive does not hold; lists the source again for it."""
-    if listed.is_held:
-        return
-    prefix, before = client.store.key_prefix, found.as_of or datetime.now(UTC)
-
-    def look() -> None:
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            if not key or is_folder_marker(entry) or not listed.lacks(key):
-                continue
-            if entry.last_modified >= before - timedelta(seconds=RACE_SECONDS):
-                found.new += 1
-                continue
-            hidden = key.endswith("/") or os.path.isdir(mount.path / key)
-            reason = why_missing(key, failed=False, hidden=hidden)
-            if reason != NOT_SHOWN:
-                found.unarchivable.add(key, reason)
-            elif found.lacked is None:
-                found.missing.add(key, f"of {entry.last_modified:%Y-%m-%dT%H:%M:%SZ}: {LOST_OR_LATE}")
-            elif key in found.lacked:
-                found.missing.add(key, reason)
-            else:
-                found.appeared.add(key, "the source did not list it when the archive was made")
-
-    within(LIST_SECONDS, "source: listing it", look, runtime.stop)
-
-
-class Prover:
-    """Compares what borg extracts with the source."""
+class Verifier:
+    """Compares one archive with the source, and writes down in `found` what it finds."""
 
     def __init__(
-        self, runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
+        self,
+        runtime: Runtime,
+        client: S3Client,
+        repository: Repository,
+        catalog: Catalog,
+        found: Verification,
     ) -> None:
-        """Nothing is compared yet; `mount` is the source's, and `client` asks S3 about it directly."""
-        settings = dataclasses.replace(runtime.settings, source_metadata=False)
-        self._runtime = dataclasses.replace(runtime, settings=settings)
-        self._prefix = path_prefix(settings)
-        self._client, self._mount, self._listed, self._found = client, mount, listed, found
+        """Nothing is compared yet; `client` is the source's."""
+        self._runtime, self._client, self._repository = runtime, client, repository
+        self._catalog, self._found = catalog, found
+        self._prefix = path_prefix(runtime.settings)
+        self._has_manifest = False
         self._current = ""  # the object that is being read
-        self._passed: Callable[[str, float], None] = lambda path, offset: None  # tells how far we have read
+        self._waits = False  # for the source
+        for statement in VERIFICATION_TABLES.split(";"):
+            catalog.execute(statement)
 
-    def prove(self, repository: Repository, batch: Batch) -> None:
-        """Has borg export a part of the sample, while threads read the same of the source ahead.
+    def find_archive(self, name: str | None) -> None:
+        """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
 
-        Raises BackupError where borg finds damage, or leaves out an object.
+        Where it does not say so itself, that is its start by a clock of which little is known.
         """
-        reader, before = Reader(), self._found.sampled
-        original = (
-            (self._original(self._key(chosen.path)), chosen.size_bytes, 0.0)
-            for chosen in batch.objects
-            if chosen.unchanged
+        label, borg, store = (
+            self._runtime.settings.label,
+            self._repository.borg,
+            self._repository.target.store,
         )
-        ahead = ReadAhead(self._runtime, self._mount, [reader], original)
-        self._passed = lambda path, offset: ahead.passed(reader, path, offset)
-        borg = repository.borg.with_mounts(self._mount)
-        arguments = borg_export_sample(borg.repository, self._found.archive, batch.patterns)
+        pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
+        archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
+        if not archives:
+            what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
+            raise BackupError(
+                f"{store.name}: {store.location} holds {what}",
+                f"`backup.py borg {self._repository.target.name} list` shows what it holds.",
+            )
+        self._found.archive = archives[0]["name"]
+        self._found.as_of = source_as_of(archives[0]["comment"], archives[0]["start"])
+
+    def take_archive(self) -> None:
+        """Takes in what the archive holds, and its manifest. Raises BackupError."""
+        borg, name, archive = self._repository.borg, self._repository.target.store.name, self._found.archive
+        execute = self._catalog.execute
+
+        def take_manifest(lines: IO[bytes]) -> None:
+            try:
+                self._catalog.add((parse_manifest_line(line.decode()) for line in lines), "manifest")
+            except ValueError as error:
+                hint = DAMAGE_HELP.format(name=self._repository.target.name)
+                raise BackupError(f"{name}: the manifest of {archive} is damaged: {error}", hint) from error
+
+        borg.run(
+            borg_items(borg.repository, archive),
+            consume=lambda lines: self._catalog.insert("held", entries_held(lines, self._prefix)),
+        )
+        self._has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
+        if self._has_manifest:
+            borg.run(borg_extract(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
+        for statement in HELD_KEYS.split(";") if self._has_manifest else [HELD_AS_MANIFEST]:
+            execute(statement)
+        if execute(ONLY_OTHERS):
+            raise BackupError(
+                f"{name}: {archive} holds nothing below {self._prefix}",
+                "Set DATA_DIR to what it was when the archive was made.",
+            )
+
+    def list_source(self) -> None:
+        """Takes in what the source lists now. Raises S3Error, Stopped.
+
+        An archive without a manifest does not tell the empty objects that stand for folders.
+        """
+        prefix = self._client.store.key_prefix
+
+        def objects() -> Iterator[S3Object]:
+            for entry in self._client.list_objects(prefix):
+                key = entry.key[len(prefix) :]
+                if key and (self._has_manifest or entry.size_bytes or not key.endswith("/")):
+                    yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
+
+        take = functools.partial(self._catalog.add, objects())
+        within(LIST_SECONDS, "source: listing it", take, self._runtime.stop)
+
+    def compare(self) -> None:
+        """Finds what the archive lacks, and what has changed since."""
+        execute, found = self._catalog.execute, self._found
+        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        older = f"{NOT_THEN} AND modified < {before}"
+
+        def name(findings: Findings, where: str, reason: str = "''") -> None:
+            findings.count = execute(f"SELECT count(*) FROM {where}")[0][0]
+            rows = execute(f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}")
+            findings.named = [(decode_key(key), text) for key, text in rows]
+
+        execute(COMPARE_CONTENT)
+        name(found.changed, "content WHERE since = 'changed'")
+        name(found.deleted, "content WHERE since = 'deleted'")
+        if self._has_manifest:
+            name(found.missing, WITHOUT_CONTENT, "'its content is not in the archive'")
+            name(found.appeared, older, "'the source did not list it when the archive was made'")
+        else:
+            self._catalog.hide([])
+            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
+            name(found.unarchivable, f"{older} AND NOT is_shown", WHY_HIDDEN)
+        [[found.archived]] = execute("SELECT count(*) FROM content")
+        [[found.listed]] = execute("SELECT count(*) FROM objects")
+        [[found.new]] = execute(f"SELECT count(*) FROM {NOT_THEN} AND modified >= {before}")
+
+    def choose(self, sample: Sample) -> int:
+        """Chooses a sample; returns how many objects it has."""
+        [[files]] = self._catalog.execute("SELECT count(*) FROM content WHERE NOT is_folder")
+        self._catalog.insert("sample", ((None, number) for number in sample.choose(files, self._found.seed)))
+        return self._catalog.execute("SELECT count(*) FROM sample")[0][0]
+
+    def prove(self, first: int, last: int, paths: Path | None) -> None:
+        """Has borg export the objects of the sample behind number `first` up to `last`, and compares them.
+
+        Their paths go to a file `paths` for it; without that it exports all. Raises BackupError where borg
+        finds damage, or leaves out an object.
+        """
+        borg, target, before = self._repository.borg, self._repository.target, self._found.sampled
+        if paths:
+            with paths.open("wb") as file:
+                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+
+        def moved() -> float:  # borg would, if the source answered
+            return time.monotonic() if self._waits else 0.0
+
         try:
             borg.run(
-                arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=self._consume
+                borg_export(borg.repository, self._found.archive, Path("-")),
+                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
+                own={"S3BORGBACKUP_EXPORTED": str(paths)} if paths else None,
+                meters=[moved],
             )
         except BackupError as error:
             if self._current and not isinstance(error, Stopped):
                 error.message += f" (while {self._current!r} was read)"
             raise
-        finally:
-            ahead.close()
-        if self._found.sampled - before != batch.number:
-            raise BackupError(
-                f"{repository.target.store.name}: borg exported {self._found.sampled - before:,} of"
-                f" {count(batch.number, 'object')}",
-                DAMAGE_HELP.format(name=repository.target.name),
-            )
+        if (got := self._found.sampled - before) != last - first:
+            words = f"borg exported {got:,} of {count(last - first, 'object')}"
+            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
 
-    def _key(self, path: str) -> str:
-        return path.removeprefix(self._prefix)
+    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
+        while page := self._catalog.execute(SAMPLED, (first, last, CATALOG_PAGE)):
+            for number, key, path, *rest, facts in page:
+                name = decode_key(key)
+                yield Chosen(number, name, path or f"{self._prefix}{name}", *rest, json.loads(facts or "{}"))
+            first = page[-1][0]
 
-    def _original(self, key: str) -> str:
-        return f"{self._mount.path}/{key}"
+    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
+        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
+        asked = (
+            (each, self._ask(each, first))
+            for each in chosen
+            for first in (range(0, each.size_bytes or 1, FETCHED_BYTES) if each.is_unchanged else [0])
+        )
+        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
+        while ahead:
+            yield ahead.popleft()
+            ahead.extend(itertools.islice(asked, 1))
 
-    def _consume(self, stream: IO[bytes]) -> None:
+    def _ask(self, each: Chosen, first: int) -> Fetched:
+        client, key = self._client, f"{self._client.store.key_prefix}{each.key}"
+        last = min(first + FETCHED_BYTES, each.size_bytes) - 1
+        if not each.is_unchanged:
+            return None
+        if not each.size_bytes:
+            return in_background(lambda: client.request("HEAD", key))
+        return in_background(lambda: client.get_span(key, first, last))
+
+    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
         """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+        found = self._found
         try:
-            with tarfile.open(fileobj=stream, mode="r|", **encoding) as tar:
-                while member := tar.next():
-                    tar.members.clear()  # or it would keep them all
-                    if member.isreg() and member.name.startswith(self._prefix):
-                        self._current = self._key(member.name)
-                        self._take(self._current, member, tar.extractfile(member))
-                        self._passed(self._original(self._current), math.inf)
-                        self._current = ""
+            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
+                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
+                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
+                        tar.members.clear()  # or it would keep them all
+                    if not member:
+                        break
+                    self._current, archived = each.key, tar.extractfile(member)
+                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
+                    drain(archived)  # so that all of it is verified
+                    found.sampled += 1
+                    found.sampled_bytes += member.size
+                    found.equal += verdict == "equal"
+                    found.extracted += verdict == "extracted"
+                    if reason:
+                        getattr(found, verdict).add(each.key, reason)
+                    self._current = ""
             drain(stream)
         except tarfile.ReadError:
             pass
 
-    def _take(self, key: str, member: tarfile.TarInfo, archived: IO[bytes]) -> None:
-        """Proves one object."""
-        found, trouble, unreadable = self._found, "", False
-        unchanged = self._listed.is_unchanged(key, member.size, member.mtime)
-        path = self._original(key)
-        if unchanged:
+    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
+        """What an archived object turns out to be, which is a field of Verification, and why."""
+        offset = 0
+        for fetched in pieces:
+            if not fetched:
+                return "extracted", ""
             try:
-                with open(path, "rb") as original:
-                    trouble = first_difference(archived, original, lambda at: self._passed(path, at))
-            except OSError as error:
-                trouble, unreadable = error.strerror or str(error), True
-        drain(archived)  # so that all of it is verified
-        found.sampled += 1
-        found.sampled_bytes += member.size
-        if not unchanged or (trouble and self._changed_meanwhile(key, member)):
-            found.extracted += 1
-        elif trouble:
-            (found.unreadable if unreadable else found.differing).add(key, trouble)
-        else:
-            found.equal += 1
+                answer = self._wait(fetched)
+            except S3Error as error:
+                if error.status in OTHER_NOW:
+                    return "extracted", ""
+                if not error.status:  # the source does not answer at all
+                    raise
+                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
+            ours = archived.read(len(answer.body))
+            if ours != answer.body:
+                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
+                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
+                    return "extracted", ""
+                place = next(
+                    place
+                    for place, pair in enumerate(zip(ours, answer.body, strict=False))
+                    if pair[0] != pair[1]
+                )
+                return "differing", f"its content differs from byte {offset + place:,} on"
+            offset += len(ours)
+        self._compare_headers(each, answer)
+        return "equal", ""
 
-    def _changed_meanwhile(self, key: str, member: tarfile.TarInfo) -> bool:
-        """Whether the source has another version now than what was listed, or none. Raises S3Error."""
+    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
+        """Compares what the archive has of an object's headers and tags, if it has them."""
+        if "headers" not in each.facts:
+            return
+        then, now = each.facts["headers"], headers_of(answer)
+        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if int(answer.headers.get("x-amz-tagging-count") or 0):
+            key = f"{self._client.store.key_prefix}{each.key}"
+            with contextlib.suppress(S3Error):  # the key may not read tags
+                tags = self._wait(in_background(lambda: self._client.tags(key)))
+                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
+        if other and each.is_same_time:
+            self._found.headers_changed.add(each.key, ", ".join(other))
+        elif other:
+            self._found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
+
+    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
+        """What the source answers. It has its own deadline, and borg waits meanwhile."""
+        self._waits = True
         try:
-            answer = self._client.request("HEAD", f"{self._client.store.key_prefix}{key}")
-        except S3Error as error:
-            if error.status == 404:
-                return True
-            raise
-        modified = answer.time("Last-Modified")
-        now = int(answer.headers.get("content-length", -1)), modified and math.floor(modified.timestamp())
-        return now != (member.size, math.floor(member.mtime))
-
-
-def first_difference(
-    archived: IO[bytes], original: IO[bytes], passed: Callable[[int], None] = lambda offset: None
-) -> str:
-    """Where two contents differ first, in a few words; nothing where they are equal. Raises OSError.
-
-    `passed` is told how far they are compared.
-    """
-    offset = 0
-    while True:
-        ours, theirs = archived.read(COMPARED_BYTES), original.read(COMPARED_BYTES)
-        if ours != theirs:
-            unlike = (place for place, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1)
-            offset += next(unlike, min(len(ours), len(theirs)))
-            return f"its content differs from byte {offset:,} on, although size and time are the same"
-        if not ours:
-            return ""
-        offset += len(ours)
-        passed(offset)
+            return asked.result()
+        finally:
+            self._waits = False
 
 
 # -------------------------------------------------------------------------------------------------- Restore
