@@ -1718,8 +1718,8 @@ class Catalog:
     def unlistable(self) -> set[str]:
         """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
 
-        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key: it
-        first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
+        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key:
+        it first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
         """
         found, recent, previous = set(), deque[tuple[int, str]](), None
         if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
@@ -4266,9 +4266,9 @@ class Borg:
 
         `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
         unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
-        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises BackupError
-        when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal, and what
-        `consume` raises. An archive that lacks what could not be read is a result.
+        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises
+        BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal,
+        and what `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -6951,7 +6951,7 @@ class Fed:
                 self._changed.wait(POLL_SECONDS)
 
     def _tell_progress(self, passed: Sequence[S3Object]) -> None:
-        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes do."""
+        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes."""
         objects, size_bytes, effort = self._done
         for each in passed:
             is_new = not each.is_shown or each.last_modified.timestamp() >= self._since
@@ -7197,8 +7197,8 @@ def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Finding
             runtime,
             outcome,
             f"{count(fed.lacks.unread, 'object')} of the source could not be read (named above). The archive"
-            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays so,"
-            " look at those objects.",
+            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays"
+            " so, look at those objects.",
         )
 
 
