@@ -262,61 +262,12 @@ DEFAULT_COMPRESSION = "auto,zstd,22"
 DEFAULT_LABEL = "backup"
 DEFAULT_COMPACT_PERCENT = 10  # borg's own
 DEFAULT_LEASE_SECONDS = 60
-DEFAULT_STALL_SECONDS = 900
-DEFAULT_READ_AHEAD_THREADS = 32
-DEFAULT_PARALLEL_TARGETS = 4
-DEFAULT_SHRINK_PERCENT = 50
 
 LEASE_SECONDS = range(10, 3601)
-WAIT_SECONDS = range(7 * 86400 + 1)
-STALL_SECONDS = range(5, 86401)
 # Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
 MEMORY_MB = range(256, 1_000_001)
-READ_AHEAD_THREADS = range(257)
-PARALLEL_TARGETS = range(1, 65)
-SHRINK_PERCENT = range(100)
-NOTIFY_ON = ("failure", "warning", "always")
-ABOUT = {
-    "READ_AHEAD_THREADS": "; 0 turns reading ahead off",
-    "SHRINK_WARNING": " (percent); 0 turns the warning off",
-    "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
-    "LEASE_TTL": " (seconds)",
-    "LEASE_WAIT": " (seconds)",
-    "STALL_TIMEOUT": " (seconds)",
-}
-Number = TypeVar("Number", int, None)
 
-VARIABLES = (
-    "BACKUP_LABEL",
-    "SOURCE_ENDPOINT",
-    "SOURCE_PATH",
-    "SOURCE_ACCESS_KEY_ID",
-    "SOURCE_SECRET_ACCESS_KEY",
-    "SOURCE_REGION",
-    "TARGETS",
-    "TARGET_SECRETS",
-    "DATA_DIR",
-    "LOG_LEVEL",
-    "LEASE_TTL",
-    "LEASE_WAIT",
-    "STALL_TIMEOUT",
-    "AUDIT",
-    "HEADERS",
-    "MEMORY_LIMIT_MB",
-    "READ_AHEAD_THREADS",
-    "PARALLEL_TARGETS",
-    "SOURCE_METADATA",
-    "SHRINK_WARNING",
-    "HEALTHCHECK_URL",
-    "NOTIFY_URL",
-    "NOTIFY_ON",
-    "METRICS_FILE",
-    "LOG_FORMAT",
-    "RESTORE_ENDPOINT",
-    "RESTORE_ACCESS_KEY_ID",
-    "RESTORE_SECRET_ACCESS_KEY",
-    "RESTORE_REGION",
-)
+STORE_KEYS = ("endpoint", "path", "access_key_id", "secret_access_key", "region")
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
 
@@ -345,13 +296,7 @@ class Store:
 
     @property
     def key_prefix(self) -> str:
-        """What every key of this store begins with."""
         return f"{self.prefix}/" if self.prefix else ""
-
-    @property
-    def mount_flags(self) -> tuple[str, ...]:
-        """Further flags for TigrisFS."""
-        return ()
 
     def setting(self, key: str) -> str:
         """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
@@ -377,11 +322,9 @@ class Destination(Store):
 
     @property
     def name(self) -> str:
-        """What it is called in output."""
         return "destination"
 
     def setting(self, key: str) -> str:
-        """Where a user finds a setting."""
         if key == "path":
             return "--to-bucket"
         name = key.upper()
@@ -437,7 +380,6 @@ class Settings:
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The source and all targets' stores."""
         return (self.source, *(target.store for target in self.targets))
 
     def require_source(self) -> None:
@@ -450,17 +392,116 @@ class Settings:
         return self.data_dir / store.name
 
 
-def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
-    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
+# A parser returns what a text means, or raises ValueError, which says what to write instead.
 
-    That the source's settings are missing is no mistake unless it is needed.
-    """
-    settings = parse_settings(values, mistakes)
-    if needs_source:
-        mistakes[:0] = missing_settings(settings.source)
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return settings
+
+def whole_number(least: int, most: int, about: str = "") -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text) and least <= int(text) <= most:
+            return int(text)
+        raise ValueError(f"write a whole number from {least} to {most}{about}")
+
+    return parse
+
+
+def one_of(**meanings: Any) -> Callable[[str], Any]:
+    """A parser of these words, in any case, that returns what they mean."""
+
+    def parse(text: str) -> Any:
+        if text.lower() not in meanings:
+            raise ValueError(f"write {' or '.join(meanings)}")
+        return meanings[text.lower()]
+
+    return parse
+
+
+def parse_label(label: str) -> str:
+    """A prefix of archive names."""
+    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
+        raise ValueError(
+            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
+        )
+    if re.search(r"-[0-9]{4}(-|$)", label):
+        raise ValueError(
+            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
+            " leave out the dash before the four digits"
+        )
+    return label
+
+
+def parse_data_dir(text: str) -> Path:
+    if not text.startswith("/") or re.search(r"[{}]|::", text):
+        raise ValueError("write an absolute path without braces, such as /data")
+    return Path(text)
+
+
+def parse_metrics_file(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("write an absolute path, such as /metrics/s3borgbackup.prom")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """An http(s) URL. A mistake does not quote it: it is a secret as a whole."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        (url.hostname or "").encode("idna")
+    except ValueError:
+        usable = False
+    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
+        return text
+    raise ValueError("is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
+
+
+NOTIFY_ON = ("failure", "warning", "always")
+ON_OR_OFF = one_of(on=True, off=False)
+
+# A variable's field in Settings, its parser, and its default. What is not here is a store's.
+SETTINGS = {
+    "BACKUP_LABEL": ("label", parse_label, DEFAULT_LABEL),
+    "LOG_LEVEL": ("debug", one_of(info=False, debug=True), False),
+    "DATA_DIR": ("data_dir", parse_data_dir, Path(DEFAULT_DATA_DIR)),
+    "LEASE_TTL": (
+        "lease_ttl_seconds",
+        whole_number(LEASE_SECONDS[0], LEASE_SECONDS[-1], " (seconds)"),
+        DEFAULT_LEASE_SECONDS,
+    ),
+    "LEASE_WAIT": ("lease_wait_seconds", whole_number(0, 7 * 86400, " (seconds)"), None),
+    "STALL_TIMEOUT": ("stall_seconds", whole_number(5, 86400, " (seconds)"), 900),
+    "AUDIT": ("audit", ON_OR_OFF, True),
+    "MEMORY_LIMIT_MB": (
+        "memory_limit_mb",
+        whole_number(MEMORY_MB[0], MEMORY_MB[-1], "; TigrisFS and borg are not safe with less"),
+        None,
+    ),
+    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(0, 256, "; 0 turns reading ahead off"), 32),
+    "PARALLEL_TARGETS": ("parallel_targets", whole_number(1, 64), 4),
+    "SOURCE_METADATA": ("source_metadata", one_of(false=False, true=True), False),
+    "HEADERS": ("headers", ON_OR_OFF, True),
+    "SHRINK_WARNING": ("shrink_percent", whole_number(0, 99, " (percent); 0 turns the warning off"), 50),
+}
+# The same for Reporting.
+REPORTING = {
+    "METRICS_FILE": ("metrics_file", parse_metrics_file, ""),
+    "LOG_FORMAT": ("as_json", one_of(text=False, json=True), False),
+    "HEALTHCHECK_URL": ("healthcheck_url", parse_url, ""),
+    "NOTIFY_URL": ("notify_url", parse_url, ""),
+    "NOTIFY_ON": ("notify_on", one_of(**{word: word for word in NOTIFY_ON}), NOTIFY_ON[0]),
+}
+VARIABLES = (
+    *(*SETTINGS, *REPORTING, "TARGETS", "TARGET_SECRETS"),
+    *(f"SOURCE_{key.upper()}" for key in STORE_KEYS),
+    *(f"RESTORE_{key.upper()}" for key in STORE_KEYS if key != "path"),
+)
+# Stands for a value whose file could not be read: that is reported once, and not again as missing.
+UNREADABLE = "\0"
+NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a program can be given this text at all."""
+    return not re.search(r"[\x00\ud800-\udfff]", text)
 
 
 def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
@@ -488,167 +529,81 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
     return values
 
 
-# Stands for a value whose file could not be read: that is reported once, and not again as missing.
-UNREADABLE = "\0"
-NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+def parse_fields(
+    table: Mapping[str, tuple[str, Callable[[str], Any], Any]],
+    values: Mapping[str, str],
+    place: Callable[[str], str],
+    mistakes: list[str],
+) -> dict[str, Any]:
+    """A value for each field in such a table as SETTINGS; `place` is where a user finds what gives it.
 
-
-def is_plain(text: str) -> bool:
-    """Whether a program can be given this text at all."""
-    return not re.search(r"[\x00\ud800-\udfff]", text)
-
-
-def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
-    """Settings from plain values.
-
-    What is wrong is appended to `mistakes`, and then the result means nothing.
+    What is wrong is appended to `mistakes`, and counts as not given.
     """
-    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
-    mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
-    level = parse_choice(values, "LOG_LEVEL", ("info", "debug"), mistakes)
-    parse_reporting(values, mistakes)
-    data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
-    if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
-        mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
-    source = parse_store(
-        None, {key.lower(): values.get(f"SOURCE_{key}", "") for key in STORE_SUFFIXES}, mistakes
-    )
-    targets = parse_targets(values, mistakes)
-    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-    return Settings(
-        label,
-        source,
-        targets,
-        Path(data_dir),
-        level == "debug",
-        parse_number(values, "LEASE_TTL", DEFAULT_LEASE_SECONDS, LEASE_SECONDS, mistakes),
-        parse_number(values, "LEASE_WAIT", None, WAIT_SECONDS, mistakes),
-        parse_number(values, "STALL_TIMEOUT", DEFAULT_STALL_SECONDS, STALL_SECONDS, mistakes),
-        parse_choice(values, "AUDIT", ("on", "off"), mistakes) == "on",
-        parse_number(values, "MEMORY_LIMIT_MB", None, MEMORY_MB, mistakes),
-        parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
-        parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
-        parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
-        parse_choice(values, "HEADERS", ("on", "off"), mistakes) == "on",
-        parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
-        parse_destination(values, mistakes),
-    )
+    fields = {}
+    for name, (field_name, parse, default) in table.items():
+        fields[field_name] = default
+        if values.get(name, UNREADABLE) != UNREADABLE:
+            try:
+                fields[field_name] = parse(values[name])
+            except ValueError as error:
+                mistakes.append(f"{place(name)}: {error}")
+    return fields
 
 
 def parse_reporting(values: Mapping[str, str], mistakes: list[str]) -> Reporting:
     """Who is to be told of a run. What is wrong counts as not given: the others must still hear of it."""
-    metrics_file = values.get("METRICS_FILE", "")
-    if metrics_file and not metrics_file.startswith("/"):
-        metrics_file = ""
-        if values["METRICS_FILE"] != UNREADABLE:
-            mistakes.append("METRICS_FILE: write an absolute path, such as /metrics/s3borgbackup.prom")
-    return Reporting(
-        parse_choice(values, "LOG_FORMAT", ("text", "json"), mistakes) == "json",
-        parse_url(values, "HEALTHCHECK_URL", mistakes),
-        parse_url(values, "NOTIFY_URL", mistakes),
-        parse_choice(values, "NOTIFY_ON", NOTIFY_ON, mistakes),
-        metrics_file,
-    )
+    return Reporting(**parse_fields(REPORTING, values, str, mistakes))
 
 
-def parse_url(values: Mapping[str, str], name: str, mistakes: list[str]) -> str:
-    """An http(s) URL, empty where there is none. A mistake does not quote it: it is a secret as a whole."""
-    text = values.get(name, "")
-    if not text or text == UNREADABLE:
-        return ""
-    try:
-        url = urllib.parse.urlsplit(text)
-        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        (url.hostname or "").encode("idna")
-    except ValueError:
-        usable = False
-    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
-        return text
-    mistakes.append(f"{name}: is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
-    return ""
+def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
+    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
 
-
-def parse_choice(values: Mapping[str, str], name: str, choices: Sequence[str], mistakes: list[str]) -> str:
-    """One of `choices`, of which the first is the default."""
-    value = values.get(name, choices[0]).lower()
-    if value not in choices and value != UNREADABLE:
-        mistakes.append(f"{name}: write {' or '.join(choices)}")
-    return value
-
-
-def parse_number(
-    values: Mapping[str, str], name: str, default: Number, allowed: range, mistakes: list[str]
-) -> int | Number:
-    """A whole number out of `allowed`."""
-    text = values.get(name)
-    if text is None or text == UNREADABLE:
-        return default
-    if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
-        return int(text)
-    mistakes.append(f"{name}: write a whole number from {allowed[0]} to {allowed[-1]}{ABOUT.get(name, '')}")
-    return default
-
-
-STORE_SUFFIXES = ("ENDPOINT", "PATH", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION")
-
-
-def label_mistakes(label: str) -> list[str]:
-    """What is wrong with an archive name prefix."""
-    mistakes = []
-    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
-        mistakes.append(
-            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
-        )
-    elif re.search(r"-[0-9]{4}(-|$)", label):
-        mistakes.append(
-            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
-            " leave out the dash before the four digits"
-        )
-    return mistakes
+    That the source's settings are missing is no mistake unless it is needed.
+    """
+    fields = parse_fields(SETTINGS, values, str, mistakes)
+    parse_reporting(values, mistakes)
+    source = parse_store(None, {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}, mistakes)
+    targets = parse_targets(values, mistakes)
+    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
+    destination = parse_destination(values, mistakes)
+    if needs_source:
+        mistakes[:0] = missing_settings(source)
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return Settings(source=source, targets=targets, destination=destination, **fields)
 
 
 def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
     """A store from its settings by their lower-case names."""
-    bare = Store(target, "", "", "", "", "")
-    endpoint = given.get("endpoint", "")
-    if endpoint and endpoint != UNREADABLE:
-        mistakes += [f"{bare.setting('endpoint')}: {mistake}" for mistake in endpoint_mistakes(endpoint)]
     bucket, _, prefix = given.get("path", "").partition(":")
-    if bucket != UNREADABLE and given.get("path"):
-        mistakes += [f"{bare.setting('path')}: {mistake}" for mistake in path_mistakes(bucket, prefix)]
-    for key in HEADER_PARTS:
-        mistakes += header_mistakes(bare.setting(key), key, given.get(key, ""))
-    return Store(
+    store = Store(
         target,
-        endpoint.rstrip("/"),
+        given.get("endpoint", "").rstrip("/"),
         bucket,
         prefix.strip("/"),
         given.get("access_key_id", ""),
         given.get("secret_access_key", ""),
         given.get("region") or None,
     )
+    mistakes += store_mistakes(given, store.setting)
+    return store
 
 
 def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destination:
     """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
-    given, own = {}, set()
-    for suffix in STORE_SUFFIXES:
-        if value := values.get(f"RESTORE_{suffix}"):
-            own.add(suffix.lower())
-        given[suffix.lower()] = value or values.get(f"SOURCE_{suffix}", "")
-    if len(own & {"access_key_id", "secret_access_key"}) == 1:
+    shared = {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}
+    own = {key: values[name] for key in STORE_KEYS if (name := f"RESTORE_{key.upper()}") in values}
+    if len(own.keys() & {"access_key_id", "secret_access_key"}) == 1:
         mistakes.append(
             "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY: one is missing; write both, or neither"
         )
-    if "endpoint" in own and given["endpoint"] != UNREADABLE:
-        mistakes += [f"RESTORE_ENDPOINT: {mistake}" for mistake in endpoint_mistakes(given["endpoint"])]
-    for key in own.intersection(HEADER_PARTS):
-        mistakes += header_mistakes(f"RESTORE_{key.upper()}", key, given[key])
+    mistakes += store_mistakes(own, lambda key: f"RESTORE_{key.upper()}")
+    given = {**shared, **own}
     region = given["region"] if "region" in own or "endpoint" not in own else ""
     keys = given["access_key_id"], given["secret_access_key"]
-    missing = {name for name, value in given.items() if not value}
+    missing = {key for key, value in given.items() if not value}
     return Destination(
-        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own | missing)
+        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own.keys() | missing)
     )
 
 
@@ -672,16 +627,6 @@ HEADER_PARTS = {
     "secret_access_key": re.compile(r"[!-~]([ -~]*[!-~])?"),
     "region": re.compile(r"[!-~]+"),
 }
-
-
-def header_mistakes(setting: str, key: str, value: str) -> list[str]:
-    """What is wrong with a key or a region, which is not quoted."""
-    if value in ("", UNREADABLE) or HEADER_PARTS[key].fullmatch(value):
-        return []
-    reason = "has a blank or a line end around it, or a character in it that is not printable ASCII"
-    return [f"{setting}: {reason}; write it without (`printf %s`, where `echo` would add a line end)"]
-
-
 STORE_HELP = {
     "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
     "path": "write <bucket> or <bucket>:<prefix>",
@@ -690,43 +635,53 @@ STORE_HELP = {
 }
 
 
-def endpoint_mistakes(endpoint: str) -> list[str]:
-    """What is wrong with an endpoint URL."""
+def store_mistakes(given: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
+    """What is wrong with what is given of a store's settings; keys and regions are not quoted."""
+    mistakes = {}
+    for key, text in given.items():
+        if text in ("", UNREADABLE):
+            continue
+        if key == "endpoint":
+            mistakes[key] = endpoint_mistake(text)
+        elif key == "path":
+            mistakes[key] = path_mistake(text)
+        elif key in HEADER_PARTS and not HEADER_PARTS[key].fullmatch(text):
+            mistakes[key] = (
+                "has a blank or a line end around it, or a character in it that is not printable ASCII;"
+                " write it without (`printf %s`, where `echo` would add a line end)"
+            )
+    return [f"{place(key)}: {mistake}" for key, mistake in mistakes.items() if mistake]
+
+
+def endpoint_mistake(endpoint: str) -> str:
     if re.match(r"(?i)https?://[0-9a-f]*:[0-9a-f]*:", endpoint):
-        return ["an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"]
+        return "an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"
     try:
         url = urllib.parse.urlsplit(endpoint)
         port_is_wrong = url.port == 0
         (url.hostname or "").encode("idna")
     except ValueError as error:
-        return [f"is not a URL ({error}); {STORE_HELP['endpoint']}"]
-    if (
-        url.scheme not in ("http", "https")
-        or not url.hostname
-        or port_is_wrong
-        or re.search(r"[^!-~]|\\", endpoint)
-    ):
-        return [f"is not an http(s) URL; {STORE_HELP['endpoint']}"]
+        return f"is not a URL ({error}); {STORE_HELP['endpoint']}"
+    is_http = url.scheme in ("http", "https") and url.hostname and not port_is_wrong
+    if not is_http or re.search(r"[^!-~]|\\", endpoint):
+        return f"is not an http(s) URL; {STORE_HELP['endpoint']}"
     if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
-        return [
+        return (
             "must be scheme, host and port only; the bucket goes into the path, keys into their own settings"
-        ]
-    return []
+        )
+    return ""
 
 
-def path_mistakes(bucket: str, prefix: str) -> list[str]:
-    """What is wrong with the two parts of `<bucket>:<prefix>`."""
+def path_mistake(path: str) -> str:
+    """What is wrong with `<bucket>:<prefix>`."""
+    bucket, _, prefix = path.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
-        return [f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"]
+        return f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"
     parts = prefix.strip("/").split("/")
     if prefix.strip("/") and any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        return [
-            "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
-        ]
-    if re.search(r"[\x00-\x1f\x7f]", prefix):
-        return ["the prefix holds a control character"]
-    return []
+        return "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
+    return "the prefix holds a control character" if re.search(r"[\x00-\x1f\x7f]", prefix) else ""
 
 
 def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Target, ...]:
@@ -741,7 +696,12 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
         )
     targets = []
     for name, given in settings.items():
-        mistakes += [f"TARGETS {json.dumps(name)}: {mistake}" for mistake in name_mistakes(name)]
+        wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
+        if wrong or len(name.encode()) > MAX_NAME_BYTES:
+            mistakes.append(
+                f"TARGETS {json.dumps(name)}: this name cannot be a mount point;"
+                " use letters, digits, '.', '_' and '-'"
+            )
         if name in secret_values:
             targets.append(parse_target(name, given, secret_values[name], mistakes))
         else:
@@ -750,14 +710,6 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
                 f" write an object with {', '.join(SECRET_KEYS)}"
             )
     return tuple(targets)
-
-
-def name_mistakes(name: str) -> list[str]:
-    """What is wrong with a target's name, which becomes part of its mount point."""
-    wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
-    if wrong or len(name.encode()) > MAX_NAME_BYTES:
-        return ["this name cannot be a mount point; use letters, digits, '.', '_' and '-'"]
-    return []
 
 
 def parse_json(
@@ -790,10 +742,7 @@ def parse_json(
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members.
-
-    Raises ValueError where one is there twice, as the first would silently be lost.
-    """
+    """A JSON object's members. Raises ValueError where one is there twice: the first would be lost."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -822,7 +771,7 @@ def parse_target(
     name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
 ) -> Target:
     """One target from its two JSON objects."""
-    store = Store(name, "", "", "", "", "")
+    place = Store(name, "", "", "", "", "").setting
     texts = {}
     for key, value in {**given, **secret}.items():
         if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
@@ -830,36 +779,34 @@ def parse_target(
         if isinstance(value, str) and is_plain(value):
             texts[key] = value
         elif value is not None:
-            mistake = NOT_PLAIN if isinstance(value, str) else "write a JSON string"
-            mistakes.append(f"{store.setting(key)}: {mistake}")
+            mistakes.append(f"{place(key)}: {NOT_PLAIN if isinstance(value, str) else 'write a JSON string'}")
             texts[key] = UNREADABLE
-    encryption = texts.get("encryption", DEFAULT_ENCRYPTION)
-    if encryption not in ENCRYPTION_MODES:
-        mistakes.append(f"{store.setting('encryption')}: unknown mode; {near(encryption, ENCRYPTION_MODES)}")
-    compression = texts.get("compression", DEFAULT_COMPRESSION)
-    if mistake := compression_mistake(compression):
-        mistakes.append(f"{store.setting('compression')}: {mistake}")
+    fields = parse_fields(TARGET_TEXTS, texts, place, mistakes)
     passphrase = texts.get("borg_passphrase", "")
-    if mistake := passphrase_mistake(passphrase, encryption):
-        mistakes.append(f"{store.setting('borg_passphrase')}: {mistake}")
-    prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
-    compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
-    check = parse_check(store.setting("check"), texts.get("check", ""), mistakes)
+    if fields["encryption"] == "none":
+        pass  # it has no use for one
+    elif not passphrase:
+        words = "is missing; `openssl rand -base64 48` makes a good one (one line)"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    elif passphrase.endswith("\n") or "\r" in passphrase:
+        words = "holds a line end, which borg would not take as part of it; remove it"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    compact = given.get("compact", True)
+    if isinstance(compact, bool):
+        compact = DEFAULT_COMPACT_PERCENT if compact else None
+    elif not (isinstance(compact, int) and 0 <= compact <= 100):
+        mistakes.append(f"{place('compact')}: write true, false, or a threshold in percent from 0 to 100")
     store = parse_store(name, texts, mistakes)
     mistakes += missing_settings(store)
-    must_match = "encryption" in texts
-    return Target(name, store, passphrase, encryption, must_match, compression, prune, compact, check)
+    return Target(
+        name, store, passphrase, must_match="encryption" in texts, compact_percent=compact, **fields
+    )
 
 
-def passphrase_mistake(passphrase: str, encryption: str) -> str | None:
-    """What is wrong with a passphrase; mode `none` has no use for one."""
-    if encryption == "none":
-        return None
-    if not passphrase:
-        return "is missing; `openssl rand -base64 48` makes a good one (one line)"
-    if passphrase.endswith("\n") or "\r" in passphrase:
-        return "holds a line end, which borg would not take as part of it; remove it"
-    return None
+def parse_encryption(text: str) -> str:
+    if text not in ENCRYPTION_MODES:
+        raise ValueError(f"unknown mode; {near(text, ENCRYPTION_MODES)}")
+    return text
 
 
 COMPRESSION_LEVELS = {"none": None, "lz4": None, "zstd": (1, 22), "zlib": (0, 9), "lzma": (0, 9)}
@@ -867,51 +814,36 @@ OBFUSCATION_LEVELS = {*range(1, 7), *range(110, 124), 250}
 COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
 
 
-def compression_mistake(specification: str) -> str | None:
-    """What borg would refuse in a compression specification (`borg help compression`), else None."""
+def parse_compression(specification: str) -> str:
+    """Refuses what borg would refuse (`borg help compression`)."""
     name, *rest = specification.split(",")
     if name == "auto" and rest:
-        return compression_mistake(",".join(rest)) if rest[0] != "obfuscate" else "obfuscate goes before auto"
-    if name == "obfuscate" and len(rest) >= 2:
+        if rest[0] == "obfuscate":
+            raise ValueError("obfuscate goes before auto")
+        parse_compression(",".join(rest))
+    elif name == "obfuscate" and len(rest) >= 2:
         if not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) in OBFUSCATION_LEVELS):
-            return "the level of obfuscate is 1-6, 110-123 or 250"
-        return compression_mistake(",".join(rest[1:]))
-    if name not in COMPRESSION_LEVELS or len(rest) > 1:
-        return COMPRESSION_HELP
-    levels = COMPRESSION_LEVELS[name]
-    if rest and (levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0])):
-        return COMPRESSION_HELP
-    if rest and levels and not levels[0] <= int(rest[0]) <= levels[1]:
-        return f"the level of {name} is {levels[0]} to {levels[1]}"
-    return None
+            raise ValueError("the level of obfuscate is 1-6, 110-123 or 250")
+        parse_compression(",".join(rest[1:]))
+    elif name not in COMPRESSION_LEVELS or len(rest) > 1:
+        raise ValueError(COMPRESSION_HELP)
+    elif rest:
+        levels = COMPRESSION_LEVELS[name]
+        if levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0]):
+            raise ValueError(COMPRESSION_HELP)
+        if not levels[0] <= int(rest[0]) <= levels[1]:
+            raise ValueError(f"the level of {name} is {levels[0]} to {levels[1]}")
+    return specification
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Parses options; raises ValueError with what is wrong."""
+    """Parses options; raises ValueError with what is wrong, where argparse would end the program."""
 
     def __init__(self) -> None:
-        """Knows no options yet."""
         super().__init__(add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError where argparse would end the program."""
         raise ValueError(message)
-
-
-class PruneParser(OptionParser):
-    """The options of `borg prune` that a target's `prune` may hold."""
-
-    def __init__(self) -> None:
-        """Declares the options as borg 1.4 has them."""
-        super().__init__()
-        for names in KEEP_OPTIONS:
-            self.add_argument(*names, type=int, dest=names[-1], metavar="N")
-        self.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
-        self.add_argument("-c", "--checkpoint-interval", type=int)
-        for flag in ("--list", "--stats", "--quick-stats", "--save-space", "--force", "--verbose", "--info"):
-            self.add_argument(
-                *({"--stats": ["-s"], "--verbose": ["-v"]}.get(flag, [])), flag, action="store_true"
-            )
 
 
 KEEP_OPTIONS = (
@@ -925,6 +857,12 @@ KEEP_OPTIONS = (
     ("--keep-3monthly",),
     ("-y", "--keep-yearly"),
 )
+KEEP_HELP = "write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
+PRUNE_HELP = {
+    "-n": "it would prune nothing: leave `prune` out instead",
+    "--dry-": "it would prune nothing: leave `prune` out instead",
+    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
+}
 
 
 def keep_interval(text: str) -> str:
@@ -934,67 +872,55 @@ def keep_interval(text: str) -> str:
     return text
 
 
-def parse_prune(setting: str, text: str, mistakes: list[str]) -> tuple[str, ...]:
-    """The words of a target's `prune`; a mistake where borg would refuse them or where they keep nothing."""
+def parse_prune(text: str) -> tuple[str, ...]:
+    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
+    parser = OptionParser()
+    for names in KEEP_OPTIONS:
+        parser.add_argument(*names, type=int, dest=names[-1], metavar="N")
+    parser.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
+    parser.add_argument("-c", "--checkpoint-interval", type=int)
+    for flag in ("--list", "--quick-stats", "--save-space", "--force", "--info"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-s", "--stats", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
     try:
         words = shlex.split(text)
-        options, unknown = PruneParser().parse_known_args(words)
+        options, unknown = parser.parse_known_args(words)
     except ValueError as error:
-        mistakes.append(f"{setting}: {error}; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6")
-        return ()
+        raise ValueError(f"{error}; {KEEP_HELP}") from None
     given = {
         name: value
         for name, value in vars(options).items()
         if name.startswith("--keep") and value is not None
     }
     if unknown:
-        mistakes.append(
-            f"{setting}: {unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
+        raise ValueError(
+            f"{unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
         )
-    elif words and not options.keep_within and not any(given.values()):
-        mistakes.append(
-            f"{setting}: keeps nothing; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
-        )
-    elif len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
-        mistakes.append(f"{setting}: --keep-13weekly and --keep-3monthly exclude each other; keep one")
+    if words and not options.keep_within and not any(given.values()):
+        raise ValueError(f"keeps nothing; {KEEP_HELP}")
+    if len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
+        raise ValueError("--keep-13weekly and --keep-3monthly exclude each other; keep one")
     return tuple(words)
-
-
-PRUNE_HELP = {
-    "-n": "it would prune nothing: leave `prune` out instead",
-    "--dry-": "it would prune nothing: leave `prune` out instead",
-    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
-}
-
-
-def parse_compact(setting: str, value: object, mistakes: list[str]) -> int | None:
-    """borg's compaction threshold in percent from `true`, `false` or a number."""
-    if isinstance(value, bool):
-        return DEFAULT_COMPACT_PERCENT if value else None
-    if isinstance(value, int) and 0 <= value <= 100:
-        return value
-    mistakes.append(f"{setting}: write true, false, or a threshold in percent from 0 to 100")
-    return None
 
 
 CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600}  # in seconds
-CHECK_HELP = (
-    "write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
-    " units are s, m, h, periods day, week, month"
-)
 
 
-def parse_check(setting: str, text: str, mistakes: list[str]) -> CheckPlan | None:
+def parse_check(text: str) -> CheckPlan | None:
     """A target's `check`: a duration or `full`, and a period where it is not done in each run."""
-    if text in ("", UNREADABLE):
+    if not text:
         return None
     amount, slash, every = text.partition("/")
     seconds = None if amount == "full" else parse_duration(amount)
     if (seconds or amount == "full") and (every in CHECK_PERIODS if slash else True):
         return CheckPlan(seconds, every)
-    mistakes.append(f"{setting}: {text!r} is not understood; {CHECK_HELP}")
-    return None
+    raise ValueError(
+        f"{text!r} is not understood;"
+        " write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
+        " units are s, m, h, periods day, week, month"
+    )
 
 
 def parse_duration(text: str) -> int | None:
@@ -1003,22 +929,25 @@ def parse_duration(text: str) -> int | None:
     return int(found[1]) * TIME_UNITS[found[2]] if found else None
 
 
+# As SETTINGS, for a target's settings that are texts.
+TARGET_TEXTS = {
+    "encryption": ("encryption", parse_encryption, DEFAULT_ENCRYPTION),
+    "compression": ("compression", parse_compression, DEFAULT_COMPRESSION),
+    "prune": ("prune", parse_prune, ()),
+    "check": ("check", parse_check, None),
+}
+
+
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
     """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
-    mistakes = []
-    for index, first in enumerate(stores):
-        for second in stores[index + 1 :]:
-            same_bucket = (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
-            if not (first.bucket and same_bucket):
-                continue
-            if first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(
-                first.key_prefix
-            ):
-                mistakes.append(
-                    f"{second.setting('path')}: overlaps {first.setting('path')}"
-                    f" ({second.location} and {first.location} on one server); give each a place of its own"
-                )
-    return mistakes
+    return [
+        f"{second.setting('path')}: overlaps {first.setting('path')}"
+        f" ({second.location} and {first.location} on one server); give each a place of its own"
+        for first, second in itertools.combinations(stores, 2)
+        if first.bucket
+        and (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
+        and (first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(first.key_prefix))
+    ]
 
 
 def endpoint_key(store: Store) -> tuple[str, int | None]:
@@ -3012,7 +2941,6 @@ def tigrisfs_command(
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *("--http-timeout", READ_TIMEOUT if read_only else WRITE_TIMEOUT),
         *("--max-parallel-parts", PARALLEL_PARTS),
-        *store.mount_flags,
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
@@ -10025,7 +9953,8 @@ def chosen_destination(settings: Settings, location: str) -> Destination:
     """The bucket to restore into. Raises ConfigurationError."""
     bucket, _, prefix = location.partition(":")
     store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistake = path_mistake(location)
+    mistakes = [f"--to-bucket: {mistake}"] if mistake else []
     mistakes += missing_settings(store) if bucket else []
     for target in settings.targets:
         mistakes += overlap_mistakes([target.store, store])
