@@ -191,13 +191,11 @@ class BackupError(Exception):
     exit_code = EXIT_FAILURE
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Takes one line that says what happened, and one that says what to do next."""
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        """The error as one line."""
         line = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
         return " ".join(line.split())
 
@@ -208,7 +206,6 @@ class ConfigurationError(BackupError):
     exit_code = EXIT_CONFIGURATION
 
     def __init__(self, mistakes: Sequence[str]) -> None:
-        """Takes one line for each mistake."""
         super().__init__("; ".join(mistakes))
         self.mistakes = tuple(mistakes)
 
@@ -220,10 +217,9 @@ class StillRunning(BackupError):
 
 
 class S3Error(BackupError):
-    """An answer of the S3 server that is not success, or no answer; `code` is S3's own."""
+    """An answer of the S3 server that is not success, or no answer (`status` 0); `code` is S3's own."""
 
     def __init__(self, message: str, hint: str, status: int, code: str) -> None:
-        """Takes the HTTP status (0 where there was no answer) and S3's error code beside the message."""
         super().__init__(message, hint)
         self.status = status
         self.code = code
@@ -241,7 +237,6 @@ class Stopped(BackupError):
     """A stop signal came."""
 
     def __init__(self, signum: int) -> None:
-        """Takes the signal's number; the exit code is 128 more, as shells have it."""
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
@@ -1031,8 +1026,6 @@ def authorization(
 
 @dataclass(frozen=True)
 class S3Object:
-    """One line of a listing."""
-
     key: str
     size_bytes: int
     last_modified: datetime
@@ -1207,14 +1200,12 @@ class S3Client:
             )
 
     def tags(self, key: str) -> dict[str, str]:
-        """An object's tags."""
         root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
         space = root.tag[: root.tag.find("}") + 1]
         tags = root.iter(f"{space}Tag")
         return {tag.findtext(f"{space}Key", ""): tag.findtext(f"{space}Value", "") for tag in tags}
 
     def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
-        """The bytes from the first to the last of an object, and its headers."""
         answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
         whole = answer.status == 200 and first == 0  # an object that has no more
         if len(answer.body) == last - first + 1 and (
@@ -1380,7 +1371,6 @@ class S3Client:
     def _error(
         self, status: int, code: str, message: str, asked_for: str = "", permission: str = ""
     ) -> S3Error:
-        """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
         default = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
         hint = S3_HINTS.get(str(status)) or S3_HINTS.get(f"{asked_for} {code}", default)
@@ -1475,7 +1465,6 @@ def xml_text(body: bytes, name: str) -> str:
 
 
 def http_reason(status: int) -> str:
-    """The standard phrase for an HTTP status."""
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
@@ -1503,7 +1492,6 @@ def headers_of(answer: Answer) -> dict[str, str]:
 
 
 def describe_fault(fault: Exception) -> str:
-    """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
 
 
@@ -1803,7 +1791,6 @@ class DeadMansSwitch:
     """
 
     def __init__(self) -> None:
-        """Makes the timer; it does not run yet."""
         self._timer = ctypes.c_void_p()
         event = SignalEvent(None, signal.SIGKILL, 0)
         if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
@@ -1819,7 +1806,6 @@ class DeadMansSwitch:
         LIBC.timer_settime(self._timer, TIMER_ABSTIME, ctypes.byref(spec), None)
 
     def close(self) -> None:
-        """Removes the timer."""
         LIBC.timer_delete(self._timer)
 
 
@@ -1827,13 +1813,13 @@ class NoSwitch(DeadMansSwitch):
     """For who only reads under a lease: going on late harms nobody."""
 
     def __init__(self) -> None:
-        """Makes no timer."""
+        pass
 
     def arm(self, at_boot_seconds: float) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
 @dataclass(frozen=True)
@@ -1862,7 +1848,6 @@ class Holder:
             return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
 
     def __str__(self) -> str:
-        """Who it is, in a few words."""
         return f"{self.purpose} on {self.host}, since {self.since}"
 
 
@@ -1876,7 +1861,6 @@ class Sighting:
 
     @property
     def has_expired(self) -> bool:
-        """Whether anybody may take it."""
         return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
 
 
@@ -1894,7 +1878,7 @@ class Member(Protocol):
     """What works under a lease: a child process."""
 
     def send(self, signum: int) -> None:
-        """Sends it a signal."""
+        pass
 
     def hold(self, why: str) -> None:
         """Stops it (SIGSTOP) until all who hold it let it go."""
@@ -2102,7 +2086,6 @@ class Lease:
             raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
 
     def _renew_on(self) -> None:
-        """The renewing thread's life."""
         ttl = self._holder.ttl_seconds
         while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
@@ -2235,17 +2218,14 @@ class Console:
         self._print("info", name, text, event, numbers)
 
     def debug(self, name: str, text: str) -> None:
-        """Something that only a search for a fault is interested in."""
         if self.debug_is_shown:
             self._print("debug", name, text)
 
     def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """Something that did not go as planned and did not stop the work."""
         self.troubles.add("warning", name, text)
         self._print("warning", name, text, event, numbers)
 
     def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """A failure."""
         self.troubles.add("error", name, text)
         self._print("error", name, text, event, numbers)
 
@@ -2257,7 +2237,6 @@ class Console:
             print(trace, end="", file=sys.stderr)
 
     def plain(self, text: str) -> None:
-        """Text of several lines, such as a table."""
         for line in text.splitlines():
             self._print("info", "", line)
 
@@ -2342,24 +2321,20 @@ class Troubles:
     """The warnings and errors that were printed: the first of either kind, and how many more there are."""
 
     def __init__(self) -> None:
-        """None."""
         self.more = 0
         self._named: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
 
     def add(self, level: str, name: str, text: str) -> None:
-        """Takes in a line about `name`."""
         if len(self._named[level]) < MAX_TROUBLES:
             self._named[level].append((name, " ".join(text.split())))
         else:
             self.more += 1
 
     def about(self, level: str, names: Iterable[str]) -> list[str]:
-        """The errors or warnings about one of `names`."""
         names = set(names)
         return [text for name, text in self._named[level] if name in names]
 
     def names(self) -> list[str]:
-        """What there are any about."""
         return list(dict.fromkeys(name for named in self._named.values() for name, _ in named))
 
     def lines(self) -> list[str]:
@@ -2380,7 +2355,6 @@ class Stop:
     """The stop signals that came. Handlers only note them; whoever waits asks."""
 
     def __init__(self) -> None:
-        """Nothing came yet."""
         self.signals: list[int] = []
 
     def install(self) -> None:
@@ -2393,7 +2367,6 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether the work is to end."""
         return bool(self.signals)
 
     @property
@@ -2430,8 +2403,6 @@ class Report:
 
 @dataclass
 class Runtime:
-    """What every part of a run needs."""
-
     settings: Settings
     environ: Mapping[str, str]
     console: Console
@@ -2441,7 +2412,6 @@ class Runtime:
 
     @property
     def run_id(self) -> str:
-        """What tells this run from all others."""
         return self.report.run_id
 
 
@@ -2490,7 +2460,6 @@ class Child:
             ) from None
 
     def _look_after(self, *streams: tuple[IO[bytes], Callable[[str], None]]) -> None:
-        """Reads these streams, and waits for the end."""
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
@@ -2506,7 +2475,6 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id."""
         return self._process.pid
 
     def wait(self, seconds: float) -> int | None:
@@ -2535,7 +2503,6 @@ class Child:
                     self.send(signal.SIGCONT)
 
     def is_held(self, why: str) -> bool:
-        """Whether it is stopped for this reason."""
         return why in self._holders
 
     def kill(self) -> bool:
@@ -2558,7 +2525,6 @@ class StreamedChild(Child):
         on_error: Callable[[str], None],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **pipes)
         self._look_after((self._process.stderr, on_error))
@@ -2581,11 +2547,11 @@ class ForegroundChild(Child):
     """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
 
     It is the terminal's foreground process group, as a shell's command would be: it may read from the
-    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on.
+    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on. Only the main
+    thread may start it.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
-        """Starts the process. Raises BackupError when it cannot be started. Only for the main thread."""
         self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
         before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
         try:
@@ -2631,7 +2597,6 @@ def die_with_parent() -> None:
 
 
 def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
-    """Hands each line of `stream` to `on_line` until its end."""
     with stream:
         for line in stream:
             on_line(line.decode("utf-8", "replace").rstrip("\n"))
@@ -2663,7 +2628,6 @@ class Stillness:
     """
 
     def __init__(self, meters: Sequence[Callable[[], float]]) -> None:
-        """The time runs from now on."""
         self._meters, self._moved_at = meters, time.monotonic()
         self._before = [meter() for meter in meters]
 
@@ -2948,7 +2912,6 @@ def tigrisfs_command(
 
 
 def memory_flags(settings: Settings, memory_mb: int, store: Store) -> list[str]:
-    """TigrisFS's flags for its cache, and for what it reads ahead."""
     cache_mb = data_cache_mb(memory_mb, store, targets_at_once(settings, memory_mb))
     return ["--memory-limit", str(cache_mb), *read_ahead_flags(store, memory_mb, cache_mb)]
 
@@ -2986,7 +2949,6 @@ class TigrisLog:
     """
 
     def __init__(self, name: str, console: Console) -> None:
-        """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.failed_uploads = 0
@@ -3000,7 +2962,6 @@ class TigrisLog:
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
 
     def feed(self, line: str) -> None:
-        """Takes one line."""
         try:
             entry = json.loads(line)
             level, message = str(entry.get("level", "warn")), str(entry.get("message", "")).strip()
@@ -3053,7 +3014,6 @@ class TigrisLog:
 
     @property
     def is_complaining(self) -> bool:
-        """Whether it complained a short while ago."""
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
@@ -3063,12 +3023,10 @@ class TigrisLog:
 
     @property
     def reason(self) -> str:
-        """What it complained about last."""
         return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
 
 
 def mount_table() -> dict[str, str]:
-    """Mount point -> file system type in this process's mount namespace."""
     return parse_mount_table(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
 
 
@@ -3103,7 +3061,6 @@ class Mount:
     ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
-        """Begins to note when tigrisfs has moved something, and be it in vain."""
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
         self._stillness = Stillness([lambda: (io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges) / unit])
 
@@ -3115,7 +3072,6 @@ class Mount:
 
     @property
     def is_alive(self) -> bool:
-        """Whether somebody serves it."""
         return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
