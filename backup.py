@@ -72,6 +72,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -89,7 +90,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn, Protocol, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 # ------------------------------------------------------------------------------------------------ Constants
 
@@ -1763,25 +1764,6 @@ def boot_seconds() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class SignalEvent(ctypes.Structure):
-    """`struct sigevent` of <signal.h>; sigev_notify 0 is SIGEV_SIGNAL."""
-
-    _fields_ = (
-        ("sigev_value", ctypes.c_void_p),
-        ("sigev_signo", ctypes.c_int),
-        ("sigev_notify", ctypes.c_int),
-        ("padding", ctypes.c_byte * 48),
-    )
-
-
-class TimerSpec(ctypes.Structure):
-    """`struct itimerspec` of <time.h>."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_long) for name in ("interval_sec", "interval_nsec", "value_sec", "value_nsec")
-    )
-
-
 class DeadMansSwitch:
     """Has the kernel kill this process, and with it its children, unless the moment is put off in time.
 
@@ -1792,8 +1774,8 @@ class DeadMansSwitch:
 
     def __init__(self) -> None:
         self._timer = ctypes.c_void_p()
-        event = SignalEvent(None, signal.SIGKILL, 0)
-        if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
+        event = struct.pack("Pii48x", 0, signal.SIGKILL, 0)  # `struct sigevent` of <signal.h>; SIGEV_SIGNAL
+        if LIBC.timer_create(time.CLOCK_BOOTTIME, event, ctypes.byref(self._timer)):
             raise BackupError(
                 f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
                 "Let the container's seccomp profile allow it.",
@@ -1802,8 +1784,9 @@ class DeadMansSwitch:
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
         whole = int(at_boot_seconds)
-        spec = TimerSpec(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
-        LIBC.timer_settime(self._timer, TIMER_ABSTIME, ctypes.byref(spec), None)
+        # `struct itimerspec` of <time.h>: no interval; seconds and nanoseconds
+        spec = (ctypes.c_long * 4)(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
+        LIBC.timer_settime(self._timer, TIMER_ABSTIME, spec, None)
 
     def close(self) -> None:
         LIBC.timer_delete(self._timer)
@@ -1824,17 +1807,20 @@ class NoSwitch(DeadMansSwitch):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as its object says."""
+    """Who holds a lease, as its object says, and how that was when we looked at it."""
 
     run_id: str
     host: str
     purpose: str
     since: str
     ttl_seconds: int
+    etag: str = ""
+    age_seconds: float = 0.0  # since its last renewal, by the server's clock
 
     def body(self, number: int) -> bytes:
         """The object's content. No two writes are alike, as equal content would have equal ETags."""
-        return json.dumps({**dataclasses.asdict(self), "write": number}).encode()
+        fields = {name: value for name, value in vars(self).items() if name not in ("etag", "age_seconds")}
+        return json.dumps({**fields, "write": number}).encode()
 
     @classmethod
     def parse(cls, body: bytes) -> Holder:
@@ -1850,41 +1836,21 @@ class Holder:
     def __str__(self) -> str:
         return f"{self.purpose} on {self.host}, since {self.since}"
 
-
-@dataclass(frozen=True)
-class Sighting:
-    """A lease object as it was when we looked."""
-
-    holder: Holder
-    etag: str
-    age_seconds: float  # since its last renewal, by the server's clock
-
     @property
     def has_expired(self) -> bool:
-        return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
+        return self.age_seconds > self.ttl_seconds + LEASE_MARGIN_SECONDS
 
 
-def look_at_lease(client: S3Client) -> Sighting | None:
+def look_at_lease(client: S3Client) -> Holder | None:
     """The lease object as it is now; None where there is none. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{LEASE_NAME}")
     if not answer:
         return None
     now, then = answer.time("Date"), answer.time("Last-Modified")
     age = (now - then).total_seconds() if now and then else 0.0
-    return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
-
-
-class Member(Protocol):
-    """What works under a lease: a child process."""
-
-    def send(self, signum: int) -> None:
-        pass
-
-    def hold(self, why: str) -> None:
-        """Stops it (SIGSTOP) until all who hold it let it go."""
-
-    def let_go(self, why: str) -> None:
-        """Has it go on (SIGCONT), as far as `why` is concerned."""
+    return dataclasses.replace(
+        Holder.parse(answer.body), etag=answer.headers.get("etag", ""), age_seconds=age
+    )
 
 
 class Lease:
@@ -1921,11 +1887,11 @@ class Lease:
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
-        self._members: list[Member] = []
+        self._members: list[Child] = []
         self._lock, self.is_over = threading.RLock(), threading.Event()
         self._switch = switch or DeadMansSwitch()
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
+            threading.Thread(target=target, daemon=True) for target in (self._renew, self._guard)
         ]
 
     def acquire(self, wait_seconds: float | None) -> None:
@@ -1938,29 +1904,37 @@ class Lease:
         while current := self._try_to_take():
             first = first or current
             waited = boot_seconds() - start
-            limit = current.holder.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
+            limit = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
             is_alive = current.etag != first.etag
             if waited >= (limit if wait_seconds is None else wait_seconds) or (
                 wait_seconds is None and is_alive
             ):
                 raise StillRunning(
-                    f"{self._client.store.name}: another run works on this repository: {current.holder}",
+                    f"{self._client.store.name}: another run works on this repository: {current}",
                     "Let it finish, or wait for it with LEASE_WAIT.",
                 )
             if current is first:
-                ours = current.holder.run_id == self._holder.run_id
-                who = "its first try" if ours else current.holder
+                who = "its first try" if current.run_id == self._holder.run_id else current
                 self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
-            self._pause(min(2.0, current.holder.ttl_seconds / 10))
+            self._pause(min(2.0, current.ttl_seconds / 10))
         if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
             self._arm()
             for thread in self._threads:
                 thread.start()
             self.enforced = self._is_enforced()
-        if not self.enforced:
-            self._go_without()
+        if self.enforced:
+            return
+        self._end_threads()
+        self._switch.arm(0)
+        self.suspended = False
+        self._notice(
+            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
+            " cannot exclude each other: see to it that only one works on the repository at a time"
+        )
+        with contextlib.suppress(S3Error):
+            self._client.delete(self._key)
 
-    def _try_to_take(self) -> Sighting | None:
+    def _try_to_take(self) -> Holder | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
         for _ in range(5):
             try:
@@ -1974,13 +1948,13 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            holder, ours = current.holder, self._holder
-            is_ours = (holder.run_id, holder.since) == (ours.run_id, ours.since)  # a run may try twice
+            ours = self._holder
+            is_ours = (current.run_id, current.since) == (ours.run_id, ours.since)  # a run may try twice
             if not (is_ours or current.has_expired):
                 return current
             if self._write(self._client, {"If-Match": current.etag}):
                 if not is_ours:
-                    self._notice(f"an expired lease is taken over: {current.holder}")
+                    self._notice(f"an expired lease is taken over: {current}")
                 return None
         raise BackupError(
             f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
@@ -2027,18 +2001,7 @@ class Lease:
                 raise
             return False
 
-    def _go_without(self) -> None:
-        self._end_threads()
-        self._switch.arm(0)
-        self.suspended = False
-        self._notice(
-            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
-            " cannot exclude each other: see to it that only one works on the repository at a time"
-        )
-        with contextlib.suppress(S3Error):
-            self._client.delete(self._key)
-
-    def add(self, member: Member) -> None:
+    def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
         with self._lock:
             self._members.append(member)
@@ -2085,29 +2048,27 @@ class Lease:
         if self.lost:
             raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
 
-    def _renew_on(self) -> None:
+    def _renew(self) -> None:
         ttl = self._holder.ttl_seconds
         while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
-                self._renew()
+                if not self._write(self._renewing_client, {"If-Match": self._etag}):
+                    current = look_at_lease(self._renewing_client)
+                    if current is None or current.run_id != self._holder.run_id:
+                        who = current or "its object was deleted"
+                        self._lose(f"the lease on the repository was lost ({who})")
+                        return
+                    self._write(self._renewing_client, {"If-Match": current.etag})
             except S3Error as error:
                 self._trouble = str(error)
-
-    def _renew(self) -> None:
-        if not self._write(self._renewing_client, {"If-Match": self._etag}):
-            current = look_at_lease(self._renewing_client)
-            if current is None or current.holder.run_id != self._holder.run_id:
-                who = current.holder if current else "its object was deleted"
-                self._lose(f"the lease on the repository was lost ({who})")
-                return
-            self._write(self._renewing_client, {"If-Match": current.etag})
-        with self._lock:
-            self._arm()
-            if self.suspended and self._is_fresh:
-                self.suspended = False
-                self._notice("the lease is renewed: the work goes on")
-                for member in self._members:
-                    member.let_go(HELD_BY_LEASE)
+                continue
+            with self._lock:
+                self._arm()
+                if self.suspended and self._is_fresh:
+                    self.suspended = False
+                    self._notice("the lease is renewed: the work goes on")
+                    for member in self._members:
+                        member.let_go(HELD_BY_LEASE)
 
     def _guard(self) -> None:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
@@ -2152,25 +2113,6 @@ class Lease:
 def refuses_conditions(error: S3Error) -> bool:
     """Whether a server says that it does not know conditional writes."""
     return error.status == 501 or error.code in ("NotImplemented", "InvalidArgument")
-
-
-@contextlib.contextmanager
-def leased(
-    client: S3Client,
-    holder: Holder,
-    wait_seconds: float | None,
-    patience_seconds: float,
-    notice: Callable[[str], None],
-    pause: Callable[[float], None],
-    switch: DeadMansSwitch | None = None,
-) -> Iterator[Lease]:
-    """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, patience_seconds, notice, pause, switch)
-    try:
-        lease.acquire(wait_seconds)
-        yield lease
-    finally:
-        lease.release()
 
 
 # ------------------------------------------------------------------------------------------------ Processes
@@ -5439,9 +5381,12 @@ def held(
         runtime.console.warning(name, text)
 
     patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    waits = settings.lease_wait_seconds
-    with leased(client, holder, waits, patience_seconds, notice or warn, runtime.stop.wait, switch) as lease:
+    lease = Lease(client, holder, patience_seconds, notice or warn, runtime.stop.wait, switch)
+    try:
+        lease.acquire(settings.lease_wait_seconds)
         yield lease
+    finally:
+        lease.release()
 
 
 CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
@@ -7598,7 +7543,7 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             sum(repository.files.values()),
             str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
             Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
-            str(lease.holder) if lease and not lease.has_expired else "",
+            str(lease) if lease and not lease.has_expired else "",
         )
 
 
