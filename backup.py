@@ -89,7 +89,6 @@ from concurrent.futures import ThreadPoolExecutor  # its import, which notes wha
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, NoReturn, TypeVar
 
 # ------------------------------------------------------------------------------------------------ Constants
@@ -1224,12 +1223,11 @@ class S3Client:
         try:
             return self.request("GET", key)
         except S3Error as error:
-            if error.code == "NoSuchKey" or (error.status == 403 and not self._is_listed(key)):
+            if error.code == "NoSuchKey":
+                return None
+            if error.status == 403 and not any(entry.key == key for entry in self.list_page(key, limit=1)[0]):
                 return None
             raise
-
-    def _is_listed(self, key: str) -> bool:
-        return any(entry.key == key for entry in self.list_page(key, limit=1)[0])
 
     def put(
         self,
@@ -1418,13 +1416,18 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     space = root.tag[: root.tag.find("}") + 1]
     is_encoded = root.findtext(f"{space}EncodingType") == "url"
     decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
-    objects = [
-        parse_entry_of(listed, decode)
-        for listed in (
-            {element.tag[len(space) :]: element.text or "" for element in entry}
-            for entry in root.iter(f"{space}Contents")
-        )
-    ]
+    objects = []
+    for entry in root.iter(f"{space}Contents"):
+        listed = {element.tag[len(space) :]: element.text or "" for element in entry}
+        key = decode(listed.get("Key", ""))
+        try:
+            modified = datetime.fromisoformat(listed.get("LastModified", ""))
+            size_bytes = int(listed.get("Size", ""))
+        except ValueError as error:
+            raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
+        # S3's times are UTC, also where a server does not say so.
+        modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+        objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
     if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
         return objects, None
     if token := root.findtext(f"{space}NextContinuationToken"):
@@ -1433,19 +1436,6 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     if not keys or keys != sorted(keys):
         raise ValueError("a page of the listing is truncated, and does not say how it goes on")
     return objects, ("start-after", keys[-1])
-
-
-def parse_entry_of(listed: Mapping[str, str], decode: Callable[[str], str]) -> S3Object:
-    """An object from the elements of its entry in a listing. Raises ValueError."""
-    key = decode(listed.get("Key", ""))
-    try:
-        modified = datetime.fromisoformat(listed.get("LastModified", ""))
-        size_bytes = int(listed.get("Size", ""))
-    except ValueError as error:
-        raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
-    # S3's times are UTC, also where a server does not say so.
-    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-    return S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"'))
 
 
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
@@ -2119,7 +2109,6 @@ def refuses_conditions(error: S3Error) -> bool:
 
 Result = TypeVar("Result")
 
-
 DEFECT = "this is a defect of the program, please report it"
 
 
@@ -2142,7 +2131,9 @@ class Console:
         self.troubles = Troubles()
         self.secrets: Collection[str] = ()  # that no traceback may show
         self._run_id = run_id
-        self._colours = not as_json and environ is not None and allows_colours(environ)
+        # https://no-color.org
+        unwelcome = as_json or environ is None or environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self._colours = not unwelcome
         self._lock = threading.Lock()
         self._stream = sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
@@ -2185,17 +2176,14 @@ class Console:
     def progress(self, name: str, text: str, /, **numbers: Any) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
         now = time.monotonic()
-        if self._terminal:
-            self._show_live(now, name, text)
-        elif now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
-            self._progress_due[name] = now + PROGRESS_SECONDS
-            self.info(name, text, "progress", **numbers)
-
-    def _show_live(self, now: float, name: str, text: str) -> None:
-        """One line for all that are at work; who has been silent for a while is at work no more."""
+        if not self._terminal:
+            if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
+                self._progress_due[name] = now + PROGRESS_SECONDS
+                self.info(name, text, "progress", **numbers)
+            return
         with self._lock, contextlib.suppress(OSError):
             self._latest_progress[name] = now, text
-            shown = {
+            shown = {  # one line for all that are at work; who has been silent for a while is so no more
                 name: text
                 for name, (when, text) in self._latest_progress.items()
                 if now - when < LIVE_SECONDS
@@ -2214,31 +2202,23 @@ class Console:
         numbers: Mapping[str, Any] | None = None,
     ) -> None:
         stream = sys.stderr if level in COLOURS else self._stream
+        now = datetime.now(UTC)
         if self.as_json:
-            line = json_line(datetime.now(UTC), level, self._run_id, name, event, text, numbers or {})
+            line = json_line(now, level, self._run_id, name, event, text, numbers or {})
         else:
-            line = self._text_line(level, name, text, self._colours and stream.isatty())
+            label = f"{level}: " if level in COLOURS else ""
+            if label and self._colours and stream.isatty():
+                label = f"\033[{COLOURS[level]}m{level}:\033[0m "
+            clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
+            line = f"{clock}{f'[{name}] ' if name else ''}{label}{printable(text)}"
         with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
             if self._progress_is_shown:
                 print("\r\033[K", end="", file=self._stream, flush=True)
                 self._progress_is_shown = False
             print(line, file=stream, flush=True)
 
-    def _text_line(self, level: str, name: str, text: str, colours: bool) -> str:
-        """A line for people. Only the word `warning` or `error` is coloured."""
-        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
-        label = f"{level}: " if level in COLOURS else ""
-        if label and colours:
-            label = f"\033[{COLOURS[level]}m{level}:\033[0m "
-        return f"{clock}[{name}] {label}{printable(text)}" if name else f"{label}{printable(text)}"
-
 
 COLOURS = {"warning": 33, "error": 31}  # yellow and red (ECMA-48, "Select Graphic Rendition")
-
-
-def allows_colours(environ: Mapping[str, str]) -> bool:
-    """Whether colours are welcome on a terminal (https://no-color.org)."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def json_line(
@@ -2302,10 +2282,7 @@ class Stop:
     def install(self) -> None:
         """Takes over SIGTERM, SIGINT and SIGHUP. Only the main thread may call this."""
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.signals.append(signum)
+            signal.signal(signum, lambda signum, _frame: self.signals.append(signum))
 
     @property
     def requested(self) -> bool:
@@ -2357,6 +2334,9 @@ class Runtime:
         return self.report.run_id
 
 
+PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
 class Child:
     """A running child process in a session of its own, so that only we send it signals.
 
@@ -2375,8 +2355,7 @@ class Child:
         dies_with_us: bool = True,
     ) -> None:
         """Starts the process. Raises BackupError when it cannot be started."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **pipes)
+        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **PIPES)
         self._look_after((self._process.stdout, on_output), (self._process.stderr, on_error))
 
     def _start(
@@ -2467,8 +2446,7 @@ class StreamedChild(Child):
         on_error: Callable[[str], None],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **pipes)
+        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **PIPES)
         self._look_after((self._process.stderr, on_error))
 
         def work() -> None:
@@ -2669,17 +2647,6 @@ def terminate(child: Child, stop: Stop) -> None:
         if stop.hurried or time.monotonic() > give_up:
             child.kill()
             return
-
-
-def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int, str]:
-    """Runs a small program and returns exit code and output; 124 when it took longer than `seconds`."""
-    lines: list[str] = []
-    child = Child(argv, env, lines.append, lines.append)
-    code = child.wait(seconds)
-    if code is None:
-        child.kill()
-        return 124, "no answer"
-    return code, " ".join(lines)
 
 
 def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
@@ -3372,11 +3339,14 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
         number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
         if number != errno.EPERM:
             return os.strerror(number) if number else ""
-        argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-        code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
+        child = Child(argv, minimal_environment(runtime.environ, ()), lines.append, lines.append)
     except BackupError as error:
         return error.message
-    return words or f"fusermount3 ended with {code}" if code else ""
+    if (code := child.wait(MOUNT_SECONDS)) is None:
+        child.kill()
+        return "no answer"
+    return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
 
 
 def unmount(runtime: Runtime, mount: Mount) -> None:
