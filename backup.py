@@ -2334,7 +2334,12 @@ class Runtime:
         return self.report.run_id
 
 
-PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+PIPES = {
+    "stdin": subprocess.DEVNULL,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "start_new_session": True,
+}
 
 
 class Child:
@@ -2349,23 +2354,13 @@ class Child:
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
-        on_output: Callable[[str], None],
-        on_error: Callable[[str], None],
+        on_output: Callable[[str], None] | None,
+        on_error: Callable[[str], None] | None,
         pass_fds: Sequence[int] = (),
         dies_with_us: bool = True,
-    ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
-        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **PIPES)
-        self._look_after((self._process.stdout, on_output), (self._process.stderr, on_error))
-
-    def _start(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        pass_fds: Sequence[int],
-        dies_with_us: bool,
         **how: Any,
     ) -> None:
+        """Starts the process, with pipes unless `how` tells Popen otherwise. Raises BackupError."""
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -2373,18 +2368,20 @@ class Child:
                 pass_fds=pass_fds,
                 # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
                 preexec_fn=die_with_parent if dies_with_us else None,
-                **how,
+                **(how or PIPES),
             )
         except OSError as error:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
-
-    def _look_after(self, *streams: tuple[IO[bytes], Callable[[str], None]]) -> None:
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
-        self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
+        self._readers = [
+            threading.Thread(target=read_lines, args=(stream, on_line), daemon=True)
+            for stream, on_line in ((self._process.stdout, on_output), (self._process.stderr, on_error))
+            if on_line
+        ]
         for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
             thread.start()
 
@@ -2446,8 +2443,7 @@ class StreamedChild(Child):
         on_error: Callable[[str], None],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **PIPES)
-        self._look_after((self._process.stderr, on_error))
+        super().__init__(argv, env, None, on_error, pass_fds)
 
         def work() -> None:
             with self._process.stdout as stream:
@@ -2475,10 +2471,9 @@ class ForegroundChild(Child):
         self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
         before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
         try:
-            self._start(argv, env, pass_fds, dies_with_us=True, process_group=0)
+            super().__init__(argv, env, None, None, pass_fds, process_group=0)
         finally:
             signal.signal(signal.SIGTSTP, before)
-        self._look_after()
 
     @contextlib.contextmanager
     def in_foreground(self) -> Iterator[None]:
@@ -2889,35 +2884,27 @@ class TigrisLog:
             if match[1] in self.arrived:  # it repeats that as long as it lives
                 return
             self.unfinished.add(match[1])
-        self._note_refusal(message)
+        now = time.monotonic()
+        match = REFUSED_WRITE.match(message)
+        if match and int(match[4]) not in RETRIED_STATUSES and match[2] not in PASSING_CODES:
+            times, last = self._refused.get(match[1], (0, now))
+            times = times + 1 if now - last < COMPLAINT_SECONDS else 1
+            self._refused[match[1]] = (times, now)
+            if times >= REFUSED_TIMES:
+                self._refusal = (match[1], match[2], match[3], match[4])
         self.complaints.append(message)
         if message.startswith("Conflict detected"):
             self.lost = "; ".join(list(self.complaints)[-2:])
         self.failed_uploads += message.startswith("Failed to flush")
-        self.complained_at = time.monotonic()
-        self._show(f"tigrisfs: {message}")
-
-    def _note_refusal(self, message: str) -> None:
-        match, now = REFUSED_WRITE.match(message), time.monotonic()
-        if not match or int(match[4]) in RETRIED_STATUSES or match[2] in PASSING_CODES:
-            return
-        times, last = self._refused.get(match[1], (0, now))
-        times = times + 1 if now - last < COMPLAINT_SECONDS else 1
-        self._refused[match[1]] = (times, now)
-        if times >= REFUSED_TIMES:
-            self._refusal = (match[1], match[2], match[3], match[4])
-
-    def _show(self, text: str) -> None:
-        now = time.monotonic()
+        self.complained_at = now
         if now - self._window_start > 60:
             if self._hidden:
-                self._console.warning(
-                    self._name, f"tigrisfs: {self._hidden} more such lines in the last minute"
-                )
+                words = f"tigrisfs: {self._hidden} more such lines in the last minute"
+                self._console.warning(self._name, words)
             self._window_start, self._shown, self._hidden = now, 0, 0
         if self._shown < COMPLAINTS_A_MINUTE:
             self._shown += 1
-            self._console.warning(self._name, text)
+            self._console.warning(self._name, f"tigrisfs: {message}")
         else:
             self._hidden += 1
 
@@ -2935,14 +2922,10 @@ class TigrisLog:
         return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
 
 
-def mount_table() -> dict[str, str]:
-    return parse_mount_table(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
-
-
-def parse_mount_table(text: str) -> dict[str, str]:
-    """Mount point -> file system type from the text of /proc/PID/mountinfo, proc(5)."""
+def mount_table(source: Path = Path("/proc/self/mountinfo")) -> dict[str, str]:
+    """Mount point -> file system type in this process's mount namespace, proc(5)."""
     table = {}
-    for line in text.splitlines():
+    for line in source.read_bytes().decode("utf-8", "surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
         raw = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
         table[raw] = rest.split(" ")[0]
@@ -3101,7 +3084,7 @@ def mounted(
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
     mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
-    over = threading.Event()
+    over, failure = threading.Event(), None
     try:
         if lease:
             lease.add(child)
@@ -3109,20 +3092,19 @@ def mounted(
             in_background(lambda: keep_awake(mount, over))
         yield mount
     except BaseException as error:
+        failure = error
+        raise
+    finally:
         over.set()
-        if isinstance(error, Stuck) or not mount.usable:
+        if isinstance(failure, Stuck) or not mount.usable:
             abandon(runtime, mount)
         else:
             try:
                 unmount(runtime, mount)
-            except BackupError as second:  # the first error is the one to raise
-                runtime.console.warning(store.name, str(second))
-        raise
-    over.set()
-    if mount.usable:
-        unmount(runtime, mount)
-    else:
-        abandon(runtime, mount)
+            except BackupError as second:
+                if not failure:
+                    raise
+                runtime.console.warning(store.name, str(second))  # the first error is the one to raise
 
 
 @contextlib.contextmanager
@@ -3299,12 +3281,8 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
     lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay
     cached for METADATA_TTL.
     """
-
-    def walk() -> None:
-        for _ in walk_files(mount.store, mount.path):
-            pass
-
-    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", in_background(walk))
+    work = in_background(lambda: deque(walk_files(mount.store, mount.path), maxlen=0))
+    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", work)
 
 
 def until_done(
@@ -3384,14 +3362,6 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
 
-def flush_patience(runtime: Runtime, mount: Mount) -> float:
-    """How many seconds the upload after an unmount may take, as long as it makes progress."""
-    if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
-        return HURRIED_FLUSH_SECONDS
-    failing = runtime.stop.requested and mount.log.is_complaining
-    return FAILING_FLUSH_SECONDS if failing else math.inf
-
-
 def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
     """The exit code of tigrisfs, which ends when everything is uploaded.
 
@@ -3410,9 +3380,14 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
             runtime.console.info(
                 mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
             )
+        limit = math.inf  # as long as it makes progress
+        if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
+            limit = HURRIED_FLUSH_SECONDS
+        elif runtime.stop.requested and mount.log.is_complaining:
+            limit = FAILING_FLUSH_SECONDS
         try:
             stall.check(lambda: f"{mount.store.name}: the upload does not end: {mount.log.reason}")
-            if waited > flush_patience(runtime, mount):
+            if waited > limit:
                 raise BackupError(
                     f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
                     "What borg wrote last is not in the bucket; the archives of earlier runs are.",
