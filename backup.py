@@ -128,7 +128,7 @@ SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such 
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
-# TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
+# TigrisFS: a memory limit needs read-ahead sizes that fit it (`memory_flags`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
 LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
@@ -390,11 +390,11 @@ class Settings:
 # A parser returns what a text means, or raises ValueError, which says what to write instead.
 
 
-def whole_number(least: int, most: int, about: str = "") -> Callable[[str], int]:
+def whole_number(allowed: range, about: str = "") -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,12}", text) and least <= int(text) <= most:
+        if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
             return int(text)
-        raise ValueError(f"write a whole number from {least} to {most}{about}")
+        raise ValueError(f"write a whole number from {allowed[0]} to {allowed[-1]}{about}")
 
     return parse
 
@@ -457,24 +457,20 @@ SETTINGS = {
     "BACKUP_LABEL": ("label", parse_label, DEFAULT_LABEL),
     "LOG_LEVEL": ("debug", one_of(info=False, debug=True), False),
     "DATA_DIR": ("data_dir", parse_data_dir, Path(DEFAULT_DATA_DIR)),
-    "LEASE_TTL": (
-        "lease_ttl_seconds",
-        whole_number(LEASE_SECONDS[0], LEASE_SECONDS[-1], " (seconds)"),
-        DEFAULT_LEASE_SECONDS,
-    ),
-    "LEASE_WAIT": ("lease_wait_seconds", whole_number(0, 7 * 86400, " (seconds)"), None),
-    "STALL_TIMEOUT": ("stall_seconds", whole_number(5, 86400, " (seconds)"), 900),
+    "LEASE_TTL": ("lease_ttl_seconds", whole_number(LEASE_SECONDS, " (seconds)"), DEFAULT_LEASE_SECONDS),
+    "LEASE_WAIT": ("lease_wait_seconds", whole_number(range(7 * 86400 + 1), " (seconds)"), None),
+    "STALL_TIMEOUT": ("stall_seconds", whole_number(range(5, 86401), " (seconds)"), 900),
     "AUDIT": ("audit", ON_OR_OFF, True),
     "MEMORY_LIMIT_MB": (
         "memory_limit_mb",
-        whole_number(MEMORY_MB[0], MEMORY_MB[-1], "; TigrisFS and borg are not safe with less"),
+        whole_number(MEMORY_MB, "; TigrisFS and borg are not safe with less"),
         None,
     ),
-    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(0, 256, "; 0 turns reading ahead off"), 32),
-    "PARALLEL_TARGETS": ("parallel_targets", whole_number(1, 64), 4),
+    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(range(257), "; 0 turns reading ahead off"), 32),
+    "PARALLEL_TARGETS": ("parallel_targets", whole_number(range(1, 65)), 4),
     "SOURCE_METADATA": ("source_metadata", one_of(false=False, true=True), False),
     "HEADERS": ("headers", ON_OR_OFF, True),
-    "SHRINK_WARNING": ("shrink_percent", whole_number(0, 99, " (percent); 0 turns the warning off"), 50),
+    "SHRINK_WARNING": ("shrink_percent", whole_number(range(100), " (percent); 0 turns the warning off"), 50),
 }
 # The same for Reporting.
 REPORTING = {
@@ -500,10 +496,7 @@ def is_plain(text: str) -> bool:
 
 
 def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
-    """The values of our variables, each from NAME or from the file that NAME_FILE names.
-
-    Empty ones count as unset.
-    """
+    """Our variables' values, each from NAME or from the file that NAME_FILE names; empty ones are unset."""
     values = {}
     for name in VARIABLES:
         value, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
@@ -1295,10 +1288,9 @@ class S3Client:
         """Signs and sends one request and reads the answer to its end."""
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
-        host = self._url.netloc
         headers = {
             **extra,
-            "Host": host,
+            "Host": self._url.netloc,
             "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
             "x-amz-content-sha256": payload_hash,
         }
@@ -2001,10 +1993,7 @@ class Lease:
                 member.hold(HELD_BY_LEASE)
 
     def write(self, request: Callable[[S3Client], object]) -> None:
-        """Has `request` write to the store while the lease holds, and again while S3 fails.
-
-        Raises S3Error, Stuck, and what `pause` raises.
-        """
+        """Has `request` write under the lease, and again while S3 fails. Raises S3Error, Stuck, Stopped."""
         give_up = time.monotonic() + self._patience_seconds
         while True:
             with self._lock:
@@ -2122,10 +2111,7 @@ class Console:
     def __init__(
         self, debug: bool, as_json: bool = False, run_id: str = "", environ: Mapping[str, str] | None = None
     ) -> None:
-        """`debug` shows the lines that are otherwise left out.
-
-        Without an `environ` that allows it there are no colours.
-        """
+        """`debug` shows further lines; colours are for an `environ` that allows them."""
         self.debug_is_shown = debug
         self.as_json = as_json
         self.troubles = Troubles()
@@ -2148,19 +2134,17 @@ class Console:
 
     def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
-        self._print("info", name, text, event, numbers)
+        self._print("info", name, text, event, **numbers)
 
     def debug(self, name: str, text: str) -> None:
         if self.debug_is_shown:
             self._print("debug", name, text)
 
     def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        self.troubles.add("warning", name, text)
-        self._print("warning", name, text, event, numbers)
+        self._print("warning", name, text, event, **numbers)
 
     def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        self.troubles.add("error", name, text)
-        self._print("error", name, text, event, numbers)
+        self._print("error", name, text, event, **numbers)
 
     def defect(self, name: str, error: BaseException) -> None:
         """An exception that nobody foresaw. Its words may be anybody's, and quote what is secret."""
@@ -2193,18 +2177,13 @@ class Console:
             print(f"\r\033[K{''.join(parts).rstrip()}", end="", file=self._stream, flush=True)
             self._progress_is_shown = True
 
-    def _print(
-        self,
-        level: str,
-        name: str,
-        text: str,
-        event: str = "message",
-        numbers: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _print(self, level: str, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
+        if level in COLOURS:
+            self.troubles.add(level, name, text)
         stream = sys.stderr if level in COLOURS else self._stream
         now = datetime.now(UTC)
         if self.as_json:
-            line = json_line(now, level, self._run_id, name, event, text, numbers or {})
+            line = json_line(now, level, self._run_id, name, event, text, numbers)
         else:
             label = f"{level}: " if level in COLOURS else ""
             if label and self._colours and stream.isatty():
@@ -2537,10 +2516,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Stillness:
-    """How long nothing has moved.
-
-    Each meter returns a number that grows by 1 or more where there is progress.
-    """
+    """How long no meter has moved, whose numbers grow by 1 or more where there is progress."""
 
     def __init__(self, meters: Sequence[Callable[[], float]]) -> None:
         self._meters, self._moved_at = meters, time.monotonic()
@@ -2570,10 +2546,7 @@ class StallClock:
         beside: Callable[[], float] | None = None,
         hasty: bool = True,
     ) -> None:
-        """The time runs from now on.
-
-        About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
-        """
+        """About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count."""
         self._seconds, self._mounts = seconds, mounts
         self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
         self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
@@ -2718,21 +2691,17 @@ def container_memory_mb(root: Path = Path("/")) -> int:
         lines = []
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in CGROUP_FILES:
+        if not controllers:
+            folder, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
             continue
-        folder, name = CGROUP_FILES[kind]
         path = Path(group.lstrip("/"))
         for part in (path, *path.parents):
             with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
                 limits.append(int((root / folder / part / name).read_text(encoding="ascii")))
     return min(limits) // 1_000_000
-
-
-CGROUP_FILES = {
-    "": ("sys/fs/cgroup", "memory.max"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-}
 
 
 def targets_at_once(settings: Settings, memory_mb: int) -> int:
@@ -2767,24 +2736,6 @@ def piece_bytes(window_bytes: int) -> int:
     return min(max(window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
 
 
-def read_ahead_flags(store: Store, memory_mb: int, cache_mb: int) -> list[str]:
-    """How much TigrisFS reads ahead by itself, with sizes that are safe with such a cache.
-
-    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
-    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
-    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
-    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
-    """
-    if store.target is None:
-        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
-        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
-    else:
-        large_kb = cache_mb * 1024 // 16
-        ahead_kb, part_kb = 1024, large_kb // 2
-    flags = {"--read-ahead": ahead_kb, "--read-ahead-large": large_kb, "--read-ahead-parallel": part_kb}
-    return [word for flag, kilobytes in flags.items() for word in (flag, str(kilobytes))]
-
-
 def tigrisfs_command(
     store: Store,
     region: str,
@@ -2792,10 +2743,7 @@ def tigrisfs_command(
     read_only: bool,
     sizes: Sequence[str],
 ) -> list[str]:
-    """The command line that mounts `store`; its keys go through the environment.
-
-    `sizes` are its flags for memory (`memory_flags`).
-    """
+    """The command line that mounts `store`, with `memory_flags`; its keys go through the environment."""
     return [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
@@ -2816,8 +2764,27 @@ def tigrisfs_command(
 
 
 def memory_flags(settings: Settings, memory_mb: int, store: Store) -> list[str]:
+    """TigrisFS's flags for its cache, and for what it reads ahead by itself, in sizes that are safe.
+
+    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
+    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
+    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
+    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
+    """
     cache_mb = data_cache_mb(memory_mb, store, targets_at_once(settings, memory_mb))
-    return ["--memory-limit", str(cache_mb), *read_ahead_flags(store, memory_mb, cache_mb)]
+    if store.target is None:
+        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
+        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
+    else:
+        large_kb = cache_mb * 1024 // 16
+        ahead_kb, part_kb = 1024, large_kb // 2
+    sizes = {
+        "--memory-limit": cache_mb,
+        "--read-ahead": ahead_kb,
+        "--read-ahead-large": large_kb,
+        "--read-ahead-parallel": part_kb,
+    }
+    return [word for flag, number in sizes.items() for word in (flag, str(number))]
 
 
 def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
@@ -2847,10 +2814,7 @@ SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF",
 
 
 class TigrisLog:
-    """Reads TigrisFS's log.
-
-    Warnings and errors are shown under the mount's name, the rest only when debugging.
-    """
+    """TigrisFS's log. Warnings and errors are shown under the mount's name, the rest when debugging."""
 
     def __init__(self, name: str, console: Console) -> None:
         self.complaints: deque[str] = deque(maxlen=5)
@@ -3002,10 +2966,7 @@ class Mount:
             self._find_arrived(key)
 
     def answers(self) -> bool:
-        """Whether S3 answers us, and we may write where we want to.
-
-        Raises S3Error when the keys or the bucket are gone.
-        """
+        """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
         try:
             self.ask(self.client)
         except S3Error as error:
@@ -3220,10 +3181,7 @@ NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
-    """Detaches a mount that nobody serves any more; returns whether it was one.
-
-    Raises BackupError when it does not answer.
-    """
+    """Whether a mount was dead, and is detached now. Raises BackupError when it does not answer."""
     try:
         probe_mount(runtime, store, path)
     except OSError as error:
@@ -3363,10 +3321,7 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
 
 
 def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
-    """The exit code of tigrisfs, which ends when everything is uploaded.
-
-    Kills it when that takes too long.
-    """
+    """The exit code of tigrisfs, which ends when all is uploaded, and is killed when that takes too long."""
     start, told = time.monotonic(), False
     stall = StallClock(runtime.settings.stall_seconds, [mount])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
