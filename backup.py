@@ -731,9 +731,8 @@ def parse_json(
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's members. Raises ValueError where one is there twice: the first would be lost."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
             raise ValueError(f"{json.dumps(name)} is there twice; keep one")
     return dict(pairs)
 
@@ -981,40 +980,18 @@ def canonical_request(
     )
 
 
-def string_to_sign(canonical: str, when: datetime, region: str, service: str = "s3") -> str:
-    """Task 2: the string to sign."""
-    scope = f"{when:%Y%m%d}/{region}/{service}/aws4_request"
-    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
-    return f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
-
-
-def signing_key(secret_access_key: str, when: datetime, region: str, service: str = "s3") -> bytes:
-    """Task 3, first half: the key derived for one day, region and service."""
-    key = f"AWS4{secret_access_key}".encode()
-    for part in (f"{when:%Y%m%d}", region, service, "aws4_request"):
-        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    return key
-
-
 def authorization(
-    method: str,
-    path: str,
-    query: Sequence[tuple[str, str]],
-    headers: Mapping[str, str],
-    payload_hash: str,
-    access_key_id: str,
-    secret_access_key: str,
-    when: datetime,
-    region: str,
+    canonical: str, access_key_id: str, secret_access_key: str, when: datetime, region: str
 ) -> str:
-    """Task 3: the value of the Authorization header."""
-    text = string_to_sign(canonical_request(method, path, query, headers, payload_hash), when, region)
-    signature = hmac.new(
-        signing_key(secret_access_key, when, region), text.encode(), hashlib.sha256
-    ).hexdigest()
-    signed_headers = ";".join(sorted(name.lower() for name in headers))
-    credential = f"{access_key_id}/{when:%Y%m%d}/{region}/s3/aws4_request"
-    return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={signed_headers},Signature={signature}"
+    """Tasks 2 and 3: the value of the Authorization header, from the canonical request."""
+    scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
+    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
+    text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
+    key = f"AWS4{secret_access_key}".encode()
+    for part in (f"{when:%Y%m%d}", region, "s3", "aws4_request", text):  # with the last one it signs
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    names = canonical.split("\n")[-2]
+    return f"AWS4-HMAC-SHA256 Credential={access_key_id}/{scope},SignedHeaders={names},Signature={key.hex()}"
 
 
 @dataclass(frozen=True)
@@ -1194,9 +1171,8 @@ class S3Client:
 
     def tags(self, key: str) -> dict[str, str]:
         root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
-        space = root.tag[: root.tag.find("}") + 1]
-        tags = root.iter(f"{space}Tag")
-        return {tag.findtext(f"{space}Key", ""): tag.findtext(f"{space}Value", "") for tag in tags}
+        tags = root.iterfind(".//{*}Tag")
+        return {tag.findtext("{*}Key", ""): tag.findtext("{*}Value", "") for tag in tags}
 
     def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
         answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
@@ -1294,10 +1270,9 @@ class S3Client:
             "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
             "x-amz-content-sha256": payload_hash,
         }
+        canonical = canonical_request(method, path, query, headers, payload_hash)
         keys = (self.store.access_key_id, self.store.secret_access_key)
-        headers["Authorization"] = authorization(
-            method, path, query, headers, payload_hash, *keys, when, self.region
-        )
+        headers["Authorization"] = authorization(canonical, *keys, when, self.region)
         target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
         connection, is_new = self._connection()
         sent = boot_seconds()
@@ -1439,12 +1414,9 @@ def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
 def xml_text(body: bytes, name: str) -> str:
     """The text of the first element `name` in an XML error document, empty where there is none."""
     try:
-        for element in ElementTree.fromstring(body).iter():
-            if element.tag.rpartition("}")[2] == name:
-                return (element.text or "").strip()
+        return (ElementTree.fromstring(body).findtext(f".//{{*}}{name}") or "").strip()
     except ElementTree.ParseError:
-        pass
-    return ""
+        return ""
 
 
 def http_reason(status: int) -> str:
