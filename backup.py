@@ -8269,7 +8269,7 @@ class Verifier:
                 borg_export(borg.repository, self._found.archive, Path("-")),
                 consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
                 own={"S3BORGBACKUP_EXPORTED": str(paths)} if paths else None,
-                meters=[moved],
+                waits=moved,
             )
         except BackupError as error:
             if self._current and not isinstance(error, Stopped):
