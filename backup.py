@@ -6676,7 +6676,7 @@ class Feeder:
         answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
         now = self._version(each, answer)
         if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self.is_overwritten(each, now)
+            now = self._overwritten(each, now)
         self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
@@ -6802,7 +6802,7 @@ class Feeder:
             key = entry.key[len(self._prefix) :]
             each = self.catalog.find(key) if key else None
             if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
-                now = self.is_overwritten(each, dataclasses.replace(entry, key=key))
+                now = self._overwritten(each, dataclasses.replace(entry, key=key))
                 self.catalog.add([dataclasses.replace(now, facts=None)])
 
 
