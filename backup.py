@@ -3744,7 +3744,7 @@ class ReadAhead:
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
         """Returns when `reader` may be told of the object with this number."""
-        self._wait_until(reader, lambda: number <= self._taken)
+        self.wait_until(reader, lambda: number <= self._taken)
 
     def wait_until_passed(self, number: int) -> bool:
         """Returns when all readers are done with this object; False at the end."""
@@ -3753,7 +3753,12 @@ class ReadAhead:
                 self._changed.wait()
             return not self.is_over
 
-    def _wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
+    def is_left(self, reader: Reader) -> bool:
+        """Whether it goes on by itself."""
+        return reader not in self._readers
+
+    def wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
+        """Returns when it is so, or at the end; `reader` waits for others where it is ahead of them."""
         with self._lock:
             while reader in self._readers and not self.is_over and not is_so():
                 reader.wait(reader.done > self._passed)
@@ -6558,6 +6563,7 @@ class Feeder:
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
+        Path(self._folder, odd_path("")).parent.mkdir(parents=True)
         self._moved, self._unproven, self._refusals, self._tags_refused = 0, False, 0, False
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
@@ -6599,7 +6605,8 @@ class Feeder:
                 yield item
                 self._note_read(number, each)
         except BackupError as error:
-            self.runtime.console.error("source", str(error))  # and each borg's own way through it fails, too
+            self.runtime.console.error("source", str(error))
+            self.ahead.close()
         finally:
             self._walked.set()
 
@@ -6621,37 +6628,34 @@ class Feeder:
 
     def _ask(self) -> None:
         """The life of a thread that asks for headers."""
-        while not self.ahead.is_over and self._refusals < MAX_NAMED:
-            try:
-                number, each = self._to_ask.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if self._walked.is_set():
-                    return
-                continue
-            if each.is_shown and self.ahead.wait_until_passed(number):
+        try:
+            while not self.ahead.is_over:
                 try:
+                    number, each = self._to_ask.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if self._walked.is_set():
+                        return
+                    continue
+                if each.is_shown and self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
                     self._learn(each)
-                    self._refusals = 0
-                except S3Error as error:
-                    self._refused(each, error)
-            self._moved += 1
-
-    def _refused(self, each: S3Object, error: S3Error) -> None:
-        if error.status == 404:  # it was deleted meanwhile
-            return
-        self._refusals += 1
-        if self._refusals == MAX_NAMED:
-            words = (
-                "headers cannot be asked for, the archives are made without those of new and changed objects"
-            )
-            self.runtime.console.warning("source", f"{words}: {error}")
+                self._moved += 1
+        except BaseException:
+            self.ahead.close()  # nobody waits for what does not come
+            raise
 
     def _learn(self, each: S3Object) -> None:
         """Asks S3 for an object's headers, and so for the version that it has now."""
-        answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
-        now = self._version(each, answer)
+        try:
+            now = self._version(each, self._client.request("HEAD", f"{self._prefix}{each.key}"))
+            self._refusals = 0
+        except S3Error as error:
+            self._refusals += error.status != 404  # that one was deleted meanwhile
+            if error.status != 404 and self._refusals == MAX_NAMED:
+                words = "headers cannot be asked for, the archives lack those of new and changed objects"
+                self.runtime.console.warning("source", f"{words}: {error}")
+            return
         if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self.is_overwritten(each, now)
+            now = self._overwritten(each, now)
         self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
@@ -6732,7 +6736,6 @@ class Feeder:
             f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
         )
         path = Path(self._folder, odd_path(each.key))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
@@ -6752,15 +6755,19 @@ class Feeder:
                 del self._fetched[each.key]
                 Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
 
-    def manifest(self) -> str:
+    def manifest(self, reader: Reader) -> str:
         """The path, for borg, of the manifest: it is written when all headers are there."""
+        self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
         while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
-        path = Path(self._folder, MANIFEST_PATH)
+        for head in self._heads:
+            head.result()
+        if self.ahead.is_over:
+            raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
+        path, is_late = Path(self._folder, MANIFEST_PATH), self.ahead.is_left(reader)
         with self._writing:
-            if not path.exists():
-                self._look_again()
-                path.parent.mkdir(parents=True, exist_ok=True)
+            if is_late or not path.exists():  # others' headers were asked for before a late one has read
+                self._look_again(self._unproven or is_late)
                 with path.with_suffix(".new").open("w", encoding="ascii") as stream:
                     for each in self.catalog.rows():
                         stream.write(f"{manifest_line(each)}\n")
@@ -6768,16 +6775,16 @@ class Feeder:
                 path.with_suffix(".new").rename(path)
         return f"{self._folder}/./{MANIFEST_PATH}"
 
-    def _look_again(self) -> None:
+    def _look_again(self, is_unproven: bool) -> None:
         """Lists the source once more, where objects were read whose headers have not been asked for since."""
-        if not (self._unproven and self.runtime.settings.audit):
+        if not (is_unproven and self.runtime.settings.audit):
             return
         for entry in self._client.list_objects(self._prefix):
             self._moved += 1
             key = entry.key[len(self._prefix) :]
             each = self.catalog.find(key) if key else None
             if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
-                now = self.is_overwritten(each, dataclasses.replace(entry, key=key))
+                now = self._overwritten(each, dataclasses.replace(entry, key=key))
                 self.catalog.add([dataclasses.replace(now, facts=None)])
 
 
@@ -6882,7 +6889,7 @@ class Fed:
                 self._wait_until_done()
                 self._feeder.ahead.done(self._reader, number)
                 self._fetch_unread(pipe, number)
-                self._tell(pipe, number, MANIFEST, self._feeder.manifest())
+                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader))
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
                 for each in self._unread:
@@ -7006,8 +7013,10 @@ def back_up_batch(
             )
             for (outcome, check), reader in zip(batch, readers, strict=True)
         ]
-        while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
-            pass  # each sees stop signals by itself, and has its own deadlines
+        # Each sees stop signals by itself, and has its own deadlines.
+        while concurrent.futures.wait(futures, timeout=PROGRESS_SECONDS).not_done:
+            with contextlib.suppress(OSError):
+                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
     finally:
         feeder.close()
     return [each for each, future in zip(batch, futures, strict=True) if future.result()]
