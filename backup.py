@@ -9087,7 +9087,7 @@ class BucketPlace:
 
     def _leave_out(self, item: Item, error: S3Error) -> None:
         """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
-        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS:
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
             raise error
         self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
 
@@ -9174,7 +9174,8 @@ class BucketPlace:
             etag = xml_text(answer.body, "ETag").strip('"')
         except S3Error as error:
             if error.code != "NoSuchUpload":
-                raise
+                self._leave_out(item, error)
+                return
             there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
             etag = there.get("etag", "").strip('"')
             if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
