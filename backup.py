@@ -3859,7 +3859,8 @@ class ReadAhead:
             step = item.size if item.fetch else self._piece_bytes
             for offset in range(0, item.size, step) if item.size else (0,):
                 end = min(offset + step, item.size)
-                while not self.is_over and place.start + min(end, self._window) - self._floor > self._window:
+                ahead = place.start + offset + min(end - offset, self._window)  # one that is fetched may be more
+                while not self.is_over and ahead - self._floor > self._window:
                     self._changed.wait()
                 self._pieces.append((place, offset, end))
                 self._work.notify()
