@@ -112,7 +112,7 @@ CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal come
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
-LEFTOVER_SECONDS = 86400  # after which what a run has left in /cache is nobody's
+LEFTOVER_SECONDS = 3600  # after which what no run holds any more in /cache is nobody's
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
 TELL_SECONDS = 20  # for all that is told of a run at its end, with all tries: it must not hold the next one
@@ -161,7 +161,6 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
-SORTED_AT_ONCE = 10_000  # entries of a folder
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -1706,10 +1705,6 @@ class Catalog:
     def find(self, key: str) -> S3Object | None:
         """An object; None where there is none."""
         return next(self.rows("key = ?", [encode_key(key)]), None)
-
-    def remove(self, key: str) -> None:
-        """Takes an object out."""
-        self.execute("DELETE FROM objects WHERE key = ?", [encode_key(key)])
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -3671,6 +3666,7 @@ class Reader:
     began: float = 0.0
     waits_since: float = 0.0  # for others; 0: it does not
     waited_seconds: float = 0.0
+    is_alone: bool = False  # nobody waits for it any more
 
     def waited_for(self, now: float) -> float:
         """How long it has waited for others until now."""
@@ -3730,7 +3726,8 @@ class ReadAhead:
         self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._ahead: deque[Place] = deque()
         self._pieces: deque[tuple[Place, int, int]] = deque()
-        self._taken, self._end, self._floor, self._moved_at = 0, 0, 0, time.monotonic()
+        self._taken: float = 0  # objects that borgs may be told of
+        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
         self.is_over = False
         for work in (self._walk, self._watch, *[self._read] * threads):
             threading.Thread(target=work, daemon=True).start()
@@ -3744,7 +3741,11 @@ class ReadAhead:
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
         """Returns when `reader` may be told of the object with this number."""
-        self._wait_until(reader, lambda: number <= self._taken)
+        with self._lock:
+            while reader in self._readers and number > self._taken:
+                reader.wait(reader.done + 1 >= number > self._passed + 1)  # and not for what borg still does
+                self._changed.wait(POLL_SECONDS)
+            reader.wait(False)
 
     def wait_until_passed(self, number: int) -> bool:
         """Returns when all readers are done with this object; False at the end."""
@@ -3752,13 +3753,6 @@ class ReadAhead:
             while not self.is_over and number > self._passed:
                 self._changed.wait()
             return not self.is_over
-
-    def _wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
-        with self._lock:
-            while reader in self._readers and not self.is_over and not is_so():
-                reader.wait(reader.done > self._passed)
-                self._changed.wait(POLL_SECONDS)
-            reader.wait(False)
 
     def has_passed(self, number: int) -> bool:
         """Whether this object is behind all readers."""
@@ -3773,13 +3767,14 @@ class ReadAhead:
     def done(self, reader: Reader, number: int, offset: int = 0) -> None:
         """`reader` is done with so many objects, and is so far in the next one."""
         with self._lock:
-            reader.done, reader.offset = number, offset
+            reader.done, reader.offset = max((reader.done, reader.offset), (number, offset))
             self._slide()
 
     def left(self, reader: Reader) -> None:
         """`reader` is at its end, or goes on by itself."""
         with self._lock:
             if reader in self._readers:
+                reader.is_alone = True
                 self._readers.remove(reader)
                 self._hold(reader, False)
                 self._slide()
@@ -3787,7 +3782,7 @@ class ReadAhead:
     def close(self) -> None:
         """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
         with self._lock:
-            self.is_over = True
+            self.is_over, self._taken = True, math.inf
             for reader in self._readers:
                 self._hold(reader, False)
             self._changed.notify_all()
@@ -3824,9 +3819,12 @@ class ReadAhead:
                 if self.is_over:
                     return
                 self._take(number, item)
-        except BaseException:
-            self.close()  # nobody waits for what does not come
-            raise
+        except BackupError:
+            pass  # on its own way through the objects, each borg's feeder meets that, too
+        finally:
+            with self._lock:  # nobody waits for what does not come
+                self._taken = math.inf
+                self._changed.notify_all()
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -3851,10 +3849,11 @@ class ReadAhead:
             place = Place(number, item, self._end)
             self._end = place.end
             self._ahead.append(place)
-            step = item.size if item.fetch else self._piece_bytes
-            for offset in range(0, item.size, step) if item.size else (0,):
+            step = max(item.size, 1) if item.fetch else self._piece_bytes
+            for offset in range(0, max(item.size, 1), step):
                 end = min(offset + step, item.size)
-                while not self.is_over and place.start + min(end, self._window) - self._floor > self._window:
+                room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
+                while not self.is_over and place.start + room - self._floor > self._window:
                     self._changed.wait()
                 self._pieces.append((place, offset, end))
                 self._work.notify()
@@ -4655,8 +4654,8 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 
 # borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
 # begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
-# with, and of which one it could make no file, and must be told that the list is at its end: whoever feeds it
-# may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+# with, which ones it has read and of which it could make no file, and must be told that the list is at its
+# end: whoever feeds it may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
 FED = """\
 
 def be_fed(fd):
@@ -4686,7 +4685,7 @@ def be_fed(fd):
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
-        if status in ("E", "d"):
+        if status in ("A", "M", "C", "E", "d"):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
@@ -4992,7 +4991,7 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
-NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
+UNREAD = "it could not be read"
 REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
 
@@ -5015,12 +5014,12 @@ class Findings:
     def add_more(self, number: int, reason: str) -> None:
         """Takes some in without their names."""
         self.count += number
-        # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
+        # Older archives may hold what this one lacks, so they must outlive reads that fail. But
         # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
         # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
         # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
         # night's run.
-        if reason in (NOT_SHOWN, UNREAD):
+        if reason.startswith(UNREAD):
             self.unread += number
             self.explains_all = False
 
@@ -6429,12 +6428,15 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             folder = kept.with_suffix(f".{runtime.run_id}")
             folder.mkdir(parents=True)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(lock_file(folder / "lock") or contextlib.nullcontext())
             remove_old_folders(kept)
             listed = catalog_of_source(runtime, found, folder, kept)
         except (CatalogError, OSError) as error:
             console.warning(
                 "source", f"the catalog is not kept, and all headers are asked for again: {error}"
             )
+            with contextlib.suppress(OSError):
+                os.truncate(folder / "catalog", 0)  # borg needs the room
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
             listed, kept = catalog_of_source(runtime, found, folder, None), None
         try:
@@ -6455,8 +6457,11 @@ def remove_old_folders(kept: Path) -> None:
     """Removes what runs that were killed have left beside a catalog."""
     for folder in kept.parent.glob(f"{kept.stem}.*/"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS and (
+                lock := lock_file(folder / "lock")
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
+                lock.close()
 
 
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
@@ -6481,7 +6486,10 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
                 catalog.open_last(kept)
                 catalog.know_headers()
             except CatalogError as error:
-                console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
+                unusable = kept.with_suffix(".unusable")
+                kept.replace(unusable)
+                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+                console.warning("source", f"{error.message}; {words}")
             catalog.close_last()
         return unlistable
 
@@ -6558,7 +6566,8 @@ class Feeder:
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
-        self._moved, self._unproven, self._refusals, self._tags_refused = 0, False, 0, False
+        self._moved, self._refusals, self._tags_refused = 0, 0, False
+        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
         self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
@@ -6596,10 +6605,8 @@ class Feeder:
                     item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
                 else:
                     item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
-                yield item
                 self._note_read(number, each)
-        except BackupError as error:
-            self.runtime.console.error("source", str(error))  # and each borg's own way through it fails, too
+                yield item
         finally:
             self._walked.set()
 
@@ -6611,47 +6618,46 @@ class Feeder:
 
     def _note_read(self, number: int, each: S3Object) -> None:
         """Has an object's headers asked for, when it has been read."""
-        if each.facts is None and self._heads:
+        if each.facts is None and each.is_shown and self._heads:
             while not self.ahead.is_over:
                 with contextlib.suppress(queue.Full):
                     self._to_ask.put((number, each), timeout=POLL_SECONDS)
                     return
         elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
-            self._unproven = True
+            self.is_unproven = True
 
     def _ask(self) -> None:
         """The life of a thread that asks for headers."""
-        while not self.ahead.is_over and self._refusals < MAX_NAMED:
+        while not self.ahead.is_over:
             try:
                 number, each = self._to_ask.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 if self._walked.is_set():
                     return
                 continue
-            if each.is_shown and self.ahead.wait_until_passed(number):
+            if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
                 try:
                     self._learn(each)
                     self._refusals = 0
-                except S3Error as error:
-                    self._refused(each, error)
+                except (S3Error, CatalogError) as error:
+                    if not (isinstance(error, S3Error) and error.status == 404):  # it was deleted meanwhile
+                        self._note_refusal(error)
             self._moved += 1
 
-    def _refused(self, each: S3Object, error: S3Error) -> None:
-        if error.status == 404:  # it was deleted meanwhile
-            return
-        self._refusals += 1
-        if self._refusals == MAX_NAMED:
-            words = (
-                "headers cannot be asked for, the archives are made without those of new and changed objects"
-            )
-            self.runtime.console.warning("source", f"{words}: {error}")
+    def _note_refusal(self, error: BackupError) -> None:
+        with self._lock:
+            self.is_unproven, self._refusals = True, self._refusals + 1
+            is_final = self._refusals == MAX_NAMED
+        if is_final:
+            words = "the archives are made without the headers of some new and changed objects"
+            self.runtime.console.warning("source", f"{words}, which cannot be asked for or noted: {error}")
 
     def _learn(self, each: S3Object) -> None:
         """Asks S3 for an object's headers, and so for the version that it has now."""
         answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
         now = self._version(each, answer)
         if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self.is_overwritten(each, now)
+            now = self._overwritten(each, now)
         self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
@@ -6683,14 +6689,15 @@ class Feeder:
         Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
         """
         modified = each.last_modified.timestamp()
-        if not any(reader.began and modified >= reader.since for reader in self.readers):
-            return each  # and its headers belong to the version that the next run reads
         try:
             name = f"source: stat of {each.key!r}"
             shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
         except OSError as error:
             self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
             return dataclasses.replace(now, etag="")
+        is_read = any(reader.began and modified >= reader.since for reader in self.readers)
+        if not is_read and shown.st_mtime - modified <= 1:
+            return each  # and its headers belong to the version that the next run reads
         was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
         if shown.st_size != now.size_bytes:
             sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
@@ -6708,7 +6715,7 @@ class Feeder:
     def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
         """The path, for borg, of a file with an object's content, which our own client fetches.
 
-        It is there until `reader` gives it back. Raises S3Error, and BackupError where there is no room.
+        It is there until `reader` gives it back. Raises S3Error and OSError.
         """
         with self._lock:
             is_first = each.key not in self._fetched
@@ -6718,10 +6725,7 @@ class Feeder:
         if is_first:
             try:
                 future.set_result(self._fetch(each))
-            except OSError as error:
-                words = f"{self.runtime.settings.source.name}: fetching {each.key!r}: {error.strerror}"
-                future.set_exception(BackupError(words, DISK_HELP))
-            except BackupError as error:
+            except Exception as error:  # who waits for it must hear of that
                 future.set_exception(error)
         while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
@@ -6752,32 +6756,37 @@ class Feeder:
                 del self._fetched[each.key]
                 Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
 
-    def manifest(self) -> str:
-        """The path, for borg, of the manifest: it is written when all headers are there."""
-        while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
-            self.runtime.stop.check()
-        path = Path(self._folder, MANIFEST_PATH)
-        with self._writing:
-            if not path.exists():
+    def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
+        """The path, for borg, of the manifest of an archive that lacks what has vanished.
+
+        It is written when all headers are there.
+        """
+        for head in self._heads:
+            while concurrent.futures.wait([head], timeout=POLL_SECONDS).not_done:
+                self.runtime.stop.check()
+            head.result()
+        folder = tempfile.mkdtemp(dir=self._folder)
+        path = Path(folder, MANIFEST_PATH)
+        path.parent.mkdir(parents=True)
+        with self._writing, path.open("w", encoding="ascii") as stream:
+            if (self.is_unproven or reader.is_alone) and self.runtime.settings.audit:
                 self._look_again()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.with_suffix(".new").open("w", encoding="ascii") as stream:
-                    for each in self.catalog.rows():
-                        stream.write(f"{manifest_line(each)}\n")
-                        self._moved += 1
-                path.with_suffix(".new").rename(path)
-        return f"{self._folder}/./{MANIFEST_PATH}"
+            for each in self.catalog.rows():
+                if each.key not in vanished:
+                    stream.write(f"{manifest_line(each)}\n")
+                    self._moved += 1
+        return f"{folder}/./{MANIFEST_PATH}"
 
     def _look_again(self) -> None:
         """Lists the source once more, where objects were read whose headers have not been asked for since."""
-        if not (self._unproven and self.runtime.settings.audit):
-            return
         for entry in self._client.list_objects(self._prefix):
             self._moved += 1
             key = entry.key[len(self._prefix) :]
             each = self.catalog.find(key) if key else None
-            if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
-                now = self.is_overwritten(each, dataclasses.replace(entry, key=key))
+            if not each or not each.is_shown or (entry.etag and not each.etag):  # that was noted before
+                continue
+            if (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
+                now = self._overwritten(each, dataclasses.replace(entry, key=key))
                 self.catalog.add([dataclasses.replace(now, facts=None)])
 
 
@@ -6807,7 +6816,7 @@ class Fed:
         self.read_end, self._write_end = os.pipe()
         self.files = 0  # that its archive is to hold
         self.lacks = Findings()
-        self.vanished: list[str] = []
+        self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
         self.has_manifest = False
         self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
@@ -6851,7 +6860,10 @@ class Fed:
         with self._changed:
             if event["type"] == "fed_status":
                 each = next(entry.each for entry in self._under_way if entry.sent == number)
-                if event["status"] == "E" or not is_folder(each):
+                if event["status"] in "AMC":  # it reads what it should know: another version, perhaps
+                    if each.is_shown and each.last_modified.timestamp() < self._since:
+                        self._feeder.is_unproven = True
+                elif event["status"] == "E" or not is_folder(each):
                     self.files -= not is_folder(each)
                     if len(self._unread) < UNREAD_AT_MOST:
                         self._unread.append(each)
@@ -6874,15 +6886,16 @@ class Fed:
             with open(self._write_end, "wb", buffering=0) as pipe:
                 number = 0
                 for number, each in enumerate(self._feeder.catalog.rows(), 1):
+                    self._note_told(number - 1)
                     self._feeder.ahead.wait_until_near(self._reader, number)
                     if each.is_shown:
                         self._tell(pipe, number, each, self._feeder.path(each))
                     else:
                         self._tell_fetched(pipe, number, [each])
+                self._note_told(number)
                 self._wait_until_done()
-                self._feeder.ahead.done(self._reader, number)
                 self._fetch_unread(pipe, number)
-                self._tell(pipe, number, MANIFEST, self._feeder.manifest())
+                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader, self.vanished))
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
                 for each in self._unread:
@@ -6890,6 +6903,9 @@ class Fed:
                 pipe.write(b"\0")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
+        except OSError as error:
+            words = f"{self._name}: what borg is to read cannot be written: {error.strerror}"
+            self.failure = BackupError(words, DISK_HELP)
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
@@ -6902,6 +6918,14 @@ class Fed:
             self._under_way.append(Told(self._sent, number, each, is_fetched))
             self.files += not is_folder(each)
         pipe.write(os.fsencode(path) + b"\0")
+
+    def _note_told(self, number: int) -> None:
+        """borg was told of all objects up to this one, but for those that are not there."""
+        with self._changed:
+            if not self._under_way:
+                self._feeder.ahead.done(self._reader, number)
+            elif self._under_way[-1].number < number:
+                self._under_way[-1] = dataclasses.replace(self._under_way[-1], number=number)
 
     def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
         """Tells borg of objects that our own client fetches, some at a time."""
@@ -6934,13 +6958,12 @@ class Fed:
         """Notes why an object is not in the archive, in S3's words where these are the reason."""
         status = error.status if isinstance(error, S3Error) else 0
         if status == 404:
-            self.vanished.append(each.key)
-            self._feeder.catalog.remove(each.key)
+            self.vanished[each.key] = None
         elif status in REFUSALS:
             self._refusals += 1
             self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
         else:
-            self.lacks.add(each.key, UNREAD)
+            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
 
     def _wait_until_done(self) -> None:
         """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
@@ -6996,7 +7019,8 @@ def back_up_batch(
     Returns those that are to be tried once more.
     """
     readers = [Reader() for _ in batch]
-    feeder = Feeder(runtime, found, mount, catalog, readers)
+    with full_disk_told(runtime.settings.source):
+        feeder = Feeder(runtime, found, mount, catalog, readers)
     try:
         futures = [
             in_background(
@@ -7190,7 +7214,7 @@ def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Finding
         outcome.warn(f"the archive lacks {count(lacks, 'object')}")
     if fed.vanished:
         more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
-        names = f"{', '.join(map(repr, fed.vanished[:5]))}{more}"
+        names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
         runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
     if not fed.lacks.explains_all:
         note_failure(
