@@ -112,7 +112,7 @@ CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal come
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
-LEFTOVER_SECONDS = 3600  # after which what no run holds any more in /cache is nobody's
+LEFTOVER_SECONDS = 86400  # after which what a run has left in /cache is nobody's
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
 TELL_SECONDS = 20  # for all that is told of a run at its end, with all tries: it must not hold the next one
@@ -3666,7 +3666,6 @@ class Reader:
     began: float = 0.0
     waits_since: float = 0.0  # for others; 0: it does not
     waited_seconds: float = 0.0
-    is_alone: bool = False  # nobody waits for it any more
 
     def waited_for(self, now: float) -> float:
         """How long it has waited for others until now."""
@@ -3741,11 +3740,7 @@ class ReadAhead:
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
         """Returns when `reader` may be told of the object with this number."""
-        with self._lock:
-            while reader in self._readers and number > self._taken:
-                reader.wait(reader.done + 1 >= number > self._passed + 1)  # and not for what borg still does
-                self._changed.wait(POLL_SECONDS)
-            reader.wait(False)
+        self.wait_until(reader, lambda: number <= self._taken, number)
 
     def wait_until_passed(self, number: int) -> bool:
         """Returns when all readers are done with this object; False at the end."""
@@ -3753,6 +3748,21 @@ class ReadAhead:
             while not self.is_over and number > self._passed:
                 self._changed.wait()
             return not self.is_over
+
+    def is_left(self, reader: Reader) -> bool:
+        """Whether it goes on by itself."""
+        return reader not in self._readers
+
+    def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
+        """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
+
+        It does not wait, though, before it is done with all objects that come before that `number`.
+        """
+        with self._lock:
+            while reader in self._readers and not self.is_over and not is_so():
+                reader.wait(reader.done + 1 >= number and reader.done > self._passed)
+                self._changed.wait(POLL_SECONDS)
+            reader.wait(False)
 
     def has_passed(self, number: int) -> bool:
         """Whether this object is behind all readers."""
@@ -3774,7 +3784,6 @@ class ReadAhead:
         """`reader` is at its end, or goes on by itself."""
         with self._lock:
             if reader in self._readers:
-                reader.is_alone = True
                 self._readers.remove(reader)
                 self._hold(reader, False)
                 self._slide()
@@ -3819,12 +3828,9 @@ class ReadAhead:
                 if self.is_over:
                     return
                 self._take(number, item)
-        except BackupError:
-            pass  # on its own way through the objects, each borg's feeder meets that, too
-        finally:
-            with self._lock:  # nobody waits for what does not come
-                self._taken = math.inf
-                self._changed.notify_all()
+        except BaseException:
+            self.close()  # nobody waits for what does not come
+            raise
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -6428,7 +6434,6 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             folder = kept.with_suffix(f".{runtime.run_id}")
             folder.mkdir(parents=True)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(lock_file(folder / "lock") or contextlib.nullcontext())
             remove_old_folders(kept)
             listed = catalog_of_source(runtime, found, folder, kept)
         except (CatalogError, OSError) as error:
@@ -6457,11 +6462,8 @@ def remove_old_folders(kept: Path) -> None:
     """Removes what runs that were killed have left beside a catalog."""
     for folder in kept.parent.glob(f"{kept.stem}.*/"):
         with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS and (
-                lock := lock_file(folder / "lock")
-            ):
+            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
-                lock.close()
 
 
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
@@ -6566,6 +6568,7 @@ class Feeder:
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
+        Path(self._folder, odd_path("")).parent.mkdir(parents=True)
         self._moved, self._refusals, self._tags_refused = 0, 0, False
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -6607,6 +6610,10 @@ class Feeder:
                     item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
                 self._note_read(number, each)
                 yield item
+        except BackupError as error:
+            if not self.ahead.is_over:
+                self.runtime.console.error("source", str(error))
+                self.ahead.close()
         finally:
             self._walked.set()
 
@@ -6628,37 +6635,36 @@ class Feeder:
 
     def _ask(self) -> None:
         """The life of a thread that asks for headers."""
-        while not self.ahead.is_over:
-            try:
-                number, each = self._to_ask.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if self._walked.is_set():
-                    return
-                continue
-            if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
+        try:
+            while not self.ahead.is_over:
                 try:
+                    number, each = self._to_ask.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if self._walked.is_set():
+                        return
+                    continue
+                if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
                     self._learn(each)
-                    self._refusals = 0
-                except (S3Error, CatalogError) as error:
-                    if not (isinstance(error, S3Error) and error.status == 404):  # it was deleted meanwhile
-                        self._note_refusal(error)
-            self._moved += 1
-
-    def _note_refusal(self, error: BackupError) -> None:
-        with self._lock:
-            self.is_unproven, self._refusals = True, self._refusals + 1
-            is_final = self._refusals == MAX_NAMED
-        if is_final:
-            words = "the archives are made without the headers of some new and changed objects"
-            self.runtime.console.warning("source", f"{words}, which cannot be asked for or noted: {error}")
+                self._moved += 1
+        except BaseException:
+            self.ahead.close()  # nobody waits for what does not come
+            raise
 
     def _learn(self, each: S3Object) -> None:
         """Asks S3 for an object's headers, and so for the version that it has now."""
-        answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
-        now = self._version(each, answer)
-        if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self._overwritten(each, now)
-        self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+        try:
+            now = self._version(each, self._client.request("HEAD", f"{self._prefix}{each.key}"))
+            if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
+                now = self._overwritten(each, now)
+            self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+            self._refusals = 0
+        except (S3Error, CatalogError) as error:
+            if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
+                return
+            self.is_unproven, self._refusals = True, self._refusals + 1
+            if self._refusals == MAX_NAMED:
+                words = "the archives lack the headers of some new and changed objects"
+                self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
         """The version of an object whose headers these are."""
@@ -6736,7 +6742,6 @@ class Feeder:
             f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
         )
         path = Path(self._folder, odd_path(each.key))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
@@ -6761,15 +6766,19 @@ class Feeder:
 
         It is written when all headers are there.
         """
+        self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
+        while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
+            self.runtime.stop.check()
         for head in self._heads:
-            while concurrent.futures.wait([head], timeout=POLL_SECONDS).not_done:
-                self.runtime.stop.check()
             head.result()
-        folder = tempfile.mkdtemp(dir=self._folder)
+        if self.ahead.is_over:
+            raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
+        folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
         path = Path(folder, MANIFEST_PATH)
         path.parent.mkdir(parents=True)
         with self._writing, path.open("w", encoding="ascii") as stream:
-            if (self.is_unproven or reader.is_alone) and self.runtime.settings.audit:
+            # Others' headers were asked for before a late one has read.
+            if (self.is_unproven or is_late) and self.runtime.settings.audit:
                 self._look_again()
             for each in self.catalog.rows():
                 if each.key not in vanished:
@@ -7030,8 +7039,10 @@ def back_up_batch(
             )
             for (outcome, check), reader in zip(batch, readers, strict=True)
         ]
-        while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
-            pass  # each sees stop signals by itself, and has its own deadlines
+        # Each sees stop signals by itself, and has its own deadlines.
+        while concurrent.futures.wait(futures, timeout=PROGRESS_SECONDS).not_done:
+            with contextlib.suppress(OSError):
+                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
     finally:
         feeder.close()
     return [each for each, future in zip(batch, futures, strict=True) if future.result()]
@@ -9102,7 +9113,7 @@ class BucketPlace:
 
     def _leave_out(self, item: Item, error: S3Error) -> None:
         """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
-        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS:
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
             raise error
         self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
 
@@ -9189,7 +9200,8 @@ class BucketPlace:
             etag = xml_text(answer.body, "ETag").strip('"')
         except S3Error as error:
             if error.code != "NoSuchUpload":
-                raise
+                self._leave_out(item, error)
+                return
             there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
             etag = there.get("etag", "").strip('"')
             if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
