@@ -161,7 +161,6 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
-SORTED_AT_ONCE = 10_000  # entries of a folder
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -1706,10 +1705,6 @@ class Catalog:
     def find(self, key: str) -> S3Object | None:
         """An object; None where there is none."""
         return next(self.rows("key = ?", [encode_key(key)]), None)
-
-    def remove(self, key: str) -> None:
-        """Takes an object out."""
-        self.execute("DELETE FROM objects WHERE key = ?", [encode_key(key)])
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -3730,7 +3725,8 @@ class ReadAhead:
         self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._ahead: deque[Place] = deque()
         self._pieces: deque[tuple[Place, int, int]] = deque()
-        self._taken, self._end, self._floor, self._moved_at = 0, 0, 0, time.monotonic()
+        self._taken: float = 0  # objects that borgs may be told of
+        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
         self.is_over = False
         for work in (self._walk, self._watch, *[self._read] * threads):
             threading.Thread(target=work, daemon=True).start()
@@ -3744,7 +3740,7 @@ class ReadAhead:
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
         """Returns when `reader` may be told of the object with this number."""
-        self.wait_until(reader, lambda: number <= self._taken)
+        self.wait_until(reader, lambda: number <= self._taken, number)
 
     def wait_until_passed(self, number: int) -> bool:
         """Returns when all readers are done with this object; False at the end."""
@@ -3757,11 +3753,14 @@ class ReadAhead:
         """Whether it goes on by itself."""
         return reader not in self._readers
 
-    def wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
-        """Returns when it is so, or at the end; `reader` waits for others where it is ahead of them."""
+    def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
+        """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
+
+        It does not wait, though, before it is done with all objects that come before that `number`.
+        """
         with self._lock:
             while reader in self._readers and not self.is_over and not is_so():
-                reader.wait(reader.done > self._passed)
+                reader.wait(reader.done + 1 >= number and reader.done > self._passed)
                 self._changed.wait(POLL_SECONDS)
             reader.wait(False)
 
@@ -3778,7 +3777,7 @@ class ReadAhead:
     def done(self, reader: Reader, number: int, offset: int = 0) -> None:
         """`reader` is done with so many objects, and is so far in the next one."""
         with self._lock:
-            reader.done, reader.offset = number, offset
+            reader.done, reader.offset = max((reader.done, reader.offset), (number, offset))
             self._slide()
 
     def left(self, reader: Reader) -> None:
@@ -3792,7 +3791,7 @@ class ReadAhead:
     def close(self) -> None:
         """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
         with self._lock:
-            self.is_over = True
+            self.is_over, self._taken = True, math.inf
             for reader in self._readers:
                 self._hold(reader, False)
             self._changed.notify_all()
@@ -3856,10 +3855,11 @@ class ReadAhead:
             place = Place(number, item, self._end)
             self._end = place.end
             self._ahead.append(place)
-            step = item.size if item.fetch else self._piece_bytes
-            for offset in range(0, item.size, step) if item.size else (0,):
+            step = max(item.size, 1) if item.fetch else self._piece_bytes
+            for offset in range(0, max(item.size, 1), step):
                 end = min(offset + step, item.size)
-                while not self.is_over and place.start + min(end, self._window) - self._floor > self._window:
+                room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
+                while not self.is_over and place.start + room - self._floor > self._window:
                     self._changed.wait()
                 self._pieces.append((place, offset, end))
                 self._work.notify()
@@ -4660,8 +4660,8 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 
 # borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
 # begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
-# with, and of which one it could make no file, and must be told that the list is at its end: whoever feeds it
-# may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+# with, which ones it has read and of which it could make no file, and must be told that the list is at its
+# end: whoever feeds it may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
 FED = """\
 
 def be_fed(fd):
@@ -4691,7 +4691,7 @@ def be_fed(fd):
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
-        if status in ("E", "d"):
+        if status in ("A", "M", "C", "E", "d"):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
@@ -4997,7 +4997,7 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
-NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
+UNREAD = "it could not be read"
 REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
 
@@ -5020,12 +5020,12 @@ class Findings:
     def add_more(self, number: int, reason: str) -> None:
         """Takes some in without their names."""
         self.count += number
-        # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
+        # Older archives may hold what this one lacks, so they must outlive reads that fail. But
         # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
         # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
         # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
         # night's run.
-        if reason in (NOT_SHOWN, UNREAD):
+        if reason.startswith(UNREAD):
             self.unread += number
             self.explains_all = False
 
@@ -6440,6 +6440,8 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             console.warning(
                 "source", f"the catalog is not kept, and all headers are asked for again: {error}"
             )
+            with contextlib.suppress(OSError):
+                os.truncate(folder / "catalog", 0)  # borg needs the room
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
             listed, kept = catalog_of_source(runtime, found, folder, None), None
         try:
@@ -6486,7 +6488,10 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
                 catalog.open_last(kept)
                 catalog.know_headers()
             except CatalogError as error:
-                console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
+                unusable = kept.with_suffix(".unusable")
+                kept.replace(unusable)
+                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+                console.warning("source", f"{error.message}; {words}")
             catalog.close_last()
         return unlistable
 
@@ -6564,7 +6569,8 @@ class Feeder:
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
         Path(self._folder, odd_path("")).parent.mkdir(parents=True)
-        self._moved, self._unproven, self._refusals, self._tags_refused = 0, False, 0, False
+        self._moved, self._refusals, self._tags_refused = 0, 0, False
+        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
         self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
@@ -6602,11 +6608,12 @@ class Feeder:
                     item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
                 else:
                     item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
-                yield item
                 self._note_read(number, each)
+                yield item
         except BackupError as error:
-            self.runtime.console.error("source", str(error))
-            self.ahead.close()
+            if not self.ahead.is_over:
+                self.runtime.console.error("source", str(error))
+                self.ahead.close()
         finally:
             self._walked.set()
 
@@ -6618,13 +6625,13 @@ class Feeder:
 
     def _note_read(self, number: int, each: S3Object) -> None:
         """Has an object's headers asked for, when it has been read."""
-        if each.facts is None and self._heads:
+        if each.facts is None and each.is_shown and self._heads:
             while not self.ahead.is_over:
                 with contextlib.suppress(queue.Full):
                     self._to_ask.put((number, each), timeout=POLL_SECONDS)
                     return
         elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
-            self._unproven = True
+            self.is_unproven = True
 
     def _ask(self) -> None:
         """The life of a thread that asks for headers."""
@@ -6636,7 +6643,7 @@ class Feeder:
                     if self._walked.is_set():
                         return
                     continue
-                if each.is_shown and self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
+                if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
                     self._learn(each)
                 self._moved += 1
         except BaseException:
@@ -6647,16 +6654,17 @@ class Feeder:
         """Asks S3 for an object's headers, and so for the version that it has now."""
         try:
             now = self._version(each, self._client.request("HEAD", f"{self._prefix}{each.key}"))
+            if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
+                now = self._overwritten(each, now)
+            self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
             self._refusals = 0
-        except S3Error as error:
-            self._refusals += error.status != 404  # that one was deleted meanwhile
-            if error.status != 404 and self._refusals == MAX_NAMED:
-                words = "headers cannot be asked for, the archives lack those of new and changed objects"
+        except (S3Error, CatalogError) as error:
+            if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
+                return
+            self.is_unproven, self._refusals = True, self._refusals + 1
+            if self._refusals == MAX_NAMED:
+                words = "the archives lack the headers of some new and changed objects"
                 self.runtime.console.warning("source", f"{words}: {error}")
-            return
-        if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self._overwritten(each, now)
-        self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
         """The version of an object whose headers these are."""
@@ -6687,14 +6695,15 @@ class Feeder:
         Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
         """
         modified = each.last_modified.timestamp()
-        if not any(reader.began and modified >= reader.since for reader in self.readers):
-            return each  # and its headers belong to the version that the next run reads
         try:
             name = f"source: stat of {each.key!r}"
             shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
         except OSError as error:
             self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
             return dataclasses.replace(now, etag="")
+        is_read = any(reader.began and modified >= reader.since for reader in self.readers)
+        if not is_read and shown.st_mtime - modified <= 1:
+            return each  # and its headers belong to the version that the next run reads
         was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
         if shown.st_size != now.size_bytes:
             sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
@@ -6712,7 +6721,7 @@ class Feeder:
     def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
         """The path, for borg, of a file with an object's content, which our own client fetches.
 
-        It is there until `reader` gives it back. Raises S3Error, and BackupError where there is no room.
+        It is there until `reader` gives it back. Raises S3Error and OSError.
         """
         with self._lock:
             is_first = each.key not in self._fetched
@@ -6722,10 +6731,7 @@ class Feeder:
         if is_first:
             try:
                 future.set_result(self._fetch(each))
-            except OSError as error:
-                words = f"{self.runtime.settings.source.name}: fetching {each.key!r}: {error.strerror}"
-                future.set_exception(BackupError(words, DISK_HELP))
-            except BackupError as error:
+            except Exception as error:  # who waits for it must hear of that
                 future.set_exception(error)
         while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
@@ -6755,8 +6761,11 @@ class Feeder:
                 del self._fetched[each.key]
                 Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
 
-    def manifest(self, reader: Reader) -> str:
-        """The path, for borg, of the manifest: it is written when all headers are there."""
+    def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
+        """The path, for borg, of the manifest of an archive that lacks what has vanished.
+
+        It is written when all headers are there.
+        """
         self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
         while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
@@ -6764,26 +6773,28 @@ class Feeder:
             head.result()
         if self.ahead.is_over:
             raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
-        path, is_late = Path(self._folder, MANIFEST_PATH), self.ahead.is_left(reader)
-        with self._writing:
-            if is_late or not path.exists():  # others' headers were asked for before a late one has read
-                self._look_again(self._unproven or is_late)
-                with path.with_suffix(".new").open("w", encoding="ascii") as stream:
-                    for each in self.catalog.rows():
-                        stream.write(f"{manifest_line(each)}\n")
-                        self._moved += 1
-                path.with_suffix(".new").rename(path)
-        return f"{self._folder}/./{MANIFEST_PATH}"
+        folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
+        path = Path(folder, MANIFEST_PATH)
+        path.parent.mkdir(parents=True)
+        with self._writing, path.open("w", encoding="ascii") as stream:
+            # Others' headers were asked for before a late one has read.
+            if (self.is_unproven or is_late) and self.runtime.settings.audit:
+                self._look_again()
+            for each in self.catalog.rows():
+                if each.key not in vanished:
+                    stream.write(f"{manifest_line(each)}\n")
+                    self._moved += 1
+        return f"{folder}/./{MANIFEST_PATH}"
 
-    def _look_again(self, is_unproven: bool) -> None:
+    def _look_again(self) -> None:
         """Lists the source once more, where objects were read whose headers have not been asked for since."""
-        if not (is_unproven and self.runtime.settings.audit):
-            return
         for entry in self._client.list_objects(self._prefix):
             self._moved += 1
             key = entry.key[len(self._prefix) :]
             each = self.catalog.find(key) if key else None
-            if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
+            if not each or not each.is_shown or (entry.etag and not each.etag):  # that was noted before
+                continue
+            if (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
                 now = self._overwritten(each, dataclasses.replace(entry, key=key))
                 self.catalog.add([dataclasses.replace(now, facts=None)])
 
@@ -6814,7 +6825,7 @@ class Fed:
         self.read_end, self._write_end = os.pipe()
         self.files = 0  # that its archive is to hold
         self.lacks = Findings()
-        self.vanished: list[str] = []
+        self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
         self.has_manifest = False
         self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
@@ -6858,7 +6869,10 @@ class Fed:
         with self._changed:
             if event["type"] == "fed_status":
                 each = next(entry.each for entry in self._under_way if entry.sent == number)
-                if event["status"] == "E" or not is_folder(each):
+                if event["status"] in "AMC":  # it reads what it should know: another version, perhaps
+                    if each.is_shown and each.last_modified.timestamp() < self._since:
+                        self._feeder.is_unproven = True
+                elif event["status"] == "E" or not is_folder(each):
                     self.files -= not is_folder(each)
                     if len(self._unread) < UNREAD_AT_MOST:
                         self._unread.append(each)
@@ -6881,15 +6895,16 @@ class Fed:
             with open(self._write_end, "wb", buffering=0) as pipe:
                 number = 0
                 for number, each in enumerate(self._feeder.catalog.rows(), 1):
+                    self._note_told(number - 1)
                     self._feeder.ahead.wait_until_near(self._reader, number)
                     if each.is_shown:
                         self._tell(pipe, number, each, self._feeder.path(each))
                     else:
                         self._tell_fetched(pipe, number, [each])
+                self._note_told(number)
                 self._wait_until_done()
-                self._feeder.ahead.done(self._reader, number)
                 self._fetch_unread(pipe, number)
-                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader))
+                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader, self.vanished))
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
                 for each in self._unread:
@@ -6897,6 +6912,9 @@ class Fed:
                 pipe.write(b"\0")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
+        except OSError as error:
+            words = f"{self._name}: what borg is to read cannot be written: {error.strerror}"
+            self.failure = BackupError(words, DISK_HELP)
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
@@ -6909,6 +6927,14 @@ class Fed:
             self._under_way.append(Told(self._sent, number, each, is_fetched))
             self.files += not is_folder(each)
         pipe.write(os.fsencode(path) + b"\0")
+
+    def _note_told(self, number: int) -> None:
+        """borg was told of all objects up to this one, but for those that are not there."""
+        with self._changed:
+            if not self._under_way:
+                self._feeder.ahead.done(self._reader, number)
+            elif self._under_way[-1].number < number:
+                self._under_way[-1] = dataclasses.replace(self._under_way[-1], number=number)
 
     def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
         """Tells borg of objects that our own client fetches, some at a time."""
@@ -6941,13 +6967,12 @@ class Fed:
         """Notes why an object is not in the archive, in S3's words where these are the reason."""
         status = error.status if isinstance(error, S3Error) else 0
         if status == 404:
-            self.vanished.append(each.key)
-            self._feeder.catalog.remove(each.key)
+            self.vanished[each.key] = None
         elif status in REFUSALS:
             self._refusals += 1
             self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
         else:
-            self.lacks.add(each.key, UNREAD)
+            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
 
     def _wait_until_done(self) -> None:
         """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
@@ -7003,7 +7028,8 @@ def back_up_batch(
     Returns those that are to be tried once more.
     """
     readers = [Reader() for _ in batch]
-    feeder = Feeder(runtime, found, mount, catalog, readers)
+    with full_disk_told(runtime.settings.source):
+        feeder = Feeder(runtime, found, mount, catalog, readers)
     try:
         futures = [
             in_background(
@@ -7199,7 +7225,7 @@ def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Finding
         outcome.warn(f"the archive lacks {count(lacks, 'object')}")
     if fed.vanished:
         more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
-        names = f"{', '.join(map(repr, fed.vanished[:5]))}{more}"
+        names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
         runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
     if not fed.lacks.explains_all:
         note_failure(
