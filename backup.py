@@ -1755,6 +1755,8 @@ class Catalog:
 
     def close(self) -> None:
         """Ends it, all written."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.interrupt()  # somebody who was stopped may have left a long query
         with self._told():
             self._db.commit()
             self._db.close()
@@ -7906,17 +7908,19 @@ class Verification:
     listed: int = 0
     new: int = 0  # in the source since
     missing: Findings = field(default_factory=Findings)
-    appeared: Findings = field(default_factory=Findings)  # since, with an older time
+    differing: Findings = field(
+        default_factory=Findings
+    )  # of the sample; so are headers_changed and unreadable
+    headers_changed: Findings = field(default_factory=Findings)
+    unreadable: Findings = field(default_factory=Findings)  # in the source
     unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
-    deleted: Findings = field(default_factory=Findings)  # since
+    appeared: Findings = field(default_factory=Findings)  # since, with an older time
     changed: Findings = field(default_factory=Findings)  # since
+    deleted: Findings = field(default_factory=Findings)  # since
     sampled: int = 0
     sampled_bytes: int = 0
     equal: int = 0  # of the sample: as in the source, byte for byte
     extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
-    differing: Findings = field(default_factory=Findings)
-    headers_changed: Findings = field(default_factory=Findings)
-    unreadable: Findings = field(default_factory=Findings)  # in the source
     error: str = ""  # why it could not be verified to the end
 
     @property
@@ -7929,9 +7933,9 @@ class Verification:
 
     def as_json(self) -> str:
         """For programs."""
-        fields = {name: value_for_json(getattr(self, name)) for name in VERIFICATION_FIELDS}
-        sample = {name: value_for_json(getattr(self, name)) for name in SAMPLE_FIELDS}
-        return json.dumps({**fields, "sample": sample, "result": self.verdict.value, "error": self.error})
+        fields = {name: value_for_json(value) for name, value in vars(self).items()}
+        sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
+        return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
 
     def as_text(self) -> str:
         """For people."""
@@ -7953,20 +7957,13 @@ class Verification:
         ]
         named = [
             f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name in NAMED_FINDINGS
-            for key, reason in getattr(self, name).named
+            for name, findings in vars(self).items()
+            if isinstance(findings, Findings)
+            for key, reason in findings.named
         ]
         return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
 
 
-VERIFICATION_FIELDS = (
-    *("target", "archive", "as_of", "archived", "listed", "new"),
-    *("missing", "appeared", "unarchivable", "changed", "deleted"),
-)
-NAMED_FINDINGS = (
-    *("missing", "differing", "headers_changed", "unreadable", "unarchivable"),
-    *("appeared", "changed", "deleted"),
-)
 SAMPLE_FIELDS = (
     *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
     *("differing", "headers_changed", "unreadable"),
@@ -8010,26 +8007,16 @@ def verify(
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
         contextlib.closing(Catalog(Path(folder, "catalog"))) as catalog,
     ):
-        verifier = Verifier(runtime, client, repository, catalog, found)
+        prefix = f"{resolved(runtime.settings.mount_point(source))}/".lstrip("/")
+        verifier = Verifier(runtime, client, repository, catalog, prefix, found)
         verifier.find_archive(archive)
         runtime.console.info(name, f"{found.archive} is compared with {source.location}")
         verifier.take_archive()
-        verifier.list_source()
-        verifier.compare()
-        number = verifier.choose(sample)
-        runtime.console.info(name, f"{count(number, 'object')} are proved")
-        if sample.share == 1.0:
-            verifier.prove(0, number, None)
-        else:
-            for first in range(0, number, PATHS_AT_ONCE):
-                verifier.prove(first, min(first + PATHS_AT_ONCE, number), Path(folder, "chosen"))
+        within(LIST_SECONDS, "source: listing it", verifier.list_source, runtime.stop)
+        within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
+        verifier.prove(sample, Path(folder, "chosen"))
         if found.unreadable.count:  # some objects, or are the keys revoked?
             examine(client, write=False)
-
-
-def path_prefix(settings: Settings) -> str:
-    """What the paths of a source's objects begin with in an archive: `data/source/`."""
-    return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
 
 
 def source_as_of(comment: str, start: str) -> datetime:
@@ -8073,94 +8060,84 @@ class Chosen:
 Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
 
 
+@dataclass
 class Verifier:
     """Compares one archive with the source, and writes down in `found` what it finds."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        client: S3Client,
-        repository: Repository,
-        catalog: Catalog,
-        found: Verification,
-    ) -> None:
-        """Nothing is compared yet; `client` is the source's."""
-        self._runtime, self._client, self._repository = runtime, client, repository
-        self._catalog, self._found = catalog, found
-        self._prefix = path_prefix(runtime.settings)
-        self._has_manifest = False
-        self._current = ""  # the object that is being read
-        self._waits = False  # for the source
-        for statement in VERIFICATION_TABLES.split(";"):
-            catalog.execute(statement)
+    runtime: Runtime
+    client: S3Client  # the source's
+    repository: Repository
+    catalog: Catalog
+    prefix: str  # of the paths of the source's objects in the archive
+    found: Verification
+    has_manifest: bool = False
+    current: str = ""  # the object that is being read
+    waits: bool = False  # for the source
 
     def find_archive(self, name: str | None) -> None:
         """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
 
         Where it does not say so itself, that is its start by a clock of which little is known.
         """
-        label, borg, store = (
-            self._runtime.settings.label,
-            self._repository.borg,
-            self._repository.target.store,
-        )
+        label, borg, store = self.runtime.settings.label, self.repository.borg, self.repository.target.store
         pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
         archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
         if not archives:
             what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
             raise BackupError(
                 f"{store.name}: {store.location} holds {what}",
-                f"`backup.py borg {self._repository.target.name} list` shows what it holds.",
+                f"`backup.py borg {self.repository.target.name} list` shows what it holds.",
             )
-        self._found.archive = archives[0]["name"]
-        self._found.as_of = source_as_of(archives[0]["comment"], archives[0]["start"])
+        self.found.archive = archives[0]["name"]
+        self.found.as_of = source_as_of(archives[0]["comment"], archives[0]["start"])
 
     def take_archive(self) -> None:
         """Takes in what the archive holds, and its manifest. Raises BackupError."""
-        borg, name, archive = self._repository.borg, self._repository.target.store.name, self._found.archive
-        execute = self._catalog.execute
+        borg, name, archive = self.repository.borg, self.repository.target.store.name, self.found.archive
+        execute = self.catalog.execute
+        for statement in VERIFICATION_TABLES.split(";"):
+            execute(statement)
 
         def take_manifest(lines: IO[bytes]) -> None:
             try:
-                self._catalog.add((parse_manifest_line(line.decode()) for line in lines), "manifest")
+                self.catalog.add((parse_manifest_line(line.decode()) for line in lines), "manifest")
             except ValueError as error:
-                hint = DAMAGE_HELP.format(name=self._repository.target.name)
+                hint = DAMAGE_HELP.format(name=self.repository.target.name)
                 raise BackupError(f"{name}: the manifest of {archive} is damaged: {error}", hint) from error
 
         borg.run(
             borg_items(borg.repository, archive),
-            consume=lambda lines: self._catalog.insert("held", entries_held(lines, self._prefix)),
+            consume=lambda lines: self.catalog.insert("held", entries_held(lines, self.prefix)),
         )
-        self._has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
-        if self._has_manifest:
+        self.has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
+        if self.has_manifest:
             borg.run(borg_extract(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
-        for statement in HELD_KEYS.split(";") if self._has_manifest else [HELD_AS_MANIFEST]:
+        for statement in HELD_KEYS.split(";") if self.has_manifest else [HELD_AS_MANIFEST]:
             execute(statement)
         if execute(ONLY_OTHERS):
             raise BackupError(
-                f"{name}: {archive} holds nothing below {self._prefix}",
+                f"{name}: {archive} holds nothing below {self.prefix}",
                 "Set DATA_DIR to what it was when the archive was made.",
             )
 
     def list_source(self) -> None:
-        """Takes in what the source lists now. Raises S3Error, Stopped.
+        """Takes in what the source lists now. Raises S3Error.
 
         An archive without a manifest does not tell the empty objects that stand for folders.
         """
-        prefix = self._client.store.key_prefix
+        prefix = self.client.store.key_prefix
 
         def objects() -> Iterator[S3Object]:
-            for entry in self._client.list_objects(prefix):
+            for entry in self.client.list_objects(prefix):
                 key = entry.key[len(prefix) :]
-                if key and (self._has_manifest or entry.size_bytes or not key.endswith("/")):
+                if key and (self.has_manifest or entry.size_bytes or not key.endswith("/")):
                     yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
 
-        take = functools.partial(self._catalog.add, objects())
-        within(LIST_SECONDS, "source: listing it", take, self._runtime.stop)
+        self.catalog.add(objects())
 
     def compare(self) -> None:
         """Finds what the archive lacks, and what has changed since."""
-        execute, found = self._catalog.execute, self._found
+        execute, found = self.catalog.execute, self.found
         before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
         older = f"{NOT_THEN} AND modified < {before}"
 
@@ -8172,83 +8149,91 @@ class Verifier:
         execute(COMPARE_CONTENT)
         name(found.changed, "content WHERE since = 'changed'")
         name(found.deleted, "content WHERE since = 'deleted'")
-        if self._has_manifest:
+        if self.has_manifest:
             name(found.missing, WITHOUT_CONTENT, "'its content is not in the archive'")
             name(found.appeared, older, "'the source did not list it when the archive was made'")
         else:
-            self._catalog.hide([])
+            self.catalog.hide([])
             name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
             name(found.unarchivable, f"{older} AND NOT is_shown", WHY_HIDDEN)
         [[found.archived]] = execute("SELECT count(*) FROM content")
         [[found.listed]] = execute("SELECT count(*) FROM objects")
         [[found.new]] = execute(f"SELECT count(*) FROM {NOT_THEN} AND modified >= {before}")
 
-    def choose(self, sample: Sample) -> int:
-        """Chooses a sample; returns how many objects it has."""
-        [[files]] = self._catalog.execute("SELECT count(*) FROM content WHERE NOT is_folder")
-        self._catalog.insert("sample", ((None, number) for number in sample.choose(files, self._found.seed)))
-        return self._catalog.execute("SELECT count(*) FROM sample")[0][0]
-
-    def prove(self, first: int, last: int, paths: Path | None) -> None:
-        """Has borg export the objects of the sample behind number `first` up to `last`, and compares them.
-
-        Their paths go to a file `paths` for it; without that it exports all. Raises BackupError where borg
-        finds damage, or leaves out an object.
-        """
-        borg, target, before = self._repository.borg, self._repository.target, self._found.sampled
-        if paths:
-            with paths.open("wb") as file:
+    def prove(self, sample: Sample, chosen: Path) -> None:
+        """Chooses a sample, and compares it; what borg is to export goes to a file `chosen` for it."""
+        [[files]] = self.catalog.execute("SELECT count(*) FROM content WHERE NOT is_folder")
+        self.catalog.insert("sample", ((None, number) for number in sample.choose(files, self.found.seed)))
+        [[number]] = self.catalog.execute("SELECT count(*) FROM sample")
+        self.runtime.console.info(self.repository.target.store.name, f"{count(number, 'object')} are proved")
+        if sample.share == 1.0:
+            self._prove_part(0, number, {})
+            return
+        for first in range(0, number, PATHS_AT_ONCE):
+            last = min(first + PATHS_AT_ONCE, number)
+            with chosen.open("wb") as file:
                 file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+            self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
+
+    def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:
+        """Has borg export the objects of the sample behind number `first` up to `last`, or more of them.
+
+        Raises BackupError where borg finds damage, or leaves out an object.
+        """
+        borg, target, before = self.repository.borg, self.repository.target, self.found.sampled
 
         def moved() -> float:  # borg would, if the source answered
-            return time.monotonic() if self._waits else 0.0
+            return time.monotonic() if self.waits else 0.0
 
         try:
             borg.run(
-                borg_export(borg.repository, self._found.archive, Path("-")),
+                borg_export(borg.repository, self.found.archive, Path("-")),
                 consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
-                own={"S3BORGBACKUP_EXPORTED": str(paths)} if paths else None,
+                own=own,
                 meters=[moved],
             )
         except BackupError as error:
-            if self._current and not isinstance(error, Stopped):
-                error.message += f" (while {self._current!r} was read)"
+            if self.current and not isinstance(error, Stopped):
+                error.message += f" (while {self.current!r} was read)"
             raise
-        if (got := self._found.sampled - before) != last - first:
+        if (got := self.found.sampled - before) != last - first:
             words = f"borg exported {got:,} of {count(last - first, 'object')}"
             raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
 
     def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
-        while page := self._catalog.execute(SAMPLED, (first, last, CATALOG_PAGE)):
+        while page := self.catalog.execute(SAMPLED, (first, last, CATALOG_PAGE)):
             for number, key, path, *rest, facts in page:
                 name = decode_key(key)
-                yield Chosen(number, name, path or f"{self._prefix}{name}", *rest, json.loads(facts or "{}"))
+                yield Chosen(number, name, path or f"{self.prefix}{name}", *rest, json.loads(facts or "{}"))
             first = page[-1][0]
 
     def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
         """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
-        asked = (
-            (each, self._ask(each, first))
-            for each in chosen
-            for first in (range(0, each.size_bytes or 1, FETCHED_BYTES) if each.is_unchanged else [0])
+        client = self.client
+
+        def ask(each: Chosen, first: int) -> Fetched:
+            key, last = (
+                f"{client.store.key_prefix}{each.key}",
+                min(first + FETCHED_BYTES, each.size_bytes) - 1,
+            )
+            if not each.is_unchanged:
+                return None
+            if not each.size_bytes:
+                return in_background(lambda: client.request("HEAD", key))
+            return in_background(lambda: client.get_span(key, first, last))
+
+        firsts = (
+            (each, range(0, each.size_bytes * each.is_unchanged or 1, FETCHED_BYTES)) for each in chosen
         )
+        asked = ((each, ask(each, first)) for each, pieces in firsts for first in pieces)
         ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
         while ahead:
             yield ahead.popleft()
             ahead.extend(itertools.islice(asked, 1))
 
-    def _ask(self, each: Chosen, first: int) -> Fetched:
-        client, key = self._client, f"{self._client.store.key_prefix}{each.key}"
-        last = min(first + FETCHED_BYTES, each.size_bytes) - 1
-        if not each.is_unchanged:
-            return None
-        if not each.size_bytes:
-            return in_background(lambda: client.request("HEAD", key))
-        return in_background(lambda: client.get_span(key, first, last))
-
     def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
         """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        found = self._found
+        found = self.found
         try:
             with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
                 for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
@@ -8256,7 +8241,7 @@ class Verifier:
                         tar.members.clear()  # or it would keep them all
                     if not member:
                         break
-                    self._current, archived = each.key, tar.extractfile(member)
+                    self.current, archived = each.key, tar.extractfile(member)
                     verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
                     drain(archived)  # so that all of it is verified
                     found.sampled += 1
@@ -8265,7 +8250,7 @@ class Verifier:
                     found.extracted += verdict == "extracted"
                     if reason:
                         getattr(found, verdict).add(each.key, reason)
-                    self._current = ""
+                    self.current = ""
             drain(stream)
         except tarfile.ReadError:
             pass
@@ -8289,12 +8274,9 @@ class Verifier:
                 modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
                 if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
                     return "extracted", ""
-                place = next(
-                    place
-                    for place, pair in enumerate(zip(ours, answer.body, strict=False))
-                    if pair[0] != pair[1]
-                )
-                return "differing", f"its content differs from byte {offset + place:,} on"
+                unlike = map(int.__ne__, ours, answer.body)
+                place = next(itertools.compress(itertools.count(offset), unlike))
+                return "differing", f"its content differs from byte {place:,} on"
             offset += len(ours)
         self._compare_headers(each, answer)
         return "equal", ""
@@ -8306,22 +8288,22 @@ class Verifier:
         then, now = each.facts["headers"], headers_of(answer)
         other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
         if int(answer.headers.get("x-amz-tagging-count") or 0):
-            key = f"{self._client.store.key_prefix}{each.key}"
-            with contextlib.suppress(S3Error):  # the key may not read tags
-                tags = self._wait(in_background(lambda: self._client.tags(key)))
+            key = f"{self.client.store.key_prefix}{each.key}"
+            with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+                tags = self._wait(in_background(lambda: self.client.tags(key)))
                 other += [] if tags == each.facts.get("tags", {}) else ["tags"]
         if other and each.is_same_time:
-            self._found.headers_changed.add(each.key, ", ".join(other))
+            self.found.headers_changed.add(each.key, ", ".join(other))
         elif other:
-            self._found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
+            self.found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
 
     def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
         """What the source answers. It has its own deadline, and borg waits meanwhile."""
-        self._waits = True
+        self.waits = True
         try:
             return asked.result()
         finally:
-            self._waits = False
+            self.waits = False
 
 
 # -------------------------------------------------------------------------------------------------- Restore
