@@ -82,7 +82,7 @@ import time
 import traceback
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor  # its import, which notes what forks do, must not be late
 from dataclasses import dataclass, field
@@ -167,11 +167,7 @@ JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
 
 # Restoring.
-RESTORE_THREADS = 32  # that write small objects at the same time
-RESTORE_UPLOADS = 32  # requests of TigrisFS at the same time
-SMALL_BYTES = (
-    256 * 1024
-)  # what is written by one of the threads; larger objects as they come out of the archive
+RESTORE_THREADS = 32  # that write at the same time
 WAITING_OBJECTS = 96  # small objects that may wait for a thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -383,11 +379,6 @@ class Destination(Store):
     def name(self) -> str:
         """What it is called in output."""
         return "destination"
-
-    @property
-    def mount_flags(self) -> tuple[str, ...]:
-        """No object for a folder, as what is restored had none."""
-        return ("--no-dir-object", "--max-flushers", str(RESTORE_UPLOADS))
 
     def setting(self, key: str) -> str:
         """Where a user finds a setting."""
@@ -1047,7 +1038,7 @@ def endpoint_key(store: Store) -> tuple[str, int | None]:
 
 def uri_encode(text: str, safe: str = "") -> str:
     """UriEncode() of the specification: everything but unreserved characters as %XX of its UTF-8 bytes."""
-    return urllib.parse.quote(text, safe=safe + "-._~")
+    return urllib.parse.quote(text, safe=safe + "-._~", errors="surrogateescape")
 
 
 def canonical_query(query: Sequence[tuple[str, str]]) -> str:
@@ -1076,9 +1067,8 @@ def canonical_request(
 def string_to_sign(canonical: str, when: datetime, region: str, service: str = "s3") -> str:
     """Task 2: the string to sign."""
     scope = f"{when:%Y%m%d}/{region}/{service}/aws4_request"
-    return (
-        f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    )
+    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
+    return f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
 
 
 def signing_key(secret_access_key: str, when: datetime, region: str, service: str = "s3") -> bytes:
@@ -1320,14 +1310,20 @@ class S3Client:
     def _is_listed(self, key: str) -> bool:
         return any(entry.key == key for entry in self.list_page(key, limit=1)[0])
 
-    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
-        """Writes an object, under the condition that `headers` may name.
+    def put(
+        self,
+        key: str,
+        body: bytes,
+        headers: Mapping[str, str] | None = None,
+        query: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
+        """Writes an object, or the part of one that `query` names, under the condition in `headers`.
 
         A bucket with object lock takes no object without its MD5.
         """
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         headers = {"Content-MD5": md5, **(headers or {})}
-        return self.request("PUT", key, headers=headers, body=body)
+        return self.request("PUT", key, query, headers, body)
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
         """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
@@ -1346,6 +1342,8 @@ class S3Client:
         while True:
             try:
                 answer = self._answer(lambda: self._exchange(method, key, query, headers or {}, body))
+                if answer.status == 200 and method in ("PUT", "POST") and xml_text(answer.body, "Code"):
+                    answer = dataclasses.replace(answer, status=500)  # it took long, and failed in the end
                 if answer.status < 300:
                     return answer
                 error = self._refusal(answer, method, key)
@@ -1393,7 +1391,10 @@ class S3Client:
         connection, is_new = self._connection()
         sent = boot_seconds()
         try:
-            connection.request(method, target, body=body or None, headers=headers)
+            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
+            fields = {name: encode_key(value) for name, value in headers.items()}
+            fields |= {"Content-Length": str(len(body))} if body else {}
+            connection.request(method, target, io.BytesIO(body) if body else None, fields)
             response = connection.getresponse()
             is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
             content = response.read(READ_BYTES) if is_ignored else response.read()
@@ -1495,7 +1496,8 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     if not root.tag.endswith("ListBucketResult"):
         raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
     space = root.tag[: root.tag.find("}") + 1]
-    decode = urllib.parse.unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
+    is_encoded = root.findtext(f"{space}EncodingType") == "url"
+    decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
     objects = [
         parse_entry_of(listed, decode)
         for listed in (
@@ -1595,7 +1597,7 @@ CREATE TABLE archives (
     repository TEXT, label TEXT, objects INTEGER, as_of REAL, PRIMARY KEY (repository, label)
 ) WITHOUT ROWID;
 """
-CATALOG_PAGE = 1000  # rows at a time
+CATALOG_PAGE = 1000  # rows at a time, and objects of a listing
 # An object is hidden by others below its name: their keys begin with it and a slash, and 0 comes after that.
 # (What || makes is text, which compares as more than any BLOB.)
 IS_COVERED = """
@@ -1713,11 +1715,29 @@ class Catalog:
         """The number of the objects for which `where` holds, and of their bytes."""
         return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE {where}", values)[0]
 
-    def hide(self, unlistable: Iterable[str]) -> None:
-        """Notes what no mount shows, though the keys would do, when all are in.
+    def unlistable(self) -> set[str]:
+        """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
 
-        `unlistable` are folders ("" or with a slash at the end) whose listing TigrisFS cannot read.
+        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key:
+        it first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
         """
+        found, recent, previous = set(), deque[tuple[int, str]](), None
+        if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
+            return found
+        for number, each in enumerate(self.rows()):
+            for folder in ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]:
+                if previous is None or not previous.startswith(folder):
+                    recent.append((number, folder))
+            while recent and recent[0][0] < number - CATALOG_PAGE:
+                recent.popleft()
+            if bad := [*NOT_IN_XML.finditer(each.key)]:
+                found.update(folder for _, folder in recent)
+                found.update(each.key[: each.key.rfind("/", 0, match.start()) + 1] for match in bad)
+            previous = each.key
+        return found
+
+    def hide(self, unlistable: Iterable[str]) -> None:
+        """Notes what no mount shows, though the keys would do, when all are in."""
         for folder in unlistable:
             key = encode_key(folder)
             end = key[:-1] + b"0" if key else b"\xff" * 5
@@ -3267,7 +3287,12 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    runtime: Runtime, store: Store, region: str, read_only: bool, lease: Lease | None = None
+    runtime: Runtime,
+    store: Store,
+    region: str,
+    read_only: bool,
+    lease: Lease | None = None,
+    unlistable: Collection[str] = (),
 ) -> Iterator[Mount]:
     """`store` being mounted at its mount point; on leaving it is unmounted and everything is uploaded.
 
@@ -3278,11 +3303,13 @@ def mounted(
     remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
+    if unlistable:  # it would list what follows each name that it looks up
+        sizes.append("--no-preload-dir")
     argv = tigrisfs_command(store, region, path, read_only, sizes)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
-    mount = Mount(store, path, child, log, client, lease, holds_nothing=read_only)
+    mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
     over = threading.Event()
     try:
         if lease:
@@ -3606,9 +3633,9 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
 # borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
-# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is taken
-# as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg is told
-# of an object before that has come into the window.
+# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is
+# taken as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg
+# is told of an object before that has come into the window.
 
 
 @dataclass(frozen=True)
@@ -3995,6 +4022,11 @@ def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
     return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
 
 
+def borg_read(repository: Path, archive: str, path: str) -> list[str]:
+    """Writes the content of one file in an archive to standard output."""
+    return ["extract", "--stdout", f"{repository}::{archive}", f"pp:{path}"]
+
+
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
     """Deletes old archives of this label."""
     return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
@@ -4230,15 +4262,15 @@ class Borg:
         on_output: Callable[[str], None] | None = None,
         own: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
-        meters: Sequence[Callable[[], float]] = (),
+        waits: Callable[[], float] = lambda: 0,
     ) -> BorgResult:
         """Runs one command to its end; `on_fed` is told what it reports of what it is fed (FED).
 
-        `on_start` is given the process; `meters` show that what it waits for moves; see TRUST_OLD about
-        `trusted_before`. The result has the output, unless `consume` reads it, or `on_output` is told of each
-        line. `own` variables and `pass_fds` are for borg. Raises BackupError when it fails, Hung when its
-        mounts are gone or nothing moves, Stopped on a stop signal, and what `consume` raises. An archive that
-        lacks what could not be read is a result.
+        `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
+        unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
+        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises
+        BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal,
+        and what `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
@@ -4254,7 +4286,7 @@ class Borg:
             kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
             child = kind(argv, env, take, log.feed, pass_fds=(fd, *pass_fds))
             on_start(child)
-            code = self._run_to_end(command, child, *meters)
+            code = self._run_to_end(command, child, waits)
         log.report_hidden()
         if isinstance(child, StreamedChild):
             child.consumed.result()
@@ -4293,7 +4325,7 @@ class Borg:
                 env["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
             yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
 
-    def _run_to_end(self, command: str, child: Child, *meters: Callable[[], float]) -> int:
+    def _run_to_end(self, command: str, child: Child, waits: Callable[[], float] = lambda: 0) -> int:
         """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
         leases = [mount.lease for mount in self._mounts if mount.lease]
         for lease in leases:
@@ -4308,7 +4340,7 @@ class Borg:
 
         # What a person has started may wait for somebody else at its standard input.
         hasty = not isinstance(child, ForegroundChild)
-        stall = StallClock(seconds, self._mounts, moved, held, *meters, beside=moved, hasty=hasty)
+        stall = StallClock(seconds, self._mounts, moved, held, waits, beside=moved, hasty=hasty)
 
         def check() -> None:
             for mount in self._mounts:
@@ -4752,19 +4784,23 @@ if "S3BORGBACKUP_HANDED_OVER" in os.environ:
 """
 
 
-# Of an archive only what is asked for is to be read. Patterns for a million paths would have to go through a
-# file of lines, and paths hold line ends. And a tar file has no place for user metadata unless it is of the
-# PAX kind. (Where borg's parts are called otherwise, more is read than is needed, and metadata is left out.)
+# Of an archive only what is asked for is to be read: a file names it, in the archive's order. Patterns for a
+# million paths would take much memory, and paths hold line ends. And a tar file has no place for user
+# metadata unless it is of the PAX kind. (Where borg's parts are called otherwise, more is read than is
+# needed, and metadata is left out.)
 EXPORTED = """\
 
 def export_only(path):
+    import json
     from borg.archive import Archive
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        chosen = frozenset(stream.read().split("\\0"))
-    item_filter = Archive.item_filter
+    chosen = map(json.loads, open(path))
+    item_filter, following = Archive.item_filter, [next(chosen, None)]
 
     def wrapper(self, item, *arguments):
-        return item.path in chosen and item_filter(self, item, *arguments)
+        if item.path != following[0] or not item_filter(self, item, *arguments):
+            return False
+        following[0] = next(chosen, None)
+        return True
 
     Archive.item_filter = wrapper
 
@@ -6338,6 +6374,9 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         version=VERSION,
         targets=[target.name for target in targets],
     )
+    if runtime.settings.source_metadata:
+        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
+        runtime.console.info("run", words)
     outcomes = [Outcome(target) for target in targets]
     try:
         source, *checks = preflight(runtime, targets)
@@ -6425,19 +6464,19 @@ def remove_old_folders(kept: Path) -> None:
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
     """Lists the source into a new catalog in `folder`; `kept` is the last one."""
     source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
-    client, unlistable = S3Client(source, found.region, PROVEN, runtime.stop), set()
+    client = S3Client(source, found.region, PROVEN, runtime.stop)
 
     def objects() -> Iterator[S3Object]:
         for number, entry in enumerate(client.list_objects(source.key_prefix), 1):
             if not number % CATALOG_PAGE:
                 console.progress("source", f"listing: {count(number, 'object')}")
             key = entry.key[len(source.key_prefix) :]
-            unlistable.update(key[: key.rfind("/", 0, bad.start()) + 1] for bad in NOT_IN_XML.finditer(key))
             if key:
                 yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
 
-    def work() -> None:
+    def work() -> Collection[str]:
         catalog.add(objects())
+        unlistable = catalog.unlistable()
         catalog.hide(unlistable)
         if kept and kept.exists():
             try:
@@ -6446,8 +6485,9 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
             except CatalogError as error:
                 console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
             catalog.close_last()
+        return unlistable
 
-    within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
     number, size_bytes = catalog.total()
     console.info(
         "source",
@@ -6459,7 +6499,7 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
     new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
     if new:
         console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
-    return Listing(catalog, frozenset(unlistable))
+    return Listing(catalog, unlistable)
 
 
 def back_up_all(
@@ -6478,8 +6518,9 @@ def back_up_all(
     while remaining:
         before, again = len(remaining), []
         try:
-            with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
-                mount.is_shared, mount.unlistable = at_once > 1, listed.unlistable
+            source, unlistable = runtime.settings.source, listed.unlistable
+            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
+                mount.is_shared = at_once > 1
                 while remaining and not again and (mount.is_alive or not mount.usable):
                     batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
                     again = back_up_batch(runtime, found, mount, listed.catalog, batch)
@@ -6499,6 +6540,8 @@ FETCHED_AT_ONCE = 16  # of what borg could not read
 UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
 KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
 
+TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
+
 
 class Feeder:
     """What all borgs of a batch are fed from: catalog, mount, and our own client for what that cannot show.
@@ -6512,6 +6555,7 @@ class Feeder:
         """It begins when the borgs do."""
         self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
         self.began = source.clock
+        self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
         self.mixed = Findings()  # what may have been archived as no version ever was
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
@@ -6632,8 +6676,7 @@ class Feeder:
         except S3Error as error:
             if error.status == 403 and not self._tags_refused:
                 self._tags_refused = True
-                words = f"its objects' tags may not be read, and are in no archive: {error.message}"
-                self.runtime.console.info("source", f"{words}. Give the key s3:GetObjectTagging.")
+                self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
             return {}
 
     def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
@@ -6705,7 +6748,7 @@ class Feeder:
     def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
         """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
         with self._lock:
-            future, users = self._fetched[each.key]
+            _, users = self._fetched[each.key]
             users.discard(reader)
             if not users and self.ahead.has_passed(number):
                 del self._fetched[each.key]
@@ -6910,7 +6953,7 @@ class Fed:
                 self._changed.wait(POLL_SECONDS)
 
     def _tell_progress(self, passed: Sequence[S3Object]) -> None:
-        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes do."""
+        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes."""
         objects, size_bytes, effort = self._done
         for each in passed:
             is_new = not each.is_shown or each.last_modified.timestamp() >= self._since
@@ -7098,14 +7141,14 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
                 source.found.clock - timedelta(seconds=RACE_SECONDS),
                 own={"S3BORGBACKUP_FED": str(fed.read_end)},
                 pass_fds=[fed.read_end],
-                meters=[fed.moved],
+                waits=fed.moved,
             )
         except BackupError as error:
             raise error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure from None
     record_archive(runtime, outcome, created, fed)
     if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
-    judge_emptiness(runtime, outcome, feeder.catalog)
+    judge_emptiness(runtime, outcome, feeder.listed)
     report_findings(runtime, outcome, fed, feeder.mixed)
     report_shrunk(runtime, outcome, source.mount)
     if created.log.warnings:
@@ -7156,8 +7199,8 @@ def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Finding
             runtime,
             outcome,
             f"{count(fed.lacks.unread, 'object')} of the source could not be read (named above). The archive"
-            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays so,"
-            " look at those objects.",
+            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays"
+            " so, look at those objects.",
         )
 
 
@@ -7248,14 +7291,14 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed:
     )
 
 
-def judge_emptiness(runtime: Runtime, outcome: Outcome, catalog: Catalog) -> None:
-    """Warns of an archive without objects. Raises BackupError where the source has some."""
+def judge_emptiness(runtime: Runtime, outcome: Outcome, listed: int) -> None:
+    """Warns of an archive without objects. Raises BackupError where the source `listed` some."""
     name = outcome.target.store.name
     if outcome.objects:
         return
-    if catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]:
+    if listed:
         raise BackupError(
-            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
+            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} was not",
             "Run it again; nothing was pruned.",
         )
     reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
@@ -7382,6 +7425,8 @@ def check_config(runtime: Runtime) -> int:
     failures = [result for result in results if isinstance(result, BackupError)]
     for failure in failures:
         runtime.console.error("check-config", str(failure))
+    if isinstance(results[0], Preflight) and settings.headers:
+        tell_of_tags(runtime, results[0])
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -7395,6 +7440,17 @@ def suitable(runtime: Runtime, store: Store, result: Preflight | BackupError) ->
         except BackupError as error:
             return error
     return result
+
+
+def tell_of_tags(runtime: Runtime, source: Preflight) -> None:
+    """Says so where the source's key may not read tags, by one object."""
+    client = S3Client(runtime.settings.source, source.region, HASTY, runtime.stop)
+    try:
+        for entry in source.keys[:1]:
+            client.tags(entry.key)
+    except S3Error as error:
+        if error.status == 403:
+            runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
 
 
 def describe(store: Store, result: Preflight) -> str:
@@ -7419,6 +7475,11 @@ def emit(text: str) -> None:
         pass
     except OSError as error:
         raise BackupError(f"the answer could not be written: {error.strerror}", "Make room for it.") from None
+
+
+def local_time(when: datetime) -> str:
+    """A time for people: as archives' names have it, and with its zone."""
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 @dataclass(frozen=True)
@@ -7529,7 +7590,7 @@ def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
             (
                 target.name,
                 archive.name,
-                f"{archive.start:%Y-%m-%d %H:%M:%S}",
+                local_time(archive.start),
                 "-" if archive.objects is None else f"{archive.objects:,}",
                 "-" if archive.archived_bytes is None else size(archive.archived_bytes),
             )
@@ -7627,7 +7688,7 @@ class Facts:
             return "no archive has this label"
         seconds = (self.newest.end - self.newest.start).total_seconds()
         what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
-        return f"{self.newest.start:%Y-%m-%d %H:%M:%S %z}: {what}, in {duration(seconds)}"
+        return f"{local_time(self.newest.start)}: {what}, in {duration(seconds)}"
 
 
 KEY_PLACES = {
@@ -8309,10 +8370,11 @@ class Verifier:
 # -------------------------------------------------------------------------------------------------- Restore
 
 # `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
-# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it:
-# into a folder, or into the mount of a bucket, where folders are looked up and objects uploaded many at a
-# time. What is there already is looked at first, so that nothing is overwritten unasked, and a restore that
-# was interrupted goes on where it was: what is a beginning of what is to be written counts as half-written.
+# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it,
+# into a folder, or into a bucket by requests of our own. All that is known of an object is a row in a file,
+# the plan: what the archive's list and manifest say of it, what lies where it goes, and what is to be done.
+# So nothing is overwritten unasked, and a restore that was interrupted goes on where it was: what is a
+# beginning of what is to be written counts as half-written.
 
 PREVIOUS_NAMED = 20  # objects that would be overwritten
 # What one object's name is to blame for, and not the place.
@@ -8322,7 +8384,32 @@ UNWRITABLE = frozenset(
         *(errno.ELOOP, errno.EFBIG),
     }
 )
+UNTAKEN_STATUSES = (400, 404, 405, 409, 414)  # the same of S3, unless it is a code that S3_HINTS knows
 NO_METADATA = frozenset({errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE})
+
+MIB = 1024 * 1024
+PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
+MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
+# The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
+COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
+
+# With examples, as which a probe has them.
+RESTORED_HEADERS = dict(
+    pair.split(": ")
+    for pair in (
+        *("content-type: text/css", "cache-control: no-store", "content-disposition: inline"),
+        *("content-encoding: gzip", "content-language: la", "expires: Thu, 01 Jan 1970 00:00:00 GMT"),
+        "x-amz-website-redirect-location: /",
+    )
+)
+METADATA = "x-amz-meta-"
+TAGGING = "x-amz-tagging"
+
+# A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
+# ends these uploads. Nobody else's are touched.
+RESTORING_NAME = f"{OWN_PREFIX}restoring-"
+NOTE_SECONDS = 5
+NOTE_LIFETIME_SECONDS = 4 * NOTE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -8334,29 +8421,9 @@ class Order:
     until: datetime | None  # not younger than that
     folder: Path | None
     bucket: Destination | None  # one of the two is given
+    metadata: Path | None  # where to write what is known of the objects
     overwrite: bool
     dry_run: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An object in an archive."""
-
-    path: str  # in the archive
-    key: str
-    size_bytes: int
-    modified: int  # Unix time in seconds
-    is_whole: bool
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What is in an archive."""
-
-    prefix: str  # what stands before each key
-    items: list[Item]
-    empty_folders: list[str]
-    others: list[str]  # what is neither a file nor a folder
 
 
 def end_of_time(text: str) -> datetime:
@@ -8384,10 +8451,10 @@ def choose_archive(
     known, of_what = (own, f"of label {label!r}") if own else (list(archives), "of any label")
     if until:
         known = [found for found in known if archives[found] < until]
-        of_what += f" until {until - timedelta(seconds=1):%Y-%m-%dT%H:%M:%S}"
+        of_what += f" until {local_time(until - timedelta(seconds=1))}"
     if not known:
         oldest = min(archives.values(), default=None)
-        hint = f"The oldest archive is of {oldest:%Y-%m-%dT%H:%M:%S}." if oldest else "Run a backup first."
+        hint = f"The oldest archive is of {local_time(oldest)}." if oldest else "Run a backup first."
         raise BackupError(f"there is no archive {of_what}", hint)
     return max(known, key=lambda found: archives[found]), f"the newest {of_what}"
 
@@ -8415,282 +8482,782 @@ def archive_time(name: str, start: datetime) -> datetime:
     return start - earlier if timedelta(0) <= earlier < timedelta(seconds=5) else start
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of an archive's listing."""
-
-    kind: str  # `-` for a file, `d` for a folder
-    path: str
-    size_bytes: int
-    modified: int
-    is_whole: bool
-
-
-def parse_entry(line: str) -> Entry:
-    """An entry from a line of JSON."""
-    given = json.loads(line)
-    kind = "h" if given["mode"][0] == "h" else given["type"]
-    modified = math.floor(borg_time(given["mtime"]).timestamp())
-    return Entry(kind, given["path"], given["size"], modified, given["healthy"])
-
-
-def sort_entries(entries: Sequence[Entry], source: Path) -> Inventory:
-    """What an archive holds. `source` is where the source would be mounted now."""
-    prefix = archive_prefix(entries, source)
-    folders = {entry.path for entry in entries if entry.kind == "d"}
-    folders.difference_update([os.path.dirname(entry.path) for entry in entries])
-    items, others = [], []
-    for entry in entries:
-        key = entry.path.removeprefix(prefix)
-        if entry.kind == "-" and not UNREPRESENTABLE.search(key):
-            items.append(Item(entry.path, key, entry.size_bytes, entry.modified, entry.is_whole))
-        elif entry.kind != "d":
-            others.append(key)
-    empty = [path.removeprefix(prefix) for path in folders if path.startswith(prefix)]
-    return Inventory(prefix, items, sorted(key for key in empty if not UNREPRESENTABLE.search(key)), others)
-
-
-def archive_prefix(entries: Sequence[Entry], source: Path) -> str:
-    """What stands before the keys: the path under which the source was mounted, or nothing.
-
-    A run archives that folder itself first.
-    """
-    guesses = [str(source).lstrip("/")]
-    if entries and entries[0].kind == "d" and os.path.basename(entries[0].path) == source.name:
-        guesses.insert(0, entries[0].path)
-    for guess in guesses:
-        if all(entry.path == guess or entry.path.startswith(f"{guess}/") for entry in entries):
-            return f"{guess}/"
-    return ""
-
-
-def read_contents(runtime: Runtime, repository: Repository, archive: str) -> Inventory:
-    """What an archive holds, by its metadata alone."""
-    entries: list[Entry] = []
-    repository.borg.run(
-        borg_items(repository.borg.repository, archive),
-        on_output=lambda line: entries.append(parse_entry(line)),
-    )
-    return sort_entries(entries, runtime.settings.mount_point(runtime.settings.source))
-
-
-def ancestors(key: str) -> Iterator[str]:
-    """A key and the folders that it is in."""
-    yield key
-    while slash := key.rpartition("/")[0]:
-        yield slash
-        key = slash
-
-
-def names_in(contents: Inventory) -> dict[str, None]:
-    """All keys, and the folders that they are in, in the archive's order."""
-    keys = itertools.chain((item.key for item in contents.items), contents.empty_folders, contents.others)
-    return dict.fromkeys(name for key in keys for name in ancestors(key))
-
-
-def meant(contents: Inventory, paths: Sequence[str]) -> dict[str, str]:
-    """What each path means -> the path: a key or folder as it stands, or else one as borg shows it.
-
-    borg shows the mount point's path before it. All names are looked at only where a path begins with that.
-    """
-    given, prefix = {path.strip("/"): path for path in paths}, contents.prefix
-    known = names_in(contents) if any(name.startswith(prefix) for name in given) and prefix else {}
-    return {name if name in known else name.removeprefix(prefix): path for name, path in given.items()}
-
-
-def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
-    """The objects that `paths` name, which are keys or folders. Raises BackupError for what names none."""
-    if not paths:
-        return contents
-    wanted = meant(contents, paths)
-    met: set[str] = set()
-
-    def is_meant(key: str) -> bool:
-        found = wanted.keys() & set(ancestors(key))
-        met.update(found)
-        return bool(found)
-
-    items = [item for item in contents.items if is_meant(item.key)]
-    folders = [key for key in contents.empty_folders if is_meant(key)]
-    others = [key for key in contents.others if is_meant(key)]
-    if unmet := [path for name, path in wanted.items() if name not in met]:
-        known = itertools.islice(names_in(contents), 20_000)
-        close = difflib.get_close_matches(unmet[0].strip("/"), known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
-        raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
-    return Inventory(contents.prefix, items, folders, others)
-
-
-# ETags. TigrisFS uploads what is larger than 5 MiB in parts.
-MIB = 1024 * 1024
-PARTS = ((5 * MIB, 1000), (25 * MIB, 1000), (125 * MIB, 8000))  # their size and number, TigrisFS's defaults
-
-
-def part_end(offset: int) -> int:
-    """Where the part of a large object that `offset` lies in ends."""
-    start = 0
-    for part_bytes, number in PARTS:
-        if offset < start + part_bytes * number:
-            return start + ((offset - start) // part_bytes + 1) * part_bytes
-        start += part_bytes * number
-    return start
-
-
-class Etag:
-    """The ETag that S3 gives to what TigrisFS uploads: its MD5, or the MD5 of the MD5s of its parts."""
-
-    def __init__(self, in_parts: bool) -> None:
-        """Nothing was hashed yet."""
-        self._offset, self._end = 0, part_end(0) if in_parts else 0
-        self._digests: list[bytes] = []
-        self._hash = hashlib.md5(usedforsecurity=False)
-
-    def update(self, data: bytes) -> None:
-        """Takes the next bytes in."""
-        rest = memoryview(data)
-        while rest:
-            piece = rest[: self._end - self._offset] if self._end else rest
-            self._hash.update(piece)
-            self._offset += len(piece)
-            rest = rest[len(piece) :]
-            if self._offset == self._end:
-                self._digests.append(self._hash.digest())
-                self._hash = hashlib.md5(usedforsecurity=False)
-                self._end = part_end(self._offset)
-
-    def text(self) -> str:
-        """The ETag of what was taken in."""
-        if not self._end:
-            return self._hash.hexdigest()
-        last = [] if self._offset and self._hash.digest() == EMPTY_MD5 else [self._hash.digest()]
-        digests = self._digests + last
-        return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
-
-
-EMPTY_MD5 = hashlib.md5(usedforsecurity=False).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What lies already where an object is to be written."""
-
-    size_bytes: int
-    etag: str = ""  # of an object
-    modified: int | None = None  # of a file
-
-
 class Fate(enum.Enum):
-    """What is to be done about an object."""
+    """What is to be done about an object, or was."""
 
+    UNKNOWN = "unknown"  # its content has to be compared
     WRITE = "write"
     KEEP = "there"  # as it is to be
     DIFFERENT = "different"  # it is there with other content
-    UNKNOWN = "unknown"  # its content has to be compared
+    HEADERS = "headers"  # it is there with other headers or tags
+    LEFT_OUT = "left out"
+    DONE = "restored"
 
 
-def first_fate(item: Item, found: Found | None) -> Fate:
-    """What size and time say. A file gets its time when it is complete."""
-    if found is None or found.size_bytes == 0 < item.size_bytes:
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An object in an archive, and what lies where it is to be written."""
+
+    key: str
+    path: str  # in the archive; empty: there is nothing to be read of it
+    size_bytes: int
+    modified: int  # Unix time in seconds
+    etag: str = ""  # when it was archived
+    facts: Mapping[str, Any] | None = None  # as of S3Object
+    there_bytes: int | None = None  # None: nothing is there
+    there_etag: str = ""  # of an object
+    there_modified: int | None = None  # of a file
+    fate: Fate = Fate.UNKNOWN
+
+    def object(self) -> S3Object:
+        """As a manifest has it."""
+        when = EPOCH + timedelta(seconds=self.modified)
+        is_shown = not self.path.startswith(OWN_FOLDER)
+        return S3Object(self.key, self.size_bytes, when, self.etag, is_shown, self.facts)
+
+
+OWN_FOLDER = MANIFEST_PATH.removesuffix("manifest.jsonl")
+PLAN_TABLES = """
+CREATE TABLE entries (
+    path BLOB PRIMARY KEY, place INTEGER, kind TEXT, size INTEGER, modified INTEGER, is_whole INTEGER
+) WITHOUT ROWID;
+CREATE TABLE items (
+    key BLOB PRIMARY KEY, path BLOB, place INTEGER, size INTEGER, modified INTEGER, etag TEXT DEFAULT '',
+    fate TEXT DEFAULT 'unknown', warning TEXT, there_size INTEGER, there_etag TEXT DEFAULT '',
+    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0, is_told INTEGER DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX in_order ON items (place);
+"""
+# What the manifest says of content holds where the archive has that version. Of an object that no mount shows
+# there is a copy; one that a mount should have shown, and could not, may be in either place.
+PLAN_ITEMS = (
+    """
+    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
+    SELECT substr(path, :start), path, place, entries.size, entries.modified,
+        CASE WHEN objects.size = entries.size AND objects.modified / 1000000 = entries.modified
+            THEN objects.etag ELSE '' END,
+        CASE kind WHEN '-' THEN 'unknown' ELSE 'left out' END,
+        CASE WHEN kind != '-' THEN 'is no plain file, and is left out'
+            WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+    FROM entries LEFT JOIN objects ON objects.key = substr(path, :start)
+    WHERE kind != 'd' AND path >= :low AND path < :high
+    """,
+    """
+    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, warning)
+    SELECT key, path, place, entries.size, objects.modified / 1000000,
+        CASE WHEN objects.size = entries.size THEN etag ELSE '' END,
+        CASE WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+    FROM objects CROSS JOIN entries ON path = odd_path(key)
+    """,
+    """
+    INSERT OR IGNORE INTO items (key, size, modified, etag, fate, warning)
+    SELECT key, size, modified / 1000000, etag, CASE size WHEN 0 THEN 'unknown' ELSE 'left out' END,
+        CASE WHEN size THEN 'is missing: the manifest has it, and the archive has not' END
+    FROM objects
+    """,
+    """
+    INSERT OR IGNORE INTO items (key, size, modified)
+    SELECT CAST(substr(path, :start) || '/' AS BLOB), 0, modified FROM entries
+    WHERE kind = 'd' AND path >= :low AND path < :high AND NOT EXISTS (
+        SELECT 1 FROM entries AS low
+        WHERE low.path > CAST(entries.path || '/' AS BLOB) AND low.path < CAST(entries.path || '0' AS BLOB)
+    )
+    """,
+)
+ITEM_COLUMNS = (
+    "items.path, items.size, items.modified, items.etag, facts, there_size, there_etag, there_modified, fate"
+)
+# What is in a bucket: not a folder that an older archive has because nothing is in it.
+COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
+CLASHES = "fate IN ('different', 'headers')"
+
+
+def pages(rows: Iterator[Result]) -> Iterator[list[Result]]:
+    """Rows, as many at a time as is good for a database."""
+    while page := list(itertools.islice(rows, CATALOG_PAGE)):
+        yield page
+
+
+def parse_entry(line: bytes) -> tuple[str, str, int, int, bool]:
+    """Path, kind (`-` for a file, `d` for a folder), size and Unix time of what is listed; if it is whole."""
+    given = json.loads(line)
+    kind = "h" if given["mode"][0] == "h" else given["type"]
+    modified = math.floor(borg_time(given["mtime"]).timestamp())
+    return given["path"], kind, given["size"], modified, given["healthy"]
+
+
+class Plan(Catalog):
+    """What an archive holds, what lies where that goes, what is to be done; its objects are the manifest."""
+
+    def __init__(self, path: Path) -> None:
+        """Holds nothing yet."""
+        super().__init__(path)
+        self.prefix = ""  # what stands before the keys in the archive
+        with self._told():
+            self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)).encode())
+            self._db.executescript(PLAN_TABLES)
+
+    def read(self, repository: Repository, archive: str, source: Path) -> None:
+        """Takes in what an archive holds. `source` is where the source would be mounted now."""
+        borg = repository.borg
+        borg.run(
+            borg_items(borg.repository, archive), consume=lambda lines: self.take(map(parse_entry, lines))
+        )
+        if self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()]):
+            try:
+                borg.run(
+                    borg_read(borg.repository, archive, MANIFEST_PATH),
+                    consume=lambda lines: self.add(parse_manifest_line(line.decode()) for line in lines),
+                )
+            except ValueError as error:
+                raise BackupError(
+                    f"{repository.target.store.name}: the manifest of {archive} cannot be read: {error}",
+                    DAMAGE_HELP.format(name=repository.target.name),
+                ) from None
+        self.arrange(source)
+
+    def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
+        """Takes in the archive's list."""
+        rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
+        for page in pages(rows):
+            self.change("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", page)
+
+    def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Executes a statement for each of these rows."""
+        with self._told():
+            self._db.executemany(sql, rows)
+
+    def arrange(self, source: Path) -> None:
+        """Joins the list and the manifest, when both are in.
+
+        Keys stand behind the path under which the source was mounted then, which a run archived first; where
+        there is none, as in what somebody archived by hand, the paths are the keys.
+        """
+        own = encode_key(OWN_FOLDER), encode_key(OWN_FOLDER[:-1] + "0")
+        has_manifest = bool(self.execute("SELECT 1 FROM objects LIMIT 1"))
+        others = "path < ? OR path >= ?" if has_manifest else "? != ?"
+        first = self.execute(f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1", own)
+        guesses, name = [str(source).lstrip("/")], f"/{source.name}"
+        for path, kind in first:
+            if kind == "d" and decode_key(path).endswith(name):
+                guesses.insert(0, decode_key(path))
+            elif has_manifest and f"{name}/" in decode_key(path):
+                guesses.append(decode_key(path).partition(f"{name}/")[0] + name)
+        low, high = b"", b"\xff" * 5
+        for guess in guesses:
+            below = encode_key(f"{guess}/"), encode_key(f"{guess}0")
+            outside = f"({others}) AND path != ? AND NOT (path >= ? AND path < ?)"
+            if not self.execute(
+                f"SELECT 1 FROM entries WHERE {outside} LIMIT 1", [*own, encode_key(guess), *below]
+            ):
+                self.prefix, low, high = f"{guess}/", *below
+                break
+        for sql in PLAN_ITEMS:
+            self.execute(sql, {"start": len(low) + 1, "low": low, "high": high})
+
+    def select(self, paths: Sequence[str]) -> None:
+        """Leaves only what `paths` name: keys or folders, as they stand, or else as borg shows them.
+
+        Raises BackupError for what names none.
+        """
+        unmet = []
+        for path in paths:
+            bare = path.strip("/")
+            for name in dict.fromkeys((path, bare, bare.removeprefix(self.prefix))):
+                folder = name.rstrip("/")
+                values = [encode_key(each) for each in (name, f"{folder}/", f"{folder}0")]
+                where = "key = ? OR (key >= ? AND key < ?)"
+                if self.execute(f"SELECT 1 FROM items WHERE {where} LIMIT 1", values):
+                    self.execute(f"UPDATE items SET is_chosen = 1 WHERE {where}", values)
+                    break
+            else:
+                unmet.append(path)
+        if unmet:
+            keys = [decode_key(key) for (key,) in self.execute("SELECT key FROM items LIMIT 20000")]
+            names = {name for key in keys for name in itertools.accumulate(key.split("/"), "{}/{}".format)}
+            close = difflib.get_close_matches(unmet[0].strip("/"), names, n=1)
+            hint = (
+                f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
+            )
+            raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
+        if paths:
+            self.execute("DELETE FROM items WHERE NOT is_chosen")
+
+    def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
+        """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
+        sql = f"""
+            SELECT items.{by}, items.key, {ITEM_COLUMNS} FROM items LEFT JOIN objects USING (key)
+            WHERE items.{by} > ? AND ({where}) ORDER BY items.{by} LIMIT {CATALOG_PAGE}
+        """
+        last: object = b"" if by == "key" else -1
+        while page := self.execute(sql, [last]):
+            for last, key, path, size_bytes, modified, etag, facts, *there, fate in page:  # noqa: B007
+                known = None if facts is None else json.loads(facts)
+                where_from = decode_key(path or b"")
+                yield Item(decode_key(key), where_from, size_bytes, modified, etag, known, *there, Fate(fate))
+
+    def sums(self, where: str) -> tuple[int, int]:
+        """The number of the objects for which `where` holds, and of their bytes."""
+        return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM items WHERE {where}")[0]
+
+    def summary(self, where: str) -> str:
+        """`3 objects, 12 kB`, but for folders that an archive only has because nothing is in them."""
+        number, size_bytes = self.sums(f"{where} AND {COUNTED}")
+        return f"{count(number, 'object')}, {size(size_bytes)}"
+
+    def note(self, item: Item, fate: Fate, sent: str = "") -> None:
+        """Notes what is to be done about an object, or that it is written, and with which ETag."""
+        self.change(
+            "UPDATE items SET fate = ?, sent = ? WHERE key = ?", [(fate.value, sent, encode_key(item.key))]
+        )
+
+    def leave_out(self, item: Item, reason: str) -> None:
+        """Notes that an object cannot be restored."""
+        values = (f"could not be restored: {reason}", encode_key(item.key))
+        self.change("UPDATE items SET fate = 'left out', warning = ? WHERE key = ?", [values])
+
+
+def first_fate(item: Item) -> Fate:
+    """What size and time say, and an ETag that is as it was. A file gets its time when it is complete."""
+    there_bytes = item.there_bytes
+    if there_bytes is None or there_bytes == 0 < item.size_bytes:
         return Fate.WRITE
-    if found.size_bytes > item.size_bytes:
+    if there_bytes > item.size_bytes:
         return Fate.DIFFERENT
-    is_complete = found.size_bytes == item.size_bytes
-    if is_complete and (not item.size_bytes or found.modified == item.modified):
+    is_same = not item.size_bytes or item.there_modified == item.modified
+    if there_bytes == item.size_bytes and (is_same or (item.etag and item.etag == item.there_etag)):
         return Fate.KEEP
     return Fate.UNKNOWN
 
 
-def fate_by_etag(item: Item, found: Found, stream: IO[bytes], etags_are_md5: bool) -> Fate:
-    """What the ETag says: one that differs only counts where it is known to be the MD5 of all the content."""
-    if not (found.etag and found.size_bytes == item.size_bytes):
+def part_bytes(size_bytes: int) -> int:
+    """How large the parts of an object are: all are equal but for the last one."""
+    return max(PART_BYTES, -(-size_bytes // (MAX_PARTS * MIB)) * MIB)
+
+
+def fate_by_etag(item: Item, stream: IO[bytes], etags_are_md5: bool) -> Fate:
+    """What the ETag says: the MD5 of the content, or that of the MD5s of equal parts, and their number.
+
+    One that differs only counts where it is known to be an MD5 of all the content.
+    """
+    number = item.there_etag.partition("-")[2]
+    sizes = {PART_BYTES * MAX_OBJECT_BYTES}
+    if number:
+        common = (*(mib * MIB for mib in COMMON_PARTS), part_bytes(item.size_bytes))
+        sizes = {size for size in common if str(-(-item.size_bytes // size)) == number}
+    if not (item.there_etag and sizes and item.there_bytes == item.size_bytes):
         return Fate.UNKNOWN
-    in_parts = "-" in found.etag
-    etag = Etag(in_parts)
-    while data := stream.read(READ_BYTES):
-        etag.update(data)
-    if etag.text() == found.etag:
+    offset, hashes = 0, {part: (bytearray(), MD5()) for part in sizes}
+    while data := stream.read(MIB):
+        offset += len(data)
+        for part, (digests, current) in hashes.items():
+            current.update(data)
+            if offset % part == 0 or (number and offset == item.size_bytes):
+                digests += current.digest()
+                hashes[part] = digests, MD5()
+    etags = {
+        f"{MD5(digests).hexdigest()}-{number}" if number else current.hexdigest()
+        for digests, current in hashes.values()
+    }
+    if item.there_etag in etags:
         return Fate.KEEP
-    return Fate.DIFFERENT if etags_are_md5 and not in_parts else Fate.UNKNOWN
+    return Fate.DIFFERENT if etags_are_md5 and not number else Fate.UNKNOWN
 
 
-def fate_by_content(item: Item, path: str, stream: IO[bytes]) -> Fate:
-    """What the content says: a beginning of what is to be written may be completed. Raises OSError."""
-    with open(path, "rb") as there:
-        while data := there.read(READ_BYTES):
-            if stream.read(len(data)) != data:
-                return Fate.DIFFERENT
+def fate_by_content(there: Iterable[bytes], stream: IO[bytes]) -> Fate:
+    """What the content says: a beginning of what is to be written may be completed."""
+    for data in there:
+        if stream.read(len(data)) != data:
+            return Fate.DIFFERENT
     return Fate.WRITE if stream.read(1) else Fate.KEEP
 
 
-@dataclass
-class Landing:
-    """Where objects are restored to: a folder of the machine, or the mount of a bucket."""
+MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
-    title: str
-    root: Path
-    mount: Mount | None = None  # with `client`, where it is a bucket
-    client: S3Client | None = None
-    etags_are_md5: bool = False  # as far as is known
+
+class Threads:
+    """Threads that work side by side, on no more bytes than there is memory for; a failure ends all."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        """Nothing is under way yet."""
+        self._pool, self._changed = ThreadPoolExecutor(RESTORE_THREADS), threading.Condition()
+        self._room = self._all = memory_bytes
+        self._failures: list[BaseException] = []
 
     @property
-    def mounts(self) -> list[Mount]:
-        """What has to live while something is written."""
-        return [self.mount] if self.mount else []
+    def is_busy(self) -> bool:
+        """Whether something is under way."""
+        return self._room < self._all
 
-    def find(self, runtime: Runtime, items: Sequence[Item]) -> dict[str, Found]:
-        """What lies already where these objects are to be written, by key."""
-        if not self.client:
-            return find_files(self.root, items)
-        client = self.client
-        what = f"{client.store.name}: listing the bucket"
-        return within(LIST_SECONDS, what, lambda: find_objects(client, items), runtime.stop)
+    def start(self, size_bytes: int, work: Callable[[], Result]) -> concurrent.futures.Future[Result | None]:
+        """Has a thread do `work`, as soon as there is room for its bytes. Raises what has failed."""
+        share = min(self._all, max(size_bytes, self._all // WAITING_OBJECTS))
+        with self._changed:
+            self._changed.wait_for(lambda: self._room >= share or self._failures)
+            self._room -= share
+        if self._failures:
+            raise self._failures[0]
 
+        def do() -> Result | None:
+            try:
+                return None if self._failures else work()
+            except BaseException as error:
+                self._failures.append(error)
+                raise
+            finally:
+                with self._changed:
+                    self._room += share
+                    self._changed.notify_all()
 
-def find_files(root: Path, items: Iterable[Item]) -> dict[str, Found]:
-    """The files that lie where these objects are to be written. What is no file cannot be overwritten."""
-    found = {}
-    for item in items:
-        with contextlib.suppress(OSError):  # nothing there, or no file can have that name
-            status = os.lstat(root / item.key)
-            if stat.S_ISREG(status.st_mode):
-                found[item.key] = Found(status.st_size, modified=math.floor(status.st_mtime))
-    return found
+        return self._pool.submit(do)
 
+    def __enter__(self) -> Threads:
+        return self
 
-def listing(client: S3Client, keys: Collection[str]) -> Iterator[tuple[str, S3Object]]:
-    """What the bucket lists under these keys: key below the store's prefix, entry. Raises S3Error."""
-    if not keys:
-        return
-    prefix = client.store.key_prefix
-    pairs = zip(min(keys), max(keys), strict=False)
-    common = [first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    for entry in client.list_objects(prefix + "".join(common)):
-        key = entry.key[len(prefix) :]
-        if key in keys:
-            yield key, entry
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if not kind and self._failures:
+            raise self._failures[0]
 
 
-def find_objects(client: S3Client, items: Sequence[Item]) -> dict[str, Found]:
-    """The objects that lie where these are to be written."""
-    keys = {item.key for item in items}
-    return {key: Found(entry.size_bytes, entry.etag) for key, entry in listing(client, keys)}
+class FolderPlace:
+    """A folder of the machine that is restored into."""
+
+    small_bytes, is_patient = 256 * 1024, False  # what a thread writes; larger files are written as they come
+
+    def __init__(self, plan: Plan, root: Path) -> None:
+        """Nothing was written yet."""
+        self.title, self.losses, self.progress = str(root), Counter[str](), Progress()
+        self._plan, self._root, self._folders = plan, root, set[str]()
+
+    def mistake(self, item: Item) -> str:
+        """Why an object cannot be restored; empty where it may be tried."""
+        name = item.key if item.size_bytes else item.key.removesuffix("/")
+        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
+
+    def find(self) -> None:
+        """Notes what lies already where objects are to be written. What is no file cannot be overwritten."""
+        for page in pages(self._plan.items()):
+            found = []
+            for item in page:
+                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
+                    status = os.lstat(f"{self._root}/{item.key}")
+                    if stat.S_ISREG(status.st_mode) or (item.key.endswith("/") and not self.mistake(item)):
+                        size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else 0
+                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
+            self._plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
+
+    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        """Notes what is to be done about an object whose size and time do not tell."""
+        if is_last:
+            try:
+                with open(f"{self._root}/{item.key}", "rb") as there:
+                    blocks = iter(lambda: there.read(READ_BYTES), b"")
+                    self._plan.note(item, fate_by_content(blocks, stream))
+            except OSError as error:
+                words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
+                raise BackupError(words, TRY_AGAIN) from error
+
+    def prepare(self) -> None:
+        """Raises BackupError where the disk is certain to be too small.
+
+        What is complete, but has not got its time, as a restore was killed, gets it.
+        """
+        wanted = "fate = 'write'"
+        [(needed,)] = self._plan.execute(
+            f"SELECT coalesce(sum(max(0, size - coalesce(there_size, 0))), 0) FROM items WHERE {wanted}"
+        )
+        disk = os.statvfs(self._root)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free and disk.f_blocks:
+            raise BackupError(
+                f"{self.title} has {size(free)} free, and {size(needed)} are to be added;"
+                " nothing was written",
+                "Make room, restore a part of it, or restore to another place.",
+            )
+        for item in self._plan.items("fate = 'there' AND there_modified != items.modified"):
+            if not item.key.endswith("/"):
+                try:
+                    times = (item.modified, item.modified)
+                    os.utime(f"{self._root}/{item.key}", times, follow_symlinks=False)
+                except OSError as error:
+                    self._plan.leave_out(item, f"its time cannot be set: {error.strerror}")
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
+        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
+        path = f"{self._root}/{item.key}"
+        try:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                os.makedirs(folder, exist_ok=True)
+                self._folders.add(folder)
+            if not path.endswith("/"):
+                self._fill(item, path, stream, metadata)
+            self._plan.note(item, Fate.DONE)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
+                raise BackupError(
+                    f"cannot write {item.key!r} to {self.title}: {error.strerror}",
+                    f"{hint}: it goes on where it was.",
+                ) from error
+            self._plan.leave_out(item, error.strerror or str(error))
+
+    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
+        try:
+            while data := stream.read(READ_BYTES):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+                self.progress.add(0, len(data))
+            for name, value in metadata.items():
+                try:
+                    os.setxattr(fd, f"user.{name}", value.encode("utf-8", "surrogateescape"))
+                except OSError as error:
+                    if error.errno not in NO_METADATA:
+                        raise
+                    self.losses["user metadata"] += 1
+            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+        finally:
+            os.close(fd)
+
+    def finish(self) -> list[str]:
+        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if LIBC.syncfs(fd):
+                words = f"{self.title}: the disk could not take what was written"
+                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
+        finally:
+            os.close(fd)
+        return []
+
+
+def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
+    """Those of an object's headers that can be given to another one."""
+    headers = (facts or {}).get("headers", {}).items()
+    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
+
+
+def readable(value: str) -> str:
+    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    return " ".join(value.split())
+
+
+class BucketPlace:
+    """A bucket that is restored into, by requests of our own."""
+
+    small_bytes, is_patient = PART_BYTES, True  # while it waits for S3, which has an end
+
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
+        """Nothing was written yet. Raises S3Error."""
+        self.losses, self.progress = Counter[str](), Progress()
+        self.title = f"{client.store.location} at {client.store.endpoint}"
+        self._runtime, self._plan, self._client, self._prefix = runtime, plan, client, client.store.key_prefix
+        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
+        self._beats, self._over, self._lock = 0, threading.Event(), threading.Lock()
+        self._writing_note = threading.Lock()
+        self._etags_are_md5, self._kept = (False, None) if is_dry else self._try_out()
+        self._notes, self._looked_at = {} if is_dry else self._notes_there(), time.monotonic()
+
+    def _try_out(self) -> tuple[bool, set[str]]:
+        """Whether the ETag of an object is its MD5, as it is not with some kinds of encryption; what is kept.
+
+        Old probes are removed.
+        """
+        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
+        for entry in client.list_objects(start):
+            client.delete(entry.key)
+        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
+        try:
+            try:
+                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
+                kept = {TAGGING} if self._tags(key) else set()
+            except S3Error as error:
+                if error.status not in REFUSALS + UNTAKEN_STATUSES + (501,):
+                    raise
+                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
+            kept |= self._headers(key).keys()
+            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), kept
+        finally:
+            client.delete(key)
+
+    def _headers(self, key: str) -> dict[str, str]:
+        answer = self._client.request("HEAD", key)
+        headers = {
+            name: value.encode("latin-1").decode("utf-8", "surrogateescape")
+            for name, value in answer.headers.items()
+        }
+        return restorable({"headers": headers})
+
+    def _tags(self, key: str) -> dict[str, str]:
+        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
+        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def mistake(self, item: Item) -> str:
+        """Why an object cannot be restored; empty where it may be tried."""
+        length = len(encode_key(self._prefix + item.key))
+        if length > MAX_KEY_BYTES:
+            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
+        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
+
+    def find(self) -> None:
+        """Notes what lies already where objects are to be written. Raises S3Error, Stopped."""
+        [ends] = self._plan.execute("SELECT min(key), max(key) FROM items")
+        low, high = (decode_key(key or b"") for key in ends)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", zip(low, high, strict=False))
+        common = "".join(first for first, _ in same)
+        self._plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
+        listed = (
+            (entry.size_bytes, entry.etag, encode_key(entry.key[len(self._prefix) :]))
+            for entry in self._client.list_objects(self._prefix + common)
+        )
+
+        def take() -> None:
+            for page in pages(listed):
+                self._plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", page)
+
+        if ends[0] is not None:
+            within(LIST_SECONDS, f"{self._client.store.name}: listing it", take, self._runtime.stop)
+
+    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        """Notes what is to be done about an object whose size and time do not tell."""
+        if not is_last:
+            self._plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
+            return
+        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
+        there = (
+            self._client.get(self._prefix + item.key, (start, min(start + step, size_bytes) - 1))
+            for start in range(0, size_bytes, step)
+        )
+        self._plan.note(item, fate_by_content(there, stream))
+
+    def compare_headers(self, item: Item) -> None:
+        """Notes an object that is there with the same content, and with other headers or tags."""
+        key, wanted = self._prefix + item.key, restorable(item.facts)
+        try:
+            found, tags = self._headers(key), (item.facts or {}).get("tags")
+            ignored = {"content-type"} - wanted.keys()  # whatever the server calls what has none
+            if self._kept is not None:
+                ignored |= RESTORED_HEADERS.keys() - self._kept
+            differ = [
+                name
+                for name in sorted((wanted.keys() | found.keys()) - ignored)
+                if readable(wanted.get(name, "")) != readable(found.get(name, ""))
+            ]
+            if tags and (self._kept is None or TAGGING in self._kept) and self._tags(key) != tags:
+                differ.append("tags")
+        except S3Error as error:
+            self._leave_out(item, error)
+            return
+        if differ:
+            self._plan.note(item, Fate.HEADERS)
+
+    def _leave_out(self, item: Item, error: S3Error) -> None:
+        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS:
+            raise error
+        self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
+
+    def prepare(self) -> None:
+        """Gives objects that have the right content their headers, by copies onto themselves.
+
+        Where that is refused, they are written.
+        """
+        in_background(self._beat)
+        with Threads(memory_bytes(self._runtime)) as threads:
+            for item in self._plan.items("fate = 'headers'"):
+                threads.start(0, functools.partial(self._copy, item))
+
+    def _copy(self, item: Item) -> None:
+        key = self._prefix + item.key
+        headers = self._headers_for(item, {})
+        directives = {"x-amz-metadata-directive": "REPLACE"}
+        directives |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
+        source = {"x-amz-copy-source": uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")}
+        try:
+            answer = self._client.request("PUT", key, headers={**headers, **directives, **source})
+        except S3Error as error:
+            if error.status not in (*UNTAKEN_STATUSES, 501):
+                raise
+            self._plan.note(item, Fate.WRITE)
+            return
+        self._plan.note(item, Fate.DONE, xml_text(answer.body, "ETag").strip('"'))
+
+    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What an object is written with; `metadata` is what older archives have of it."""
+        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
+        if tags := (item.facts or {}).get("tags"):
+            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
+        for name in headers.keys() & {*RESTORED_HEADERS, TAGGING} - (self._kept or set()):
+            with self._lock:
+                self.losses[name.replace(TAGGING, "tags")] += 1
+            del headers[name]
+        return headers
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
+        """Writes one object; a large one is written when `threads` have ended. Raises S3Error."""
+        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
+        try:
+            if item.size_bytes > PART_BYTES:
+                self._upload(item, key, headers, stream, threads)
+                return
+            answer = self._client.put(key, stream.read(), headers)
+            self.progress.add(0, item.size_bytes)
+            self._plan.note(item, Fate.DONE, answer.headers.get("etag", "").strip('"'))
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _upload(
+        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
+    ) -> None:
+        """Begins an upload, and has threads send its parts and end it."""
+        begun = self._client.request("POST", key, [("uploads", "")], headers)
+        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
+        with self._lock:
+            self._uploads[upload] = key
+        self._note()
+
+        def send(number: int, body: bytes) -> str:
+            query = [("partNumber", str(number)), ("uploadId", upload)]
+            answer = self._client.put(key, body, query=query)
+            self.progress.add(0, len(body))
+            return answer.headers.get("etag", "").strip('"')
+
+        parts = [
+            threads.start(step, functools.partial(send, number, stream.read(step)))
+            for number in range(1, -(-item.size_bytes // step) + 1)
+        ]
+        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
+
+    def _complete(self, item: Item, key: str, upload: str, etags: Sequence[str | None]) -> None:
+        parts = "".join(
+            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+            for number, etag in enumerate(etags, 1)
+        )
+        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
+        try:
+            answer = client.request("POST", key, [("uploadId", upload)], body=body)
+            etag = xml_text(answer.body, "ETag").strip('"')
+        except S3Error as error:
+            if error.code != "NoSuchUpload":
+                raise
+            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
+            etag = there.get("etag", "").strip('"')
+            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+                raise
+        with self._lock:
+            del self._uploads[upload]
+        self._note()
+        self._plan.note(item, Fate.DONE, etag)
+
+    def _note(self) -> None:
+        """Says which uploads are under way: in a note that changes each time."""
+        with self._writing_note:
+            self._beats += 1
+            with self._lock:
+                uploads = [[key, upload] for upload, key in self._uploads.items()]
+            if not self._over.is_set():
+                body = json.dumps({"beat": self._beats, "uploads": uploads}).encode()
+                self._client.put(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", body)
+
+    def _beat(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            if self._beats:
+                with contextlib.suppress(BackupError):
+                    self._note()
+
+    def _notes_there(self) -> dict[str, str]:
+        listed = self._client.list_objects(f"{self._prefix}{RESTORING_NAME}")
+        return {entry.key: entry.etag for entry in listed}
+
+    def finish(self) -> list[str]:
+        """What the bucket lacks of what was restored, or has otherwise: that is to be written once more."""
+        deadline = time.monotonic() + LISTING_SECONDS
+        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
+        where = f"fate IN ('restored', 'there') AND {wrong}"
+        self.find()
+        while self._plan.sums(where)[0] and time.monotonic() < deadline:
+            self._runtime.stop.wait(1)
+            self.find()
+        mistakes = []
+        for item in itertools.islice(self._plan.items(where), PREVIOUS_NAMED):
+            found = "is missing" if item.there_bytes is None else "has other content"
+            if item.there_bytes not in (None, item.size_bytes):
+                found = f"has {item.there_bytes:,} of {item.size_bytes:,} bytes"
+            mistakes.append(f"{item.key!r} {found}")
+        self._plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
+        return mistakes
+
+    def close(self) -> None:
+        """Ends the uploads that are under way."""
+        self._over.set()
+        with self._writing_note, contextlib.suppress(BackupError):
+            if self._beats:
+                self._clear(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", self._uploads)
+
+    def clear(self) -> None:
+        """Ends the uploads of restores that did not live to: their notes are as they were for a while."""
+        while True:
+            there = self._notes_there()
+            left = [key for key, etag in self._notes.items() if there.get(key) == etag]
+            if not left or time.monotonic() > self._looked_at + NOTE_LIFETIME_SECONDS:
+                break
+            self._runtime.console.progress("restore", "waiting to see whether another restore is alive")
+            self._runtime.stop.wait(1)
+        for note in left:
+            uploads = json.loads(self._client.get(note))["uploads"]
+            self._clear(note, {upload: key for key, upload in uploads})
+
+    def _clear(self, note: str, uploads: Mapping[str, str]) -> None:
+        """Ends uploads, and deletes their note."""
+        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+
+        def end(upload: str, key: str) -> None:
+            try:
+                client.request("DELETE", key, [("uploadId", upload)])
+            except S3Error as error:
+                if error.status != 404:
+                    raise
+
+        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
+            list(pool.map(end, uploads.keys(), uploads.values()))
+        client.delete(note)
+
+
+def memory_bytes(runtime: Runtime) -> int:
+    """How much of objects may be in memory: two parts at least, one that is read and one that is sent."""
+    return min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
 
 
 @contextlib.contextmanager
-def opened_place(runtime: Runtime, order: Order) -> Iterator[Landing]:
+def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[FolderPlace | BucketPlace]:
     """Where `order` has objects restored to, ready to be written to, unless it only asks what would be done.
 
-    On leaving, what was written is on the disk, or uploaded. Raises BackupError.
+    Raises BackupError, within seconds where a permission is missing.
     """
     if order.folder:
-        yield opened_folder(runtime, order.folder, order.dry_run)
+        yield FolderPlace(plan, opened_folder(runtime, order.folder, order.dry_run))
         return
     assert order.bucket
-    with opened_bucket(runtime, order.bucket, order.dry_run) as place:
+    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
+    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
+    [place] = side_by_side([lambda: BucketPlace(runtime, plan, client, order.dry_run)], runtime.stop)
+    if isinstance(place, BackupError):
+        raise place
+    try:
         yield place
+    finally:
+        place.close()
 
 
-def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
+def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
     """A folder to restore into, which is made where it is not there. Raises BackupError."""
     try:
         if not dry_run:
@@ -8700,7 +9267,7 @@ def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
         root = folder.resolve()
         is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
     except FileNotFoundError:
-        return Landing(str(folder), folder)
+        return folder
     except OSError as error:
         raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
     if is_inside:
@@ -8709,63 +9276,18 @@ def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
             f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
             f' there: docker run -v "$PWD/restored:{root}"',
         )
-    return Landing(str(root), root)
-
-
-@contextlib.contextmanager
-def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterator[Landing]:
-    """A bucket to restore into. Raises BackupError, within seconds where a permission is missing."""
-    found = preflight_one(runtime, store, write=not dry_run)
-    client = S3Client(store, found.region, PROVEN, runtime.stop)
-    title = f"{store.location} at {store.endpoint}"
-    [etags_are_md5] = side_by_side([lambda: not dry_run and gives_md5(client)], runtime.stop)
-    if isinstance(etags_are_md5, BackupError):
-        raise etags_are_md5
-    with folder_for_mounts() as folder:
-        # Metadata that is archived comes back as extended attributes, whatever this run would archive.
-        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=True)
-        private = dataclasses.replace(runtime, settings=settings)
-        with mounted(private, store, client.region, read_only=dry_run) as mount:
-            mount.ask = probe_write if not dry_run else mount.ask
-            mount.holds_nothing = True
-            wait_until_usable(private, mount)
-            try:
-                yield Landing(title, mount.path, mount, client, etags_are_md5)
-            except S3Error as error:  # then TigrisFS would try in vain, too
-                raise Stuck(error.message, error.hint) from error
-    if not dry_run:
-        with contextlib.suppress(S3Error):
-            remove_probes(client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)))
-
-
-def gives_md5(client: S3Client) -> bool:
-    """Whether the ETag of an object is its MD5, which it is not with some kinds of encryption.
-
-    Old probes are removed. Raises S3Error.
-    """
-    remove_probes(client)
-    key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
-    try:
-        etag = client.put(key, body).headers.get("etag", "").strip('"')
-        return etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
-    finally:
-        client.delete(key)
-
-
-def remove_probes(client: S3Client) -> None:
-    """Deletes the probes that could not be deleted, because S3 failed or a restore was killed."""
-    for entry in client.list_objects(f"{client.store.key_prefix}{PROBE_NAME}"):
-        client.delete(entry.key)
+    return root
 
 
 class Progress:
     """How many objects and bytes of all are done. Safe to use from several threads."""
 
-    def __init__(self, runtime: Runtime, verb: str, items: Sequence[Item]) -> None:
+    def __init__(
+        self, console: Console | None = None, verb: str = "", all_of: tuple[int, int] = (0, 0)
+    ) -> None:
         """None are."""
         self.bytes = self.objects = 0
-        self._console, self._verb = runtime.console, verb
-        self._all_objects, self._all_bytes = len(items), sum(item.size_bytes for item in items)
+        self._console, self._verb, self._all_of = console, verb, all_of
         self._lock, self._shown_at = threading.Lock(), 0.0
 
     def add(self, objects: int, more_bytes: int) -> None:
@@ -8773,476 +9295,257 @@ class Progress:
         with self._lock:
             self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
             now = time.monotonic()
-            if now - self._shown_at < POLL_SECONDS:
+            if not self._console or now - self._shown_at < POLL_SECONDS:
                 return
             self._shown_at = now
+        objects, all_bytes = self._all_of
         self._console.progress(
             "restore",
-            f"{self._verb} {self.objects:,} of {count(self._all_objects, 'object')},"
-            f" {size(self.bytes)} of {size(self._all_bytes)}",
+            f"{self._verb} {self.objects:,} of {count(objects, 'object')},"
+            f" {size(self.bytes)} of {size(all_bytes)}",
         )
 
 
-Handler = Callable[[Item, IO[bytes], Mapping[str, str]], None]  # the last: user metadata
+Handler = Callable[[Item, IO[bytes], Mapping[str, str], Threads], None]  # the third: user metadata
+TAR_METADATA = "SCHILY.xattr.user."
 
 
-def export(
-    runtime: Runtime,
-    repository: Repository,
-    place: Landing,
-    archive: str,
-    items: Sequence[Item],
-    handle: Handler,
-) -> None:
-    """Hands each of these objects out of the archive to `handle`, small ones in several threads.
+def take_out(
+    fd: int, items: Iterator[Item], small_bytes: int, threads: Threads, handle: Handler
+) -> Item | None:
+    """Reads a tar file, and hands these objects in it on; returns the first that it lacks.
 
-    Raises BackupError, also where the archive does not give all of them.
+    They come in the archive's order. Raises what `handle` raises first.
     """
-    by_path = {item.path: item for item in items}
-    handled: set[str] = set()
-
-    def take(item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        handle(item, stream, metadata)
-        handled.add(item.path)
-
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        chosen = Path(folder, "chosen")
-        chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
-        reading, writing = os.pipe()
-        work = in_background(lambda: take_out(reading, by_path, take))
-        run_export(repository.borg.with_mounts(*place.mounts), archive, chosen, writing, work)
-        wait_for_threads(runtime, place, work, handled)
-    if lost := by_path.keys() - handled:
-        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
-        raise BackupError(
-            f"{repository.target.store.name}: the archive did not give {min(lost)!r}{more}",
-            f"Check the repository: backup.py borg {repository.target.name} check.",
-        )
-
-
-def run_export(
-    borg: Borg, archive: str, chosen: Path, writing: int, work: concurrent.futures.Future[None]
-) -> None:
-    """Has borg write what `chosen` names to a pipe, which `work` reads.
-
-    Raises BackupError; that of `work` where it failed, and borg because of it.
-    """
-    output = os.fdopen(writing, "wb")
-    try:
-        borg.run(
-            borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
-            on_start=lambda _: output.close(),
-            own={"S3BORGBACKUP_EXPORTED": str(chosen)},
-            pass_fds=[writing],
-        )
-    except BackupError as error:
-        output.close()
-        concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-        failure = work.exception() if work.done() else None
-        if isinstance(failure, BackupError | OSError) and not isinstance(error, Stopped | Stuck | S3Error):
-            raise failure from error
-        raise
-
-
-def wait_for_threads(
-    runtime: Runtime, place: Landing, work: concurrent.futures.Future[None], handled: set[str]
-) -> None:
-    """Waits until what borg has given is written, too. Raises what `work` raised; Hung, Stopped, S3Error."""
-    # TigrisFS tells what goes on in a bucket; we move bytes all the while, and be it only to look at that.
-    written = [] if place.mounts else [lambda: io_bytes(os.getpid())]
-    until_done(runtime, place.mounts, f"writing to {place.title}", work, lambda: len(handled), *written)
-
-
-def take_out(fd: int, items: Mapping[str, Item], handle: Handler) -> None:
-    """Reads a tar file, and hands the objects in it on. Raises what `handle` raises first."""
-    failures: list[BaseException] = []
-    room = threading.BoundedSemaphore(WAITING_OBJECTS)
-
-    def handle_small(item: Item, content: bytes, metadata: Mapping[str, str]) -> None:
-        try:
-            if not failures:
-                handle(item, io.BytesIO(content), metadata)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            room.release()
-
     # borg writes it by the same module, surrogates included.
     with (
         os.fdopen(fd, "rb") as stream,
-        ThreadPoolExecutor(RESTORE_THREADS) as pool,
+        threads,
         tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES // 8, encoding="utf-8") as tar,
     ):
-        while not failures and (member := tar.next()):
+        item = next(items, None)
+        while item and (member := tar.next()):
             tar.members.clear()  # it would remember each
-            item = items.get(member.name)
             content = tar.extractfile(member) if member.isreg() else None
-            if item is None or content is None:
+            if member.name != item.path or content is None:
                 continue
-            if member.size > SMALL_BYTES:
-                handle(item, content, user_metadata(member))
-                continue
-            room.acquire()
-            pool.submit(handle_small, item, content.read(), user_metadata(member))
-        if not failures:
-            drain(stream)
-    if failures:
-        raise failures[0]
+            headers, start = member.pax_headers.items(), len(TAR_METADATA)
+            metadata = {name[start:]: value for name, value in headers if name.startswith(TAR_METADATA)}
+            if member.size > small_bytes:
+                handle(item, content, metadata, threads)
+            else:
+                data = io.BytesIO(content.read())
+                threads.start(member.size, functools.partial(handle, item, data, metadata, threads))
+            item = next(items, None)
+        drain(stream)
+    return item
 
 
-TAR_METADATA = "SCHILY.xattr."
+@dataclass
+class Restoration:
+    """What belongs to a restore."""
 
+    runtime: Runtime
+    repository: Repository
+    archive: str
+    plan: Plan
+    place: FolderPlace | BucketPlace
 
-def user_metadata(member: tarfile.TarInfo) -> dict[str, str]:
-    """The extended attributes that a tar file has of a member."""
-    return {
-        name.removeprefix(TAR_METADATA): value
-        for name, value in member.pax_headers.items()
-        if name.startswith(TAR_METADATA)
-    }
+    def export(self, verb: str, where: str, handle: Handler) -> None:
+        """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
 
-
-def compare(
-    runtime: Runtime, repository: Repository, place: Landing, archive: str, items: Sequence[Item]
-) -> tuple[dict[str, Fate], dict[str, Found]]:
-    """What is to be done about each object, by key, and what lies where they are to be written.
-
-    Content is compared where size and time do not tell: by ETag in a bucket, and by reading what is there.
-    """
-    found = place.find(runtime, items)
-    fates = {item.key: first_fate(item, found.get(item.key)) for item in items}
-
-    def by_etag(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
-        fates[item.key] = fate_by_etag(item, found[item.key], stream, place.etags_are_md5)
-        progress.add(1, item.size_bytes)
-
-    def by_content(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
-        try:
-            fates[item.key] = fate_by_content(item, f"{place.root}/{item.key}", stream)
-        except OSError as error:
-            raise BackupError(
-                f"{item.key!r} in {place.title} cannot be compared: {error.strerror}"
-            ) from error
-        progress.add(1, item.size_bytes)
-
-    for handler in (by_etag, by_content) if place.client else (by_content,):
-        if unknown := [item for item in items if fates[item.key] is Fate.UNKNOWN]:
-            progress = Progress(runtime, "compared", unknown)
-            export(runtime, repository, place, archive, unknown, handler)
-    return fates, found
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written to a bucket's mount."""
-
-    size_bytes: int
-    etag: str
-    previous: str  # the ETag of what it overwrites
-
-
-class Writer:
-    """Writes objects as they come out of an archive, into a place."""
-
-    def __init__(
-        self, runtime: Runtime, place: Landing, items: Sequence[Item], found: Mapping[str, Found]
-    ) -> None:
-        """Nothing was written yet; `found` is what may be overwritten."""
-        self.written: dict[str, Written] = {}
-        self.refused: list[tuple[str, str]] = []  # key, reason
-        self.without_metadata = 0
-        self.progress = Progress(runtime, "restored", items)
-        self._place, self._found = place, found
-        self._folders: set[str] = set()
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
-        path = f"{self._place.root}/{item.key}"
-        try:
-            self._make_folder(os.path.dirname(path))
-            etag = self._fill(item, path, stream, metadata)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise self._failure(item, error) from error
-            self.refused.append((item.key, error.strerror or str(error)))
+        Raises BackupError, also where the archive does not give all of them.
+        """
+        runtime, place, borg = self.runtime, self.place, self.repository.borg
+        where = f"place IS NOT NULL AND ({where})"
+        if not self.plan.sums(where)[0]:
             return
-        found = self._found.get(item.key)
-        self.written[item.key] = Written(item.size_bytes, etag, found.etag if found else "")
-        self.progress.add(1, 0)
+        progress = place.progress = Progress(runtime.console, verb, self.plan.sums(where))
 
-    def set_times(self, items: Iterable[Item]) -> None:
-        """Gives files that are there already their times, which a restore that was killed had yet to set."""
-        for item in items:
-            if self._found[item.key].modified != item.modified:
-                try:
-                    os.utime(
-                        self._place.root / item.key, (item.modified, item.modified), follow_symlinks=False
-                    )
-                except OSError as error:
-                    self.refused.append((item.key, f"its time cannot be set: {error.strerror}"))
+        def take(item: Item, *rest: Any) -> None:
+            handle(item, *rest)
+            progress.add(1, 0)
 
-    def _make_folder(self, folder: str) -> None:
-        if folder not in self._folders:
-            os.makedirs(folder, exist_ok=True)
-            self._folders.add(folder)
-
-    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> str:
-        """Writes the content; returns the ETag that it should get."""
-        is_there = item.key in self._found
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags | (os.O_TRUNC if is_there else os.O_EXCL), 0o644)
-        try:
-            etag = Etag(in_parts=item.size_bytes > part_end(0))
-            while data := stream.read(READ_BYTES):
-                if self._place.mount:
-                    etag.update(data)
-                write_all(fd, data)
-                self.progress.add(0, len(data))
-            for name, value in metadata.items():
-                self._set_metadata(fd, name, value)
-            if not self._place.mount:
-                os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
-        finally:
-            os.close(fd)
-        return etag.text()
-
-    def _set_metadata(self, fd: int, name: str, value: str) -> None:
-        try:
-            os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            if error.errno not in NO_METADATA:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+            chosen = Path(folder, "chosen")
+            with chosen.open("w", encoding="ascii") as lines:
+                lines.writelines(f"{json.dumps(item.path)}\n" for item in self.plan.items(where, "place"))
+            reading, writing = os.pipe()
+            output, threads = os.fdopen(writing, "wb"), Threads(memory_bytes(runtime))
+            items = self.plan.items(where, "place")
+            work = in_background(lambda: take_out(reading, items, place.small_bytes, threads, take))
+            try:
+                borg.run(
+                    borg_export(borg.repository, self.archive, Path(f"/dev/fd/{writing}")),
+                    on_start=lambda _: output.close(),
+                    own={"S3BORGBACKUP_EXPORTED": str(chosen)},
+                    pass_fds=[writing],
+                    waits=lambda: time.monotonic() if place.is_patient and threads.is_busy else 0,
+                )
+            except BackupError as error:
+                output.close()
+                concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
+                failure = work.exception() if work.done() else None
+                if isinstance(failure, BackupError | OSError) and not isinstance(
+                    error, Stopped | Stuck | S3Error
+                ):
+                    raise failure from error
                 raise
-            self.without_metadata += 1
+            moved = lambda: progress.objects + io_bytes(os.getpid())  # noqa: E731
+            lost = until_done(runtime, [], f"writing to {place.title}", work, moved)
+        if lost:
+            raise BackupError(
+                f"{self.repository.target.store.name}: the archive did not give {lost.path!r}",
+                f"Check the repository: backup.py borg {self.repository.target.name} check.",
+            )
 
-    def _failure(self, item: Item, error: OSError) -> BackupError:
-        """The error for a place that takes no more."""
-        mount = self._place.mount
-        reason = f"{error.strerror}: {mount.log.reason}" if mount else f"{error.strerror}"
-        full = error.errno in FULL_DISK
-        hint = "Make room, and run it again" if full else "Run it again"
-        return BackupError(
-            f"cannot write {item.key!r} to {self._place.title}: {reason}",
-            f"{hint}: it goes on where it was.",
+    def compare(self) -> None:
+        """Finds out what is to be done about each object.
+
+        Where size and time do not tell, content is compared: by ETag in a bucket, and by reading it there.
+        """
+        plan, place = self.plan, self.place
+        place.find()
+        for page in pages(plan.items("fate = 'unknown'")):
+            plan.change(
+                "UPDATE items SET fate = ? WHERE key = ?",
+                [(first_fate(item).value, encode_key(item.key)) for item in page],
+            )
+            for item in page:
+                if mistake := place.mistake(item):
+                    plan.leave_out(item, mistake)
+        for is_last in (False, True):
+            self.export("compared", "fate = 'unknown'", functools.partial(place.compare, is_last))
+        if isinstance(place, BucketPlace):
+            with Threads(memory_bytes(self.runtime)) as threads:
+                for item in plan.items("fate = 'there' AND facts IS NOT NULL"):
+                    threads.start(0, functools.partial(place.compare_headers, item))
+
+    def tell(self, overwrite: bool) -> int:
+        """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
+        console, refused = self.runtime.console, "overwrite" if overwrite else "refuse"
+        words = {fate: (fate.value, "") for fate in Fate}
+        words |= {Fate.DIFFERENT: (refused, ""), Fate.HEADERS: (refused, " (other headers)")}
+        for item in self.plan.items(f"{COUNTED} OR fate = 'different'"):
+            word, why = words[item.fate]
+            console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
+        for fate, (word, why) in words.items():
+            if self.plan.sums(f"fate = '{fate.value}'")[0]:
+                text = self.plan.summary(f"fate = '{fate.value}'")
+                console.info("restore", f"dry run to {self.place.title}: {word}{why}: {text}")
+        code = self.warn()
+        return EXIT_FAILURE if self.plan.sums(CLASHES)[0] and not overwrite else code
+
+    def confirm(self, overwrite: bool) -> None:
+        """Says what will be written. Raises BackupError where that would overwrite what must not be."""
+        plan, console, title = self.plan, self.runtime.console, self.place.title
+        self.warn()
+        number = plan.sums(CLASHES)[0]
+        if number and not overwrite:
+            for item in itertools.islice(plan.items(CLASHES), PREVIOUS_NAMED):
+                what = "headers or tags" if item.fate is Fate.HEADERS else "content"
+                console.error("restore", f"{item.key!r} is there with other {what}")
+            raise BackupError(
+                f"{count(number, 'object')} in {title} would be overwritten; nothing was written",
+                "Restore to another place, or say --overwrite.",
+            )
+        plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
+        kept = plan.sums(f"fate = 'there' AND {COUNTED}")[0]
+        there = f"; {count(kept, 'object')} there already" if kept else ""
+        summary = plan.summary("fate IN ('write', 'headers')")
+        console.info("restore", f"to {title}: {summary}{there}")
+
+    def write(self) -> None:
+        """Writes what is to be written, and proves it; what a store has lost is written once more.
+
+        Raises BackupError unless all of it is there.
+        """
+        place, plan = self.place, self.plan
+        place.prepare()
+        mistakes: list[str] = []
+        for _ in range(2):
+            with Threads(memory_bytes(self.runtime)) as threads:
+                for item in plan.items("fate = 'write' AND place IS NULL"):
+                    threads.start(0, functools.partial(place.write, item, io.BytesIO(), {}, threads))
+            self.export("restored", "fate = 'write'", place.write)
+            mistakes = place.finish()
+            if not mistakes:
+                return
+        number = plan.sums("fate = 'write'")[0]
+        raise BackupError(
+            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
+            f"{f' and {number - 5:,} more' if number > 5 else ''}",
+            "Run it again: it goes on where it was.",
         )
 
+    def warn(self) -> int:
+        """Names what is not restored, or not as it was, unless it was named before; returns the exit code."""
+        plan, console = self.plan, self.runtime.console
+        untold = "warning IS NOT NULL AND NOT is_told"
+        rows = plan.execute(f"SELECT key, warning FROM items WHERE {untold} ORDER BY key LIMIT {MAX_NAMED}")
+        for key, warning in rows:
+            console.warning("restore", f"{decode_key(key)!r} {warning}")
+        if (more := plan.sums(untold)[0]) > MAX_NAMED:
+            console.warning("restore", f"{more - MAX_NAMED:,} more warnings")
+        plan.execute(f"UPDATE items SET is_told = 1 WHERE {untold}")
+        return EXIT_WARNINGS if plan.sums("warning IS NOT NULL")[0] else EXIT_OK
 
-def write_all(fd: int, data: bytes) -> None:
-    """Writes all of `data`. TigrisFS has no memory left for a moment while uploads fail. Raises OSError."""
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            time.sleep(POLL_SECONDS * 5)  # whoever waits for us has a deadline
+    def report(self, seconds: float) -> int:
+        """Says what was restored and names what was not; returns the exit code."""
+        plan, place, console = self.plan, self.place, self.runtime.console
+        code = self.warn()
+        for what, number in sorted(place.losses.items()):
+            console.warning("restore", f"{place.title} takes no {what}: {count(number, 'object')} lost it")
+        if is_empty := not plan.sums("place IS NOT NULL")[0]:
+            words = "this archive holds no objects; --at and --archive choose another (see `list`)"
+            console.warning("restore", words)
+        kept, done = plan.sums(f"fate = 'there' AND {COUNTED}")[0], plan.summary("fate = 'restored'")
+        console.info(
+            "restore",
+            f"restored {done}, to {place.title} in {duration(seconds)}"
+            f"{f'; {kept:,} were there already' if kept else ''}",
+        )
+        return EXIT_WARNINGS if place.losses or is_empty else code
 
 
 def restore(runtime: Runtime, target: Target, order: Order) -> int:
     """Restores an archive, or a part of it; returns the exit code. Raises BackupError."""
-    start, console = time.monotonic(), runtime.console
-    with opened_place(runtime, order) as place:
+    start, settings = time.monotonic(), runtime.settings
+    with contextlib.ExitStack() as undo:
+        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX))
+        plan = Plan(Path(folder, "plan"))
+        undo.callback(plan.close)
+        place = undo.enter_context(opened_place(runtime, order, plan))
+        metadata = undo.enter_context(opened_metadata(order))
         with opened_for_reading(runtime, target, "a restore") as repository:
             archives = archive_times(repository)
-            archive, why = choose_archive(archives, runtime.settings.label, order.archive, order.until)
-            console.info("restore", f"archive {archive} of target {target.name} ({why})")
-            contents = select(read_contents(runtime, repository, archive), order.paths)
-            fates, found = compare(runtime, repository, place, archive, contents.items)
+            archive, why = choose_archive(archives, settings.label, order.archive, order.until)
+            made = local_time(archives[archive])
+            runtime.console.info("restore", f"archive {archive} of target {target.name} ({why}), of {made}")
+            plan.read(repository, archive, settings.mount_point(settings.source))
+            plan.select(order.paths)
+            restoration = Restoration(runtime, repository, archive, plan, place)
+            restoration.compare()
             if order.dry_run:
-                return tell(runtime, place, contents, fates, order.overwrite)
-            items = to_write(runtime, place, contents, fates, found, order.overwrite)
-            writer = Writer(runtime, place, items, found)
-            if not place.client:
-                writer.set_times(item for item in contents.items if fates[item.key] is Fate.KEEP)
-            if items:
-                write_items(runtime, repository, place, archive, items, writer)
-        make_empty_folders(place, contents, writer)
-        if place.mount:
-            settle(runtime, place.mount, lambda: compare_objects(runtime, place, writer.written))
-        else:
-            flush_disk(place)
-    if place.client:
-        audit_objects(runtime, place, writer.written)
-    return report(runtime, place, contents, fates, writer, time.monotonic() - start)
+                return restoration.tell(order.overwrite)
+            restoration.confirm(order.overwrite)
+            restoration.write()
+        if isinstance(place, BucketPlace):
+            place.clear()
+        for item in plan.items("fate IN ('restored', 'there')"):
+            print(manifest_line(plan.find(item.key) or item.object()), file=metadata)
+        return restoration.report(time.monotonic() - start)
 
 
-def write_items(
-    runtime: Runtime,
-    repository: Repository,
-    place: Landing,
-    archive: str,
-    items: Sequence[Item],
-    writer: Writer,
-) -> None:
-    """Writes these objects out of the archive to their place."""
-    if place.mount:
-        place.mount.holds_nothing = False
-    export(runtime, repository, place, archive, items, writer.write)
-
-
-def summarize(items: Iterable[Item]) -> str:
-    """`3 objects, 12 kB`."""
-    sizes = [item.size_bytes for item in items]
-    return f"{count(len(sizes), 'object')}, {size(sum(sizes))}"
-
-
-def tell(
-    runtime: Runtime, place: Landing, contents: Inventory, fates: Mapping[str, Fate], overwrite: bool
-) -> int:
-    """What a restore would do, one line for each object, and in all."""
-    words = {Fate.DIFFERENT: "overwrite" if overwrite else "refuse"}
-    rows = [(words.get(fates[item.key], fates[item.key].value), item) for item in contents.items]
-    for word, item in rows:
-        runtime.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}")
-    for word in dict.fromkeys(word for word, _ in rows):
-        text = summarize(item for other, item in rows if other == word)
-        runtime.console.info("restore", f"dry run to {place.title}: {word}: {text}")
-    return EXIT_FAILURE if any(word == "refuse" for word, _ in rows) else EXIT_OK
-
-
-def to_write(
-    runtime: Runtime,
-    place: Landing,
-    contents: Inventory,
-    fates: Mapping[str, Fate],
-    found: Mapping[str, Found],
-    overwrite: bool,
-) -> list[Item]:
-    """The objects to be written. Raises BackupError where some would be overwritten that must not be."""
-    items = [item for item in contents.items if fates[item.key] is not Fate.KEEP]
-    different = [item for item in items if fates[item.key] is Fate.DIFFERENT]
-    if different and not overwrite:
-        for item in different[:PREVIOUS_NAMED]:
-            runtime.console.error("restore", f"{item.key!r} is there with other content")
-        raise BackupError(
-            f"{count(len(different), 'object')} in {place.title} would be overwritten; nothing was written",
-            "Restore to another place, or say --overwrite.",
-        )
-    kept = len(contents.items) - len(items)
-    there = f"; {count(kept, 'object')} there already" if kept else ""
-    runtime.console.info("restore", f"to {place.title}: {summarize(items)}{there}")
-    if not place.mount:
-        check_room(place, items, found)
-    return items
-
-
-def check_room(place: Landing, items: Iterable[Item], found: Mapping[str, Found]) -> None:
-    """Raises BackupError where the disk is certain to be too small for what is there to grow to."""
-    needed = sum(
-        max(0, item.size_bytes - (found[item.key].size_bytes if item.key in found else 0)) for item in items
-    )
-    disk = os.statvfs(place.root)
-    free = disk.f_bavail * disk.f_frsize
-    if needed > free and disk.f_blocks:
-        raise BackupError(
-            f"{place.title} has {size(free)} free, and {size(needed)} are to be added; nothing was written",
-            "Make room, restore a part of it, or restore to another place.",
-        )
-
-
-def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> None:
-    """Makes the folders in which nothing is. In a bucket that is an empty object."""
-    for key in contents.empty_folders:
-        try:
-            if place.client:
-                name = f"{place.client.store.key_prefix}{key}/"
-                if not place.client.find(name):
-                    place.client.put(name, b"")
-            else:
-                os.makedirs(place.root / key, exist_ok=True)
-        except OSError as error:
-            writer.refused.append((f"{key}/", error.strerror or str(error)))
-
-
-def flush_disk(place: Landing) -> None:
-    """Waits until the disk has what was written. Raises BackupError where it could not take it."""
-    fd = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY)
+def opened_metadata(order: Order) -> IO[str]:
+    """The file for what is known of the objects. Raises BackupError."""
     try:
-        if LIBC.syncfs(fd):
-            reason = os.strerror(ctypes.get_errno())
-            raise BackupError(
-                f"{place.title}: the disk could not take what was written: {reason}", "Run it again."
-            )
-    finally:
-        os.close(fd)
-
-
-def object_mistake(written: Written, listed: S3Object, etags_are_md5: bool) -> str:
-    """What is wrong with an object that was written, as the bucket lists it; nothing if all is well."""
-    if listed.size_bytes != written.size_bytes:
-        return f"has {listed.size_bytes:,} of {written.size_bytes:,} bytes"
-    if written.previous and listed.etag == written.previous:
-        return "is not overwritten"
-    by_content = etags_are_md5 and "-" not in listed.etag + written.etag
-    return "has other content" if by_content and listed.etag != written.etag else ""
-
-
-def object_mistakes(client: S3Client, written: Mapping[str, Written], etags_are_md5: bool) -> list[str]:
-    """What the bucket lacks of what was written, or has otherwise. Raises S3Error."""
-    mistakes, seen = [], set()
-    for key, entry in listing(client, written.keys()):
-        seen.add(key)
-        if mistake := object_mistake(written[key], entry, etags_are_md5):
-            mistakes.append(f"{key!r} {mistake}")
-    return mistakes + [f"{key!r} is missing" for key in written if key not in seen]
-
-
-def compare_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> list[str]:
-    """`object_mistakes` of a place. Raises S3Error, Stopped."""
-    assert place.client
-    client = place.client
-    return within(
-        LIST_SECONDS,
-        f"{client.store.name}: listing the bucket",
-        lambda: object_mistakes(client, written, place.etags_are_md5),
-        runtime.stop,
-    )
-
-
-def audit_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
-    """Raises BackupError unless the bucket, now that nobody writes any more, lists all that was written."""
-    mistakes = compare_objects(runtime, place, written)
-    if mistakes:
-        raise BackupError(
-            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
-            f"{f' and {len(mistakes) - 5:,} more' if len(mistakes) > 5 else ''}",
-            "Run it again: it goes on where it was.",
+        return open(
+            order.metadata if order.metadata and not order.dry_run else os.devnull, "w", encoding="ascii"
         )
-
-
-def report(
-    runtime: Runtime,
-    place: Landing,
-    contents: Inventory,
-    fates: Mapping[str, Fate],
-    writer: Writer,
-    seconds: float,
-) -> int:
-    """Says what was restored and names what was not; returns the exit code."""
-    console = runtime.console
-    warnings = [f"{key!r} could not be restored: {reason}" for key, reason in sorted(writer.refused)]
-    warnings += [f"{key!r} is no plain file, and is left out" for key in contents.others]
-    warnings += [
-        f"{item.key!r} is damaged in the repository: parts of it are zeros"
-        for item in contents.items
-        if not item.is_whole
-    ]
-    if not contents.items:
-        warnings.append("this archive holds no objects; --at and --archive choose another (see `list`)")
-    for warning in warnings[:MAX_NAMED]:
-        console.warning("restore", warning)
-    if len(warnings) > MAX_NAMED:
-        console.warning("restore", f"{len(warnings) - MAX_NAMED:,} more warnings")
-    if writer.without_metadata:
-        console.warning("restore", f"{place.title} takes no user metadata: it was left out")
-    kept = sum(fate is Fate.KEEP for fate in fates.values())
-    done = sum(written.size_bytes for written in writer.written.values())
-    console.info(
-        "restore",
-        f"restored {count(len(writer.written), 'object')}, {size(done)}, to {place.title} in"
-        f" {duration(seconds)}{f'; {kept:,} were there already' if kept else ''}",
-    )
-    return EXIT_WARNINGS if warnings or writer.without_metadata else EXIT_OK
+    except OSError as error:
+        hint = "Correct --metadata."
+        raise BackupError(f"cannot write {order.metadata}: {error.strerror}", hint) from None
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
@@ -9666,11 +9969,19 @@ def declare_restore(parser: OptionParser) -> None:
     """The options of `restore`."""
     parser.add_argument("--archive", type=a_value, metavar="NAME", help="this one, instead of the newest")
     parser.add_argument(
-        "--at", type=a_value, metavar="TIME", help="the newest one until then, such as 2025-01-31T03:00"
+        "--at",
+        type=a_value,
+        metavar="TIME",
+        help="the newest one until then: local time, such as 2025-01-31T03:00; or with a zone, +01:00 or Z",
     )
     parser.add_argument("--to", metavar="DIR", help="restore into this folder")
     parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
-    parser.add_argument("--overwrite", action="store_true", help="what is there with other content, too")
+    parser.add_argument(
+        "--metadata", metavar="FILE", help="write the objects' headers and tags there, a JSON object a line"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="what is there with other content, headers or tags, too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
 
 
@@ -9716,6 +10027,7 @@ def command_restore(runtime: Runtime, arguments: Arguments) -> int:
         chosen_destination(runtime.settings, options["to_bucket"])
         if options["to_bucket"] is not None
         else None,
+        Path(options["metadata"]) if options["metadata"] else None,
         options["overwrite"],
         options["dry_run"],
     )
