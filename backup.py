@@ -660,7 +660,6 @@ def endpoint_mistake(endpoint: str) -> str:
 
 
 def path_mistake(path: str) -> str:
-    """What is wrong with `<bucket>:<prefix>`."""
     bucket, _, prefix = path.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
@@ -756,7 +755,6 @@ def near(word: str, words: Iterable[str]) -> str:
 def parse_target(
     name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
 ) -> Target:
-    """One target from its two JSON objects."""
     place = Store(name, "", "", "", "", "").setting
     texts = {}
     for key, value in {**given, **secret}.items():
@@ -1260,7 +1258,6 @@ class S3Client:
     def _exchange(
         self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Signs and sends one request and reads the answer to its end."""
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
         headers = {
@@ -1322,7 +1319,6 @@ class S3Client:
         return True
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
-        """The error for an answer that is not success, in S3's own words."""
         code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
         message = xml_text(answer.body, "Message") or http_reason(answer.status)
         if answer.status in REDIRECTS and not xml_text(answer.body, "Code"):
@@ -1854,11 +1850,10 @@ class Lease:
         while current := self._try_to_take():
             first = first or current
             waited = boot_seconds() - start
-            limit = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
-            is_alive = current.etag != first.etag
-            if waited >= (limit if wait_seconds is None else wait_seconds) or (
-                wait_seconds is None and is_alive
-            ):
+            limit, is_alive = wait_seconds, False
+            if wait_seconds is None:
+                limit, is_alive = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS, current.etag != first.etag
+            if waited >= limit or is_alive:
                 raise StillRunning(
                     f"{self._client.store.name}: another run works on this repository: {current}",
                     "Let it finish, or wait for it with LEASE_WAIT.",
