@@ -1,7 +1,8 @@
 """Shows s3borgbackup at work, on this machine alone: `tests/demo` installs what it needs and starts it.
 
 It starts a small S3 server with sample data, backs the sample bucket up to two other buckets, changes
-something, backs up again, restores an object the way you would, and then the whole bucket. Every command is shown before it runs.
+something, backs up again, and restores an object the way you would, and the whole bucket. Every command is
+shown before it runs.
 The exit code is 0 only when what was restored is what was there. What it makes is in a temporary folder,
 which is removed at the end, after Ctrl-C too.
 """
@@ -136,9 +137,8 @@ def make_sample_data(source: Bucket) -> None:
         Bucket=source.name, Key=PAGE_KEY, Body=b"<h1>Hello</h1>", Tagging="team=web", **PAGE
     )
     total = sum(map(len, objects.values()))
-    say(
-        f"The bucket {source.name!r} has {len(objects) + 3} objects, {total / 1e6:.0f} MB; one of them is 50 MB."
-    )
+    counted = f"{len(objects) + 3} objects, {total / 1e6:.0f} MB"
+    say(f"The bucket {source.name!r} has {counted}; one of them is 50 MB.")
     say("Some names are unusual: blanks, UTF-8, '+', '%', a line break, 200 characters.")
     say(f"{ODD_KEY!r} beside {BESIDE_KEY!r} is possible on S3 only; {PAGE_KEY!r} has headers and a tag.")
 
