@@ -2289,7 +2289,9 @@ PIPES = {
 class Child:
     """A running child process in a session of its own, so that only we send it signals.
 
-    Its output is read to the end by threads that hand every line to `on_output` or `on_error`.
+    Its output is read to the end by threads that hand every line to `on_output` or `on_error`. Or `consume`
+    reads its standard output as it is, in a thread of its own: then it has ended when that thread has, too.
+    Where that leaves early the child finds its pipe closed.
     """
 
     is_watched = True  # whether it is stuck when nothing moves for long
@@ -2302,6 +2304,7 @@ class Child:
         on_error: Callable[[str], None] | None,
         pass_fds: Sequence[int] = (),
         dies_with_us: bool = True,
+        consume: Callable[[IO[bytes]], None] | None = None,
         **how: Any,
     ) -> None:
         """Starts the process, with pipes unless `how` tells Popen otherwise. Raises BackupError."""
@@ -2321,11 +2324,16 @@ class Child:
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
+        lines = [(self._process.stdout, None if consume else on_output), (self._process.stderr, on_error)]
         self._readers = [
-            threading.Thread(target=read_lines, args=(stream, on_line), daemon=True)
-            for stream, on_line in ((self._process.stdout, on_output), (self._process.stderr, on_error))
-            if on_line
+            threading.Thread(target=read_lines, args=pair, daemon=True) for pair in lines if pair[1]
         ]
+
+        def work() -> None:
+            with self._process.stdout as stream:
+                consume(stream)
+
+        self.consumed = in_background(work) if consume else None
         for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
             thread.start()
 
@@ -2340,8 +2348,10 @@ class Child:
         return self._process.pid
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code (128+N for signal N), or None when the process still runs after `seconds`."""
+        """The exit code (128+N for signal N), or None when it is not done after `seconds`."""
         if not self._ended.wait(seconds):
+            return None
+        if self.consumed and concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
             return None
         code = self._process.returncode
         return code if code >= 0 else 128 - code
@@ -2371,36 +2381,6 @@ class Child:
         """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
         self.send(signal.SIGKILL)
         return self.wait(KILL_SECONDS) is not None
-
-
-class StreamedChild(Child):
-    """A child whose standard output `consume` reads as it is, in a thread of its own.
-
-    It has ended when that thread has, too. Where that leaves early the child finds its pipe closed.
-    """
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        consume: Callable[[IO[bytes]], None],
-        on_error: Callable[[str], None],
-        pass_fds: Sequence[int] = (),
-    ) -> None:
-        super().__init__(argv, env, None, on_error, pass_fds)
-
-        def work() -> None:
-            with self._process.stdout as stream:
-                consume(stream)
-
-        self.consumed = in_background(work)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit code, or None when it or whoever reads its output is not done after `seconds`."""
-        code = super().wait(seconds)
-        if code is None or concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
-            return None
-        return code
 
 
 class ForegroundChild(Child):
@@ -3977,12 +3957,12 @@ class Borg:
                 env |= {"S3BORGBACKUP_SIZES": "yes", "TZ": "UTC"}
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
-            child = kind(argv, env, take, log.feed, pass_fds=(fd, *pass_fds))
+            take, fds = on_output or output.append, (fd, *pass_fds)
+            child = Child(argv, env, take, log.feed, fds, consume=consume)
             on_start(child)
             code = self._run_to_end(command, child, waits)
         log.report_hidden()
-        if isinstance(child, StreamedChild):
+        if child.consumed:
             child.consumed.result()
         result = BorgResult(verdict(code), "\n".join(output), log)
         lacks_some = command == "create" and code == IO_ERROR_CODE
