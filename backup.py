@@ -6571,6 +6571,7 @@ class Feeder:
         Path(self._folder, odd_path("")).parent.mkdir(parents=True)
         self._moved, self._refusals, self._tags_refused = 0, 0, False
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
+        self.doubt = ""  # why that could not be looked at again
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
         self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
@@ -6684,8 +6685,10 @@ class Feeder:
         try:
             return self._client.tags(f"{self._prefix}{key}")
         except S3Error as error:
-            if error.status == 403 and not self._tags_refused:
-                self._tags_refused = True
+            with self._lock:
+                is_news = error.status == 403 and not self._tags_refused
+                self._tags_refused |= is_news
+            if is_news:
                 self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
             return {}
 
@@ -6779,7 +6782,10 @@ class Feeder:
         with self._writing, path.open("w", encoding="ascii") as stream:
             # Others' headers were asked for before a late one has read.
             if (self.is_unproven or is_late) and self.runtime.settings.audit:
-                self._look_again()
+                try:
+                    self._look_again()
+                except S3Error as error:
+                    self.doubt = str(error)
             for each in self.catalog.rows():
                 if each.key not in vanished:
                     stream.write(f"{manifest_line(each)}\n")
@@ -7181,8 +7187,11 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
     record_archive(runtime, outcome, created, fed)
     if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
-    judge_emptiness(runtime, outcome, feeder.listed)
+    judge_emptiness(runtime, outcome, feeder.listed - len(fed.vanished))
     report_findings(runtime, outcome, fed, feeder.mixed)
+    if feeder.doubt:
+        words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
+        note_failure(runtime, outcome, f"{words}: {feeder.doubt}")
     report_shrunk(runtime, outcome, source.mount)
     if created.log.warnings:
         outcome.warn()
