@@ -232,7 +232,8 @@ def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
         entries = {bucket.name: {"path": bucket.name, "endpoint": server.endpoint} for bucket in targets}
         environment = settings(moto, tmp_path, source.name, entries, SOURCE_ENDPOINT=proxy.endpoint)
         run_backup(environment).expect(0)
-        fetched = [request for request, _ in proxy.requests if request.kind == "GET" and request.key in odd]
+        requests = [request for request, _ in proxy.requests if "range" not in request.headers]
+    fetched = [request for request in requests if request.kind == "GET" and request.key in odd]
     assert sorted(request.key for request in fetched) == sorted(odd)
     assert fetched[-1].when - fetched[0].when < len(odd) * 0.3 / 3
     for bucket in targets:
