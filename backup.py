@@ -31,8 +31,8 @@ The sections of this file, each using only those above it:
     Check           whether a repository is sound: `borg check` in slices, and what was checked when
     Backup          one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
-    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Restore         an archive, or a part of it, into a folder or a bucket
+    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -1233,13 +1233,15 @@ class S3Client:
         except ValueError as error:
             raise self._error(answer.status, "BadListing", str(error)) from error
 
-    def list_objects(self, prefix: str, start_after: str = "") -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key; one request for each 1,000.
+    def list_objects(
+        self, prefix: str, start_after: str = "", where: tuple[str, str] | None = None
+    ) -> Iterator[S3Object]:
+        """All objects below `prefix`, or those after a key or from a page on; one request for each 1,000.
 
         They are in key order, unless the server has another one (S3's directory buckets). Some servers ignore
         where a listing is to start.
         """
-        where, last = ("start-after", start_after) if start_after else None, None
+        where, last = ("start-after", start_after) if start_after else where, None
         empty = 0
         while True:
             objects, following = self.list_page(prefix, where)
@@ -1655,7 +1657,6 @@ class Catalog:
         with self._told():
             self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
             self._db.executescript(CATALOG_TABLES)
-            self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)), deterministic=True)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -1671,9 +1672,9 @@ class Catalog:
         with self._told():
             return self._db.execute(sql, values).fetchall()
 
-    def add(self, objects: Iterable[S3Object], table: str = "objects") -> None:
+    def add(self, objects: Iterable[S3Object]) -> None:
         """Takes objects in; one with a key that is there already replaces it."""
-        self.insert(table, ((encode_key(each.key), *self._values(each)) for each in objects))
+        self.insert("objects", ((encode_key(each.key), *self._values(each)) for each in objects))
 
     def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Takes rows in."""
@@ -1770,6 +1771,8 @@ class Catalog:
 
     def close(self) -> None:
         """Ends it, all written."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.interrupt()  # somebody who was stopped may have left a long query
         with self._told():
             self._db.commit()
             self._db.close()
@@ -4058,11 +4061,6 @@ def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
-def borg_extract(repository: Path, archive: str, path: str) -> list[str]:
-    """Writes the content of a file in an archive to standard output."""
-    return ["extract", "--stdout", f"{repository}::{archive}", path]
-
-
 def drain(stream: IO[bytes]) -> None:
     """Reads the rest. borg pads its tar file behind the end, and must not find the pipe closed."""
     while stream.read(READ_BYTES):
@@ -5413,8 +5411,13 @@ class Preflight:
 
     region: str
     keys: tuple[S3Object, ...]  # the first page of its listing
-    complete: bool  # that page is all there is
+    following: tuple[str, str] | None  # what asks for the next page
     clock: datetime  # the server's
+
+    @property
+    def complete(self) -> bool:
+        """Whether the first page is all there is."""
+        return self.following is None
 
     def repository_state(self, store: Store) -> RepositoryState:
         """Whether a borg repository lies in the store."""
@@ -5473,7 +5476,7 @@ def look(client: S3Client) -> Preflight:
     entries, more = client.list_page(client.store.key_prefix)
     if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
-    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
+    return Preflight(client.region, tuple(entries), more, client.clock or datetime.now(UTC))
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
@@ -6472,7 +6475,8 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
     client = S3Client(source, found.region, PROVEN, runtime.stop)
 
     def objects() -> Iterator[S3Object]:
-        for number, entry in enumerate(client.list_objects(source.key_prefix), 1):
+        rest = client.list_objects(source.key_prefix, where=found.following) if found.following else ()
+        for number, entry in enumerate(itertools.chain(found.keys, rest), 1):
             if not number % CATALOG_PAGE:
                 console.progress("source", f"listing: {count(number, 'object')}")
             key = entry.key[len(source.key_prefix) :]
@@ -7899,536 +7903,6 @@ def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bo
     return EXIT_OK
 
 
-# --------------------------------------------------------------------------------------------- Verification
-
-# Is an archive good? What the source lists now, what it listed then, by the archive's manifest, and what the
-# archive holds become tables beside each other, and each comparison is a query. A sample leaves borg as a tar
-# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
-# memory grows neither with the bucket, nor with the sample, nor with an object's size.
-
-DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
-SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
-PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
-FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
-CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
-
-VERIFICATION_TABLES = """
-CREATE TABLE manifest ( -- as `objects`, when the archive was made
-    key BLOB PRIMARY KEY, size INTEGER, modified INTEGER, etag TEXT, is_shown INTEGER, facts TEXT
-) WITHOUT ROWID;
-CREATE TABLE held ( -- the archive's entries in their order, with the path where the key does not tell it
-    place INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, modified INTEGER, is_folder INTEGER
-);
-CREATE TABLE content ( -- the archived objects in the archive's order, but folders last
-    number INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, is_folder INTEGER, since TEXT
-);
-CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER);
-CREATE INDEX held_path ON held (path) WHERE path IS NOT NULL
-"""
-HELD_KEYS = """
-CREATE INDEX held_key ON held (key);
-UPDATE held SET key = manifest.key FROM manifest WHERE held.path = odd_path(manifest.key);
-DELETE FROM held WHERE path IS NULL AND key IN (SELECT key FROM held WHERE path IS NOT NULL)
-"""
-# Of an archive without a manifest its own entries are all that is known.
-HELD_AS_MANIFEST = """
-INSERT OR REPLACE INTO manifest SELECT key, size, modified, '', 1, NULL FROM held
-WHERE key IS NOT NULL AND NOT is_folder
-"""
-# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
-# seconds, as HTTP and tar have them. What was overwritten before it was read is not what the manifest tells.
-COMPARE_CONTENT = """
-INSERT INTO content SELECT NULL, held.key, path, held.size, is_folder, CASE
-    WHEN objects.key IS NULL THEN 'deleted'
-    WHEN objects.size = held.size AND CASE
-        WHEN manifest.size <> held.size THEN objects.modified / 1000000 = held.modified / 1000000
-        WHEN '' IN (manifest.etag, objects.etag) THEN objects.modified / 1000000 = manifest.modified / 1000000
-        ELSE objects.etag = manifest.etag END THEN 'unchanged'
-    ELSE 'changed' END
-FROM held CROSS JOIN manifest USING (key) LEFT JOIN objects USING (key) ORDER BY is_folder, place
-"""
-WITHOUT_CONTENT = "manifest WHERE NOT EXISTS (SELECT 1 FROM held WHERE held.key = manifest.key)"
-ONLY_OTHERS = """
-SELECT 1 FROM held WHERE path NOT LIKE 'data/s3borgbackup/%' AND NOT is_folder
-AND NOT EXISTS (SELECT 1 FROM held WHERE path IS NULL) LIMIT 1
-"""
-NOT_THEN = "objects WHERE NOT EXISTS (SELECT 1 FROM manifest WHERE manifest.key = objects.key)"
-LOST_OR_LATE = """
-'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
-|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
-"""
-WHY_HIDDEN = f"""
-CASE WHEN {IS_COVERED} THEN 'it is hidden by objects below the same name'
-ELSE 'no file can have this name' END
-"""
-SAMPLED = """
-SELECT sample.number, content.key, path, content.size, since = 'unchanged', objects.etag,
-    objects.modified / 1000000, objects.modified / 1000000 = manifest.modified / 1000000, manifest.facts
-FROM sample JOIN content ON content.number = sample.content JOIN manifest USING (key)
-LEFT JOIN objects USING (key) WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
-"""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """How many objects of an archive are proved: a number of them, or a share of all."""
-
-    number: int = 0
-    share: float = 0.0  # 0: it is the number that counts
-
-    @classmethod
-    def parse(cls, text: str) -> Sample | None:
-        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
-        if text == "all":
-            return cls(share=1.0)
-        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
-        if not found:
-            return None
-        number, share = int(found[1] or 0), float(found[2] or 0) / 100
-        return cls(number, share) if number or 0 < share <= 1 else None
-
-    def choose(self, total: int, seed: int) -> Iterator[int]:
-        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
-
-        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
-        """
-        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
-        for number in range(1, total + 1):
-            if chance.random() * (total - number + 1) < wanted:
-                wanted -= 1
-                yield number
-
-
-@dataclass
-class Verification:
-    """What is found about an archive."""
-
-    target: str
-    seed: int
-    archive: str = ""
-    as_of: datetime | None = None  # what the source had before is expected in the archive
-    archived: int = 0
-    listed: int = 0
-    new: int = 0  # in the source since
-    missing: Findings = field(default_factory=Findings)
-    appeared: Findings = field(default_factory=Findings)  # since, with an older time
-    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
-    deleted: Findings = field(default_factory=Findings)  # since
-    changed: Findings = field(default_factory=Findings)  # since
-    sampled: int = 0
-    sampled_bytes: int = 0
-    equal: int = 0  # of the sample: as in the source, byte for byte
-    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
-    differing: Findings = field(default_factory=Findings)
-    headers_changed: Findings = field(default_factory=Findings)
-    unreadable: Findings = field(default_factory=Findings)  # in the source
-    error: str = ""  # why it could not be verified to the end
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the archive is good. What changed in the source since says nothing about that."""
-        if self.error or self.missing.count or self.differing.count:
-            return Verdict.FAILURE
-        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
-        return Verdict.WARNING if doubts else Verdict.OK
-
-    def as_json(self) -> str:
-        """For programs."""
-        fields = {name: value_for_json(getattr(self, name)) for name in VERIFICATION_FIELDS}
-        sample = {name: value_for_json(getattr(self, name)) for name in SAMPLE_FIELDS}
-        return json.dumps({**fields, "sample": sample, "result": self.verdict.value, "error": self.error})
-
-    def as_text(self) -> str:
-        """For people."""
-        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
-        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
-        rows = [
-            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
-            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
-            ("missing", f"{self.missing.count:,} that the source had before"),
-            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
-            ("since then", since),
-            ("", f"{self.appeared.count:,} appeared with an older time"),
-            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
-            ("", f"{self.equal:,} equal the source byte for byte"),
-            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
-            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
-            ("", f"{self.unreadable.count:,} could not be read in the source"),
-            ("result", self.verdict.value),
-        ]
-        named = [
-            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name in NAMED_FINDINGS
-            for key, reason in getattr(self, name).named
-        ]
-        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
-
-
-VERIFICATION_FIELDS = (
-    *("target", "archive", "as_of", "archived", "listed", "new"),
-    *("missing", "appeared", "unarchivable", "changed", "deleted"),
-)
-NAMED_FINDINGS = (
-    *("missing", "differing", "headers_changed", "unreadable", "unarchivable"),
-    *("appeared", "changed", "deleted"),
-)
-SAMPLE_FIELDS = (
-    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
-    *("differing", "headers_changed", "unreadable"),
-)
-
-
-def value_for_json(value: object) -> object:
-    """Findings and times as JSON has them; all else as it is."""
-    if isinstance(value, Findings):
-        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
-        return {"count": value.count, "objects": named}
-    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
-
-
-def run_verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
-) -> int:
-    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
-    found = Verification(target.name, seed)
-    try:
-        verify(runtime, target, archive, sample, found)
-    except (Stopped, ConfigurationError):
-        raise
-    except BackupError as error:
-        found.error = str(error)
-        runtime.console.error(target.store.name, found.error)
-    emit(found.as_json() if as_json else found.as_text())
-    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
-    return codes.get(found.verdict, EXIT_FAILURE)
-
-
-def verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
-) -> None:
-    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
-    source, name = runtime.settings.source, target.store.name
-    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
-    with (
-        opened_for_reading(runtime, target, "`verify`") as repository,
-        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
-        contextlib.closing(Catalog(Path(folder, "catalog"))) as catalog,
-    ):
-        verifier = Verifier(runtime, client, repository, catalog, found)
-        verifier.find_archive(archive)
-        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
-        verifier.take_archive()
-        verifier.list_source()
-        verifier.compare()
-        number = verifier.choose(sample)
-        runtime.console.info(name, f"{count(number, 'object')} are proved")
-        if sample.share == 1.0:
-            verifier.prove(0, number, None)
-        else:
-            for first in range(0, number, PATHS_AT_ONCE):
-                verifier.prove(first, min(first + PATHS_AT_ONCE, number), Path(folder, "chosen"))
-        if found.unreadable.count:  # some objects, or are the keys revoked?
-            examine(client, write=False)
-
-
-def path_prefix(settings: Settings) -> str:
-    """What the paths of a source's objects begin with in an archive: `data/source/`."""
-    return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
-
-
-def source_as_of(comment: str, start: str) -> datetime:
-    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
-    with contextlib.suppress(ValueError):
-        if comment.startswith(SOURCE_AS_OF):
-            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
-            return datetime.fromisoformat(time).astimezone(UTC)
-    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
-
-
-def entries_held(lines: Iterable[bytes], prefix: str) -> Iterator[tuple[Any, ...]]:
-    """Rows for the table `held` from an archive's list."""
-    for entry in map(json.loads, lines):
-        path, is_folder = entry["path"], entry["type"] == "d"
-        key = encode_key(path.removeprefix(prefix)) + b"/" * is_folder if path.startswith(prefix) else None
-        modified = (borg_time(entry["mtime"]) - EPOCH) // timedelta(microseconds=1)
-        if entry["type"] in "-d":
-            yield None, key, path if key is None else None, entry["size"], modified, is_folder
-
-
-# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
-OTHER_NOW = frozenset({404, 416, 200, 206})
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """An object of a sample."""
-
-    number: int
-    key: str
-    path: str  # in the archive
-    size_bytes: int
-    is_unchanged: bool
-    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
-    modified: int
-    is_same_time: bool  # as when the archive was made
-    facts: Mapping[str, Any]  # as the archive has them
-
-
-Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
-
-
-class Verifier:
-    """Compares one archive with the source, and writes down in `found` what it finds."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        client: S3Client,
-        repository: Repository,
-        catalog: Catalog,
-        found: Verification,
-    ) -> None:
-        """Nothing is compared yet; `client` is the source's."""
-        self._runtime, self._client, self._repository = runtime, client, repository
-        self._catalog, self._found = catalog, found
-        self._prefix = path_prefix(runtime.settings)
-        self._has_manifest = False
-        self._current = ""  # the object that is being read
-        self._waits = False  # for the source
-        for statement in VERIFICATION_TABLES.split(";"):
-            catalog.execute(statement)
-
-    def find_archive(self, name: str | None) -> None:
-        """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
-
-        Where it does not say so itself, that is its start by a clock of which little is known.
-        """
-        label, borg, store = (
-            self._runtime.settings.label,
-            self._repository.borg,
-            self._repository.target.store,
-        )
-        pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-        archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
-        if not archives:
-            what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
-            raise BackupError(
-                f"{store.name}: {store.location} holds {what}",
-                f"`backup.py borg {self._repository.target.name} list` shows what it holds.",
-            )
-        self._found.archive = archives[0]["name"]
-        self._found.as_of = source_as_of(archives[0]["comment"], archives[0]["start"])
-
-    def take_archive(self) -> None:
-        """Takes in what the archive holds, and its manifest. Raises BackupError."""
-        borg, name, archive = self._repository.borg, self._repository.target.store.name, self._found.archive
-        execute = self._catalog.execute
-
-        def take_manifest(lines: IO[bytes]) -> None:
-            try:
-                self._catalog.add((parse_manifest_line(line.decode()) for line in lines), "manifest")
-            except ValueError as error:
-                hint = DAMAGE_HELP.format(name=self._repository.target.name)
-                raise BackupError(f"{name}: the manifest of {archive} is damaged: {error}", hint) from error
-
-        borg.run(
-            borg_items(borg.repository, archive),
-            consume=lambda lines: self._catalog.insert("held", entries_held(lines, self._prefix)),
-        )
-        self._has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
-        if self._has_manifest:
-            borg.run(borg_extract(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
-        for statement in HELD_KEYS.split(";") if self._has_manifest else [HELD_AS_MANIFEST]:
-            execute(statement)
-        if execute(ONLY_OTHERS):
-            raise BackupError(
-                f"{name}: {archive} holds nothing below {self._prefix}",
-                "Set DATA_DIR to what it was when the archive was made.",
-            )
-
-    def list_source(self) -> None:
-        """Takes in what the source lists now. Raises S3Error, Stopped.
-
-        An archive without a manifest does not tell the empty objects that stand for folders.
-        """
-        prefix = self._client.store.key_prefix
-
-        def objects() -> Iterator[S3Object]:
-            for entry in self._client.list_objects(prefix):
-                key = entry.key[len(prefix) :]
-                if key and (self._has_manifest or entry.size_bytes or not key.endswith("/")):
-                    yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
-
-        take = functools.partial(self._catalog.add, objects())
-        within(LIST_SECONDS, "source: listing it", take, self._runtime.stop)
-
-    def compare(self) -> None:
-        """Finds what the archive lacks, and what has changed since."""
-        execute, found = self._catalog.execute, self._found
-        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
-        older = f"{NOT_THEN} AND modified < {before}"
-
-        def name(findings: Findings, where: str, reason: str = "''") -> None:
-            findings.count = execute(f"SELECT count(*) FROM {where}")[0][0]
-            rows = execute(f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}")
-            findings.named = [(decode_key(key), text) for key, text in rows]
-
-        execute(COMPARE_CONTENT)
-        name(found.changed, "content WHERE since = 'changed'")
-        name(found.deleted, "content WHERE since = 'deleted'")
-        if self._has_manifest:
-            name(found.missing, WITHOUT_CONTENT, "'its content is not in the archive'")
-            name(found.appeared, older, "'the source did not list it when the archive was made'")
-        else:
-            self._catalog.hide([])
-            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
-            name(found.unarchivable, f"{older} AND NOT is_shown", WHY_HIDDEN)
-        [[found.archived]] = execute("SELECT count(*) FROM content")
-        [[found.listed]] = execute("SELECT count(*) FROM objects")
-        [[found.new]] = execute(f"SELECT count(*) FROM {NOT_THEN} AND modified >= {before}")
-
-    def choose(self, sample: Sample) -> int:
-        """Chooses a sample; returns how many objects it has."""
-        [[files]] = self._catalog.execute("SELECT count(*) FROM content WHERE NOT is_folder")
-        self._catalog.insert("sample", ((None, number) for number in sample.choose(files, self._found.seed)))
-        return self._catalog.execute("SELECT count(*) FROM sample")[0][0]
-
-    def prove(self, first: int, last: int, paths: Path | None) -> None:
-        """Has borg export the objects of the sample behind number `first` up to `last`, and compares them.
-
-        Their paths go to a file `paths` for it; without that it exports all. Raises BackupError where borg
-        finds damage, or leaves out an object.
-        """
-        borg, target, before = self._repository.borg, self._repository.target, self._found.sampled
-        if paths:
-            with paths.open("wb") as file:
-                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
-
-        def moved() -> float:  # borg would, if the source answered
-            return time.monotonic() if self._waits else 0.0
-
-        try:
-            borg.run(
-                borg_export(borg.repository, self._found.archive, Path("-")),
-                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
-                own={"S3BORGBACKUP_EXPORTED": str(paths)} if paths else None,
-                waits=moved,
-            )
-        except BackupError as error:
-            if self._current and not isinstance(error, Stopped):
-                error.message += f" (while {self._current!r} was read)"
-            raise
-        if (got := self._found.sampled - before) != last - first:
-            words = f"borg exported {got:,} of {count(last - first, 'object')}"
-            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
-
-    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
-        while page := self._catalog.execute(SAMPLED, (first, last, CATALOG_PAGE)):
-            for number, key, path, *rest, facts in page:
-                name = decode_key(key)
-                yield Chosen(number, name, path or f"{self._prefix}{name}", *rest, json.loads(facts or "{}"))
-            first = page[-1][0]
-
-    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
-        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
-        asked = (
-            (each, self._ask(each, first))
-            for each in chosen
-            for first in (range(0, each.size_bytes or 1, FETCHED_BYTES) if each.is_unchanged else [0])
-        )
-        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
-        while ahead:
-            yield ahead.popleft()
-            ahead.extend(itertools.islice(asked, 1))
-
-    def _ask(self, each: Chosen, first: int) -> Fetched:
-        client, key = self._client, f"{self._client.store.key_prefix}{each.key}"
-        last = min(first + FETCHED_BYTES, each.size_bytes) - 1
-        if not each.is_unchanged:
-            return None
-        if not each.size_bytes:
-            return in_background(lambda: client.request("HEAD", key))
-        return in_background(lambda: client.get_span(key, first, last))
-
-    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
-        """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        found = self._found
-        try:
-            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
-                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
-                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
-                        tar.members.clear()  # or it would keep them all
-                    if not member:
-                        break
-                    self._current, archived = each.key, tar.extractfile(member)
-                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
-                    drain(archived)  # so that all of it is verified
-                    found.sampled += 1
-                    found.sampled_bytes += member.size
-                    found.equal += verdict == "equal"
-                    found.extracted += verdict == "extracted"
-                    if reason:
-                        getattr(found, verdict).add(each.key, reason)
-                    self._current = ""
-            drain(stream)
-        except tarfile.ReadError:
-            pass
-
-    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
-        """What an archived object turns out to be, which is a field of Verification, and why."""
-        offset = 0
-        for fetched in pieces:
-            if not fetched:
-                return "extracted", ""
-            try:
-                answer = self._wait(fetched)
-            except S3Error as error:
-                if error.status in OTHER_NOW:
-                    return "extracted", ""
-                if not error.status:  # the source does not answer at all
-                    raise
-                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
-            ours = archived.read(len(answer.body))
-            if ours != answer.body:
-                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
-                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
-                    return "extracted", ""
-                place = next(
-                    place
-                    for place, pair in enumerate(zip(ours, answer.body, strict=False))
-                    if pair[0] != pair[1]
-                )
-                return "differing", f"its content differs from byte {offset + place:,} on"
-            offset += len(ours)
-        self._compare_headers(each, answer)
-        return "equal", ""
-
-    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
-        """Compares what the archive has of an object's headers and tags, if it has them."""
-        if "headers" not in each.facts:
-            return
-        then, now = each.facts["headers"], headers_of(answer)
-        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
-        if int(answer.headers.get("x-amz-tagging-count") or 0):
-            key = f"{self._client.store.key_prefix}{each.key}"
-            with contextlib.suppress(S3Error):  # the key may not read tags
-                tags = self._wait(in_background(lambda: self._client.tags(key)))
-                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
-        if other and each.is_same_time:
-            self._found.headers_changed.add(each.key, ", ".join(other))
-        elif other:
-            self._found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
-
-    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
-        """What the source answers. It has its own deadline, and borg waits meanwhile."""
-        self._waits = True
-        try:
-            return asked.result()
-        finally:
-            self._waits = False
-
-
 # -------------------------------------------------------------------------------------------------- Restore
 
 # `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
@@ -8655,6 +8129,7 @@ class Plan(Catalog):
         """Holds nothing yet."""
         super().__init__(path)
         self.prefix = ""  # what stands before the keys in the archive
+        self.has_manifest = False
         with self._told():
             self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)).encode())
             self._db.executescript(PLAN_TABLES)
@@ -8665,7 +8140,10 @@ class Plan(Catalog):
         borg.run(
             borg_items(borg.repository, archive), consume=lambda lines: self.take(map(parse_entry, lines))
         )
-        if self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()]):
+        self.has_manifest = bool(
+            self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()])
+        )
+        if self.has_manifest:
             try:
                 borg.run(
                     borg_read(borg.repository, archive, MANIFEST_PATH),
@@ -8681,8 +8159,7 @@ class Plan(Catalog):
     def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
         """Takes in the archive's list."""
         rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
-        for page in pages(rows):
-            self.change("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", page)
+        self.insert("entries", rows)
 
     def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Executes a statement for each of these rows."""
@@ -9609,6 +9086,456 @@ def opened_metadata(order: Order) -> IO[str]:
     except OSError as error:
         hint = "Correct --metadata."
         raise BackupError(f"cannot write {order.metadata}: {error.strerror}", hint) from None
+
+
+# --------------------------------------------------------------------------------------------- Verification
+
+# Is an archive good? What the source lists now comes into a table beside the plan, which has what the archive
+# holds and what its manifest says of that, and each comparison is a query. A sample leaves borg as a tar
+# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
+# memory grows neither with the bucket, nor with the sample, nor with an object's size.
+
+DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
+SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
+PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
+FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
+CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+# `content` has the archived objects in the archive's order, but first those whose content borg can give.
+VERIFICATION_TABLES = (
+    "CREATE TABLE content (number INTEGER PRIMARY KEY, key BLOB, since TEXT)",
+    "CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER)",
+)
+IS_FILE = "(path IS NOT NULL AND fate = 'unknown')"
+# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
+# seconds, as HTTP and tar have them.
+COMPARE_CONTENT = f"""
+INSERT INTO content SELECT NULL, items.key, CASE
+    WHEN now.key IS NULL THEN 'deleted'
+    WHEN now.size = items.size AND CASE WHEN '' IN (items.etag, now.etag)
+        THEN now.modified / 1000000 = items.modified ELSE now.etag = items.etag END THEN 'unchanged'
+    ELSE 'changed' END
+FROM items LEFT JOIN source.objects AS now USING (key)
+WHERE {COUNTED} AND (path IS NOT NULL OR items.size = 0) ORDER BY NOT {IS_FILE}, place
+"""
+# An archive without a manifest does not tell the empty objects that stand for folders.
+LISTED = "source.objects AS now WHERE NOT (:old AND now.size = 0 AND substr(key, -1) = X'2F')"
+NOT_THEN = f"{LISTED} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+LOST_OR_LATE = """
+'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
+|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
+"""
+SAMPLED = """
+SELECT sample.number, items.key, path, items.size, since = 'unchanged', now.etag, now.modified / 1000000,
+    now.modified / 1000000 = items.modified, main.objects.facts
+FROM sample JOIN content ON content.number = sample.content JOIN items USING (key)
+LEFT JOIN source.objects AS now USING (key) LEFT JOIN main.objects USING (key)
+WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many objects of an archive are proved: a number of them, or a share of all."""
+
+    number: int = 0
+    share: float = 0.0  # 0: it is the number that counts
+
+    @classmethod
+    def parse(cls, text: str) -> Sample | None:
+        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
+        if text == "all":
+            return cls(share=1.0)
+        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+        if not found:
+            return None
+        number, share = int(found[1] or 0), float(found[2] or 0) / 100
+        return cls(number, share) if number or 0 < share <= 1 else None
+
+    def choose(self, total: int, seed: int) -> Iterator[int]:
+        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
+
+        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
+        """
+        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
+        for number in range(1, total + 1):
+            if chance.random() * (total - number + 1) < wanted:
+                wanted -= 1
+                yield number
+
+
+@dataclass
+class Verification:
+    """What is found about an archive."""
+
+    target: str
+    seed: int
+    archive: str = ""
+    as_of: datetime | None = None  # what the source had before is expected in the archive
+    archived: int = 0
+    listed: int = 0
+    new: int = 0  # in the source since
+    missing: Findings = field(default_factory=Findings)
+    differing: Findings = field(
+        default_factory=Findings
+    )  # of the sample; so are headers_changed and unreadable
+    headers_changed: Findings = field(default_factory=Findings)
+    unreadable: Findings = field(default_factory=Findings)  # in the source
+    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
+    appeared: Findings = field(default_factory=Findings)  # since, with an older time
+    changed: Findings = field(default_factory=Findings)  # since
+    deleted: Findings = field(default_factory=Findings)  # since
+    sampled: int = 0
+    sampled_bytes: int = 0
+    equal: int = 0  # of the sample: as in the source, byte for byte
+    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
+    error: str = ""  # why it could not be verified to the end
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the archive is good. What changed in the source since says nothing about that."""
+        if self.error or self.missing.count or self.differing.count:
+            return Verdict.FAILURE
+        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
+        return Verdict.WARNING if doubts else Verdict.OK
+
+    def as_json(self) -> str:
+        """For programs."""
+        fields = {name: value_for_json(value) for name, value in vars(self).items()}
+        sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
+        return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
+
+    def as_text(self) -> str:
+        """For people."""
+        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
+        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
+        rows = [
+            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
+            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
+            ("missing", f"{self.missing.count:,} that the source had before"),
+            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
+            ("since then", since),
+            ("", f"{self.appeared.count:,} appeared with an older time"),
+            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
+            ("", f"{self.equal:,} equal the source byte for byte"),
+            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
+            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
+            ("", f"{self.unreadable.count:,} could not be read in the source"),
+            ("result", self.verdict.value),
+        ]
+        named = [
+            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            for name, findings in vars(self).items()
+            if isinstance(findings, Findings)
+            for key, reason in findings.named
+        ]
+        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
+
+
+SAMPLE_FIELDS = (
+    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
+    *("differing", "headers_changed", "unreadable"),
+)
+
+
+def value_for_json(value: object) -> object:
+    """Findings and times as JSON has them; all else as it is."""
+    if isinstance(value, Findings):
+        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
+        return {"count": value.count, "objects": named}
+    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
+
+
+def run_verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
+) -> int:
+    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
+    found = Verification(target.name, seed)
+    try:
+        verify(runtime, target, archive, sample, found)
+    except (Stopped, ConfigurationError):
+        raise
+    except BackupError as error:
+        found.error = str(error)
+        runtime.console.error(target.store.name, found.error)
+    emit(found.as_json() if as_json else found.as_text())
+    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
+    return codes.get(found.verdict, EXIT_FAILURE)
+
+
+def verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
+) -> None:
+    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
+    source, name = runtime.settings.source, target.store.name
+    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
+    with (
+        opened_for_reading(runtime, target, "`verify`") as repository,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
+    ):
+        found.archive, found.as_of = find_archive(runtime, repository, archive)
+        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
+        listing = Path(folder, "source")
+        within(LIST_SECONDS, "source: listing it", lambda: list_into(client, listing), runtime.stop)
+        with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
+            plan.execute("ATTACH ? AS source", [str(listing)])
+            plan.read(repository, found.archive, runtime.settings.mount_point(source))
+            verifier = Verifier(runtime, client, repository, plan, found)
+            within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
+            verifier.prove(sample, Path(folder, "chosen"))
+        if found.unreadable.count:  # some objects, or are the keys revoked?
+            examine(client, write=False)
+
+
+def source_as_of(comment: str, start: str) -> datetime:
+    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
+    with contextlib.suppress(ValueError):
+        if comment.startswith(SOURCE_AS_OF):
+            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
+            return datetime.fromisoformat(time).astimezone(UTC)
+    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
+
+
+def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> tuple[str, datetime]:
+    """The archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
+
+    Where it does not say so itself, that is its start by a clock of which little is known.
+    """
+    label, borg, store = runtime.settings.label, repository.borg, repository.target.store
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
+    archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
+    if not archives:
+        what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
+        raise BackupError(
+            f"{store.name}: {store.location} holds {what}",
+            f"`backup.py borg {repository.target.name} list` shows what it holds.",
+        )
+    return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
+
+
+def list_into(client: S3Client, path: Path) -> None:
+    """Makes a catalog of what a store lists. Raises S3Error."""
+    prefix = client.store.key_prefix
+    with contextlib.closing(Catalog(path)) as catalog:
+        catalog.add(
+            dataclasses.replace(each, key=key, is_shown=is_showable(key, each.size_bytes))
+            for each in client.list_objects(prefix)
+            if (key := each.key[len(prefix) :])
+        )
+        catalog.hide([])
+
+
+# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
+OTHER_NOW = frozenset({404, 416, 200, 206})
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """An object of a sample."""
+
+    number: int
+    key: str
+    path: str  # in the archive
+    size_bytes: int
+    is_unchanged: bool
+    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
+    modified: int
+    is_same_time: bool  # as when the archive was made
+    facts: Mapping[str, Any]  # as the archive has them
+
+
+Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
+
+
+@dataclass
+class Verifier:
+    """Compares one archive with the source, and writes down in `found` what it finds."""
+
+    runtime: Runtime
+    client: S3Client  # the source's
+    repository: Repository
+    plan: Plan
+    found: Verification
+    current: str = ""  # the object that is being read
+    waits: bool = False  # for the source
+
+    def compare(self) -> None:
+        """Finds what the archive lacks, and what has changed since."""
+        found, is_old = self.found, not self.plan.has_manifest
+        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        values = {"old": is_old, "before": before}
+
+        def number(where: str) -> int:
+            return self.plan.execute(f"SELECT count(*) FROM {where}", values)[0][0]
+
+        def name(findings: Findings, where: str, reason: str = "''") -> None:
+            findings.count = number(where)
+            sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
+            findings.named = [(decode_key(key), text) for key, text in self.plan.execute(sql, values)]
+
+        for statement in (*VERIFICATION_TABLES, COMPARE_CONTENT):
+            self.plan.execute(statement)
+        name(found.changed, "content WHERE since = 'changed'")
+        name(found.deleted, "content WHERE since = 'deleted'")
+        older = f"{NOT_THEN} AND modified < :before"
+        if is_old:
+            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
+            name(found.unarchivable, f"{older} AND NOT is_shown")
+            reasons = {
+                True: "it is hidden by objects below the same name",
+                False: "no file can have this name",
+            }
+            keys = [key for key, _ in found.unarchivable.named]
+            found.unarchivable.named = [(key, reasons[is_showable(key, 1)]) for key in keys]
+        else:
+            name(
+                found.missing, "items WHERE path IS NULL AND size > 0", "'its content is not in the archive'"
+            )
+            name(found.appeared, older, "'the source did not list it when the archive was made'")
+        found.archived, found.listed = number("content"), number(LISTED)
+        found.new = number(f"{NOT_THEN} AND modified >= :before")
+
+    def prove(self, sample: Sample, chosen: Path) -> None:
+        """Chooses a sample, and compares it; what borg is to export goes to a file `chosen` for it."""
+        [[files]] = self.plan.execute("SELECT count(*) FROM items WHERE " + IS_FILE)
+        self.plan.insert("sample", ((None, number) for number in sample.choose(files, self.found.seed)))
+        [[number]] = self.plan.execute("SELECT count(*) FROM sample")
+        self.runtime.console.info(self.repository.target.store.name, f"{count(number, 'object')} are proved")
+        if sample.share == 1.0:
+            self._prove_part(0, number, {})
+            return
+        for first in range(0, number, PATHS_AT_ONCE):
+            last = min(first + PATHS_AT_ONCE, number)
+            with chosen.open("wb") as file:
+                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+            self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
+
+    def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:
+        """Has borg export the objects of the sample behind number `first` up to `last`, or more of them.
+
+        Raises BackupError where borg finds damage, or leaves out an object.
+        """
+        borg, target, before = self.repository.borg, self.repository.target, self.found.sampled
+
+        try:
+            borg.run(
+                borg_export(borg.repository, self.found.archive, Path("-")),
+                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
+                own=own,
+                waits=lambda: time.monotonic() if self.waits else 0.0,
+            )
+        except BackupError as error:
+            if self.current and not isinstance(error, Stopped):
+                error.message += f" (while {self.current!r} was read)"
+            raise
+        if (got := self.found.sampled - before) != last - first:
+            words = f"borg exported {got:,} of {count(last - first, 'object')}"
+            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
+
+    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
+        while page := self.plan.execute(SAMPLED, (first, last, CATALOG_PAGE)):
+            for number, key, path, *rest, facts in page:
+                yield Chosen(number, decode_key(key), decode_key(path), *rest, json.loads(facts or "{}"))
+            first = page[-1][0]
+
+    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
+        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
+        client = self.client
+
+        def ask(each: Chosen, first: int) -> Fetched:
+            key, last = (
+                f"{client.store.key_prefix}{each.key}",
+                min(first + FETCHED_BYTES, each.size_bytes) - 1,
+            )
+            if not each.is_unchanged:
+                return None
+            if not each.size_bytes:
+                return in_background(lambda: client.request("HEAD", key))
+            return in_background(lambda: client.get_span(key, first, last))
+
+        firsts = (
+            (each, range(0, each.size_bytes * each.is_unchanged or 1, FETCHED_BYTES)) for each in chosen
+        )
+        asked = ((each, ask(each, first)) for each, pieces in firsts for first in pieces)
+        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
+        while ahead:
+            yield ahead.popleft()
+            ahead.extend(itertools.islice(asked, 1))
+
+    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
+        """Takes borg's tar stream. Where that ends too early, borg tells why."""
+        found = self.found
+        try:
+            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
+                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
+                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
+                        tar.members.clear()  # or it would keep them all
+                    if not member:
+                        break
+                    self.current, archived = each.key, tar.extractfile(member)
+                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
+                    drain(archived)  # so that all of it is verified
+                    found.sampled += 1
+                    found.sampled_bytes += member.size
+                    found.equal += verdict == "equal"
+                    found.extracted += verdict == "extracted"
+                    if reason:
+                        getattr(found, verdict).add(each.key, reason)
+                    self.current = ""
+            drain(stream)
+        except tarfile.ReadError:
+            pass
+
+    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
+        """What an archived object turns out to be, which is a field of Verification, and why."""
+        offset = 0
+        for fetched in pieces:
+            if not fetched:
+                return "extracted", ""
+            try:
+                answer = self._wait(fetched)
+            except S3Error as error:
+                if error.status in OTHER_NOW:
+                    return "extracted", ""
+                if not error.status:  # the source does not answer at all
+                    raise
+                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
+            ours = archived.read(len(answer.body))
+            if ours != answer.body:
+                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
+                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
+                    return "extracted", ""
+                unlike = map(int.__ne__, ours, answer.body)
+                place = next(itertools.compress(itertools.count(offset), unlike))
+                return "differing", f"its content differs from byte {place:,} on"
+            offset += len(ours)
+        self._compare_headers(each, answer)
+        return "equal", ""
+
+    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
+        """Compares what the archive has of an object's headers and tags, if it has them."""
+        if "headers" not in each.facts:
+            return
+        then, now = each.facts["headers"], headers_of(answer)
+        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if int(answer.headers.get("x-amz-tagging-count") or 0):
+            key = f"{self.client.store.key_prefix}{each.key}"
+            with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+                tags = self._wait(in_background(lambda: self.client.tags(key)))
+                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
+        if other and each.is_same_time:
+            self.found.headers_changed.add(each.key, ", ".join(other))
+        elif other:
+            self.found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
+
+    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
+        """What the source answers. It has its own deadline, and borg waits meanwhile."""
+        self.waits = True
+        try:
+            return asked.result()
+        finally:
+            self.waits = False
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
