@@ -412,23 +412,6 @@ def test_headers_are_asked_for_side_by_side_once_for_each_new_or_changed_object(
     assert sorted(request.key for request in heads(environment())) == sorted(changed)
 
 
-@pytest.mark.parametrize("code", ["", "AccessDenied"])
-def test_headers_that_s3_does_not_give_are_told_and_the_run_goes_on_without_them(
-    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path, code: str
-) -> None:
-    """For more objects than wait for their headers at a time."""
-    keys = [f"{number}" for number in range(backup.HEADS_AHEAD + 300)]
-    source.put(dict.fromkeys(keys, b""))
-    proxy.add(is_head, Action.REFUSE, code=code)
-    result = run_backup(environment(STALL_TIMEOUT="30")).expect(0)
-    assert result.output.count("the archives lack the headers of some new and changed objects") == 1
-    assert proxy.count(is_head) < 200, "it does not ask for all"
-    repository = Repository.download(target, tmp_path / "local")
-    manifest = repository.manifest(repository.archives()[-1])
-    assert manifest.keys() == set(keys)
-    assert not any("headers" in entry for entry in manifest.values())
-
-
 def test_tags_that_may_not_be_read_are_told_once_and_all_else_is_archived(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
