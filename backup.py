@@ -72,6 +72,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -88,8 +89,7 @@ from concurrent.futures import ThreadPoolExecutor  # its import, which notes wha
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NoReturn, Protocol, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 # ------------------------------------------------------------------------------------------------ Constants
 
@@ -128,7 +128,7 @@ SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such 
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
-# TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
+# TigrisFS: a memory limit needs read-ahead sizes that fit it (`memory_flags`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
 LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
@@ -190,13 +190,11 @@ class BackupError(Exception):
     exit_code = EXIT_FAILURE
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Takes one line that says what happened, and one that says what to do next."""
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        """The error as one line."""
         line = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
         return " ".join(line.split())
 
@@ -207,7 +205,6 @@ class ConfigurationError(BackupError):
     exit_code = EXIT_CONFIGURATION
 
     def __init__(self, mistakes: Sequence[str]) -> None:
-        """Takes one line for each mistake."""
         super().__init__("; ".join(mistakes))
         self.mistakes = tuple(mistakes)
 
@@ -219,10 +216,9 @@ class StillRunning(BackupError):
 
 
 class S3Error(BackupError):
-    """An answer of the S3 server that is not success, or no answer; `code` is S3's own."""
+    """An answer of the S3 server that is not success, or no answer (`status` 0); `code` is S3's own."""
 
     def __init__(self, message: str, hint: str, status: int, code: str) -> None:
-        """Takes the HTTP status (0 where there was no answer) and S3's error code beside the message."""
         super().__init__(message, hint)
         self.status = status
         self.code = code
@@ -240,7 +236,6 @@ class Stopped(BackupError):
     """A stop signal came."""
 
     def __init__(self, signum: int) -> None:
-        """Takes the signal's number; the exit code is 128 more, as shells have it."""
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
@@ -261,61 +256,12 @@ DEFAULT_COMPRESSION = "auto,zstd,22"
 DEFAULT_LABEL = "backup"
 DEFAULT_COMPACT_PERCENT = 10  # borg's own
 DEFAULT_LEASE_SECONDS = 60
-DEFAULT_STALL_SECONDS = 900
-DEFAULT_READ_AHEAD_THREADS = 32
-DEFAULT_PARALLEL_TARGETS = 4
-DEFAULT_SHRINK_PERCENT = 50
 
 LEASE_SECONDS = range(10, 3601)
-WAIT_SECONDS = range(7 * 86400 + 1)
-STALL_SECONDS = range(5, 86401)
 # Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
 MEMORY_MB = range(256, 1_000_001)
-READ_AHEAD_THREADS = range(257)
-PARALLEL_TARGETS = range(1, 65)
-SHRINK_PERCENT = range(100)
-NOTIFY_ON = ("failure", "warning", "always")
-ABOUT = {
-    "READ_AHEAD_THREADS": "; 0 turns reading ahead off",
-    "SHRINK_WARNING": " (percent); 0 turns the warning off",
-    "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
-    "LEASE_TTL": " (seconds)",
-    "LEASE_WAIT": " (seconds)",
-    "STALL_TIMEOUT": " (seconds)",
-}
-Number = TypeVar("Number", int, None)
 
-VARIABLES = (
-    "BACKUP_LABEL",
-    "SOURCE_ENDPOINT",
-    "SOURCE_PATH",
-    "SOURCE_ACCESS_KEY_ID",
-    "SOURCE_SECRET_ACCESS_KEY",
-    "SOURCE_REGION",
-    "TARGETS",
-    "TARGET_SECRETS",
-    "DATA_DIR",
-    "LOG_LEVEL",
-    "LEASE_TTL",
-    "LEASE_WAIT",
-    "STALL_TIMEOUT",
-    "AUDIT",
-    "HEADERS",
-    "MEMORY_LIMIT_MB",
-    "READ_AHEAD_THREADS",
-    "PARALLEL_TARGETS",
-    "SOURCE_METADATA",
-    "SHRINK_WARNING",
-    "HEALTHCHECK_URL",
-    "NOTIFY_URL",
-    "NOTIFY_ON",
-    "METRICS_FILE",
-    "LOG_FORMAT",
-    "RESTORE_ENDPOINT",
-    "RESTORE_ACCESS_KEY_ID",
-    "RESTORE_SECRET_ACCESS_KEY",
-    "RESTORE_REGION",
-)
+STORE_KEYS = ("endpoint", "path", "access_key_id", "secret_access_key", "region")
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
 
@@ -344,13 +290,7 @@ class Store:
 
     @property
     def key_prefix(self) -> str:
-        """What every key of this store begins with."""
         return f"{self.prefix}/" if self.prefix else ""
-
-    @property
-    def mount_flags(self) -> tuple[str, ...]:
-        """Further flags for TigrisFS."""
-        return ()
 
     def setting(self, key: str) -> str:
         """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
@@ -376,11 +316,9 @@ class Destination(Store):
 
     @property
     def name(self) -> str:
-        """What it is called in output."""
         return "destination"
 
     def setting(self, key: str) -> str:
-        """Where a user finds a setting."""
         if key == "path":
             return "--to-bucket"
         name = key.upper()
@@ -436,7 +374,6 @@ class Settings:
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The source and all targets' stores."""
         return (self.source, *(target.store for target in self.targets))
 
     def require_source(self) -> None:
@@ -449,24 +386,116 @@ class Settings:
         return self.data_dir / store.name
 
 
-def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
-    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
+# A parser returns what a text means, or raises ValueError, which says what to write instead.
 
-    That the source's settings are missing is no mistake unless it is needed.
-    """
-    settings = parse_settings(values, mistakes)
-    if needs_source:
-        mistakes[:0] = missing_settings(settings.source)
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return settings
+
+def whole_number(allowed: range, about: str = "") -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
+            return int(text)
+        raise ValueError(f"write a whole number from {allowed[0]} to {allowed[-1]}{about}")
+
+    return parse
+
+
+def one_of(**meanings: Any) -> Callable[[str], Any]:
+    """A parser of these words, in any case, that returns what they mean."""
+
+    def parse(text: str) -> Any:
+        if text.lower() not in meanings:
+            raise ValueError(f"write {' or '.join(meanings)}")
+        return meanings[text.lower()]
+
+    return parse
+
+
+def parse_label(label: str) -> str:
+    """A prefix of archive names."""
+    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
+        raise ValueError(
+            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
+        )
+    if re.search(r"-[0-9]{4}(-|$)", label):
+        raise ValueError(
+            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
+            " leave out the dash before the four digits"
+        )
+    return label
+
+
+def parse_data_dir(text: str) -> Path:
+    if not text.startswith("/") or re.search(r"[{}]|::", text):
+        raise ValueError("write an absolute path without braces, such as /data")
+    return Path(text)
+
+
+def parse_metrics_file(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("write an absolute path, such as /metrics/s3borgbackup.prom")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """An http(s) URL. A mistake does not quote it: it is a secret as a whole."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        (url.hostname or "").encode("idna")
+    except ValueError:
+        usable = False
+    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
+        return text
+    raise ValueError("is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
+
+
+NOTIFY_ON = ("failure", "warning", "always")
+ON_OR_OFF = one_of(on=True, off=False)
+
+# A variable's field in Settings, its parser, and its default. What is not here is a store's.
+SETTINGS = {
+    "BACKUP_LABEL": ("label", parse_label, DEFAULT_LABEL),
+    "LOG_LEVEL": ("debug", one_of(info=False, debug=True), False),
+    "DATA_DIR": ("data_dir", parse_data_dir, Path(DEFAULT_DATA_DIR)),
+    "LEASE_TTL": ("lease_ttl_seconds", whole_number(LEASE_SECONDS, " (seconds)"), DEFAULT_LEASE_SECONDS),
+    "LEASE_WAIT": ("lease_wait_seconds", whole_number(range(7 * 86400 + 1), " (seconds)"), None),
+    "STALL_TIMEOUT": ("stall_seconds", whole_number(range(5, 86401), " (seconds)"), 900),
+    "AUDIT": ("audit", ON_OR_OFF, True),
+    "MEMORY_LIMIT_MB": (
+        "memory_limit_mb",
+        whole_number(MEMORY_MB, "; TigrisFS and borg are not safe with less"),
+        None,
+    ),
+    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(range(257), "; 0 turns reading ahead off"), 32),
+    "PARALLEL_TARGETS": ("parallel_targets", whole_number(range(1, 65)), 4),
+    "SOURCE_METADATA": ("source_metadata", one_of(false=False, true=True), False),
+    "HEADERS": ("headers", ON_OR_OFF, True),
+    "SHRINK_WARNING": ("shrink_percent", whole_number(range(100), " (percent); 0 turns the warning off"), 50),
+}
+# The same for Reporting.
+REPORTING = {
+    "METRICS_FILE": ("metrics_file", parse_metrics_file, ""),
+    "LOG_FORMAT": ("as_json", one_of(text=False, json=True), False),
+    "HEALTHCHECK_URL": ("healthcheck_url", parse_url, ""),
+    "NOTIFY_URL": ("notify_url", parse_url, ""),
+    "NOTIFY_ON": ("notify_on", one_of(**{word: word for word in NOTIFY_ON}), NOTIFY_ON[0]),
+}
+VARIABLES = (
+    *(*SETTINGS, *REPORTING, "TARGETS", "TARGET_SECRETS"),
+    *(f"SOURCE_{key.upper()}" for key in STORE_KEYS),
+    *(f"RESTORE_{key.upper()}" for key in STORE_KEYS if key != "path"),
+)
+# Stands for a value whose file could not be read: that is reported once, and not again as missing.
+UNREADABLE = "\0"
+NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a program can be given this text at all."""
+    return not re.search(r"[\x00\ud800-\udfff]", text)
 
 
 def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
-    """The values of our variables, each from NAME or from the file that NAME_FILE names.
-
-    Empty ones count as unset.
-    """
+    """Our variables' values, each from NAME or from the file that NAME_FILE names; empty ones are unset."""
     values = {}
     for name in VARIABLES:
         value, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
@@ -487,167 +516,81 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
     return values
 
 
-# Stands for a value whose file could not be read: that is reported once, and not again as missing.
-UNREADABLE = "\0"
-NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+def parse_fields(
+    table: Mapping[str, tuple[str, Callable[[str], Any], Any]],
+    values: Mapping[str, str],
+    place: Callable[[str], str],
+    mistakes: list[str],
+) -> dict[str, Any]:
+    """A value for each field in such a table as SETTINGS; `place` is where a user finds what gives it.
 
-
-def is_plain(text: str) -> bool:
-    """Whether a program can be given this text at all."""
-    return not re.search(r"[\x00\ud800-\udfff]", text)
-
-
-def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
-    """Settings from plain values.
-
-    What is wrong is appended to `mistakes`, and then the result means nothing.
+    What is wrong is appended to `mistakes`, and counts as not given.
     """
-    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
-    mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
-    level = parse_choice(values, "LOG_LEVEL", ("info", "debug"), mistakes)
-    parse_reporting(values, mistakes)
-    data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
-    if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
-        mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
-    source = parse_store(
-        None, {key.lower(): values.get(f"SOURCE_{key}", "") for key in STORE_SUFFIXES}, mistakes
-    )
-    targets = parse_targets(values, mistakes)
-    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-    return Settings(
-        label,
-        source,
-        targets,
-        Path(data_dir),
-        level == "debug",
-        parse_number(values, "LEASE_TTL", DEFAULT_LEASE_SECONDS, LEASE_SECONDS, mistakes),
-        parse_number(values, "LEASE_WAIT", None, WAIT_SECONDS, mistakes),
-        parse_number(values, "STALL_TIMEOUT", DEFAULT_STALL_SECONDS, STALL_SECONDS, mistakes),
-        parse_choice(values, "AUDIT", ("on", "off"), mistakes) == "on",
-        parse_number(values, "MEMORY_LIMIT_MB", None, MEMORY_MB, mistakes),
-        parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
-        parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
-        parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
-        parse_choice(values, "HEADERS", ("on", "off"), mistakes) == "on",
-        parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
-        parse_destination(values, mistakes),
-    )
+    fields = {}
+    for name, (field_name, parse, default) in table.items():
+        fields[field_name] = default
+        if values.get(name, UNREADABLE) != UNREADABLE:
+            try:
+                fields[field_name] = parse(values[name])
+            except ValueError as error:
+                mistakes.append(f"{place(name)}: {error}")
+    return fields
 
 
 def parse_reporting(values: Mapping[str, str], mistakes: list[str]) -> Reporting:
     """Who is to be told of a run. What is wrong counts as not given: the others must still hear of it."""
-    metrics_file = values.get("METRICS_FILE", "")
-    if metrics_file and not metrics_file.startswith("/"):
-        metrics_file = ""
-        if values["METRICS_FILE"] != UNREADABLE:
-            mistakes.append("METRICS_FILE: write an absolute path, such as /metrics/s3borgbackup.prom")
-    return Reporting(
-        parse_choice(values, "LOG_FORMAT", ("text", "json"), mistakes) == "json",
-        parse_url(values, "HEALTHCHECK_URL", mistakes),
-        parse_url(values, "NOTIFY_URL", mistakes),
-        parse_choice(values, "NOTIFY_ON", NOTIFY_ON, mistakes),
-        metrics_file,
-    )
+    return Reporting(**parse_fields(REPORTING, values, str, mistakes))
 
 
-def parse_url(values: Mapping[str, str], name: str, mistakes: list[str]) -> str:
-    """An http(s) URL, empty where there is none. A mistake does not quote it: it is a secret as a whole."""
-    text = values.get(name, "")
-    if not text or text == UNREADABLE:
-        return ""
-    try:
-        url = urllib.parse.urlsplit(text)
-        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        (url.hostname or "").encode("idna")
-    except ValueError:
-        usable = False
-    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
-        return text
-    mistakes.append(f"{name}: is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
-    return ""
+def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
+    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
 
-
-def parse_choice(values: Mapping[str, str], name: str, choices: Sequence[str], mistakes: list[str]) -> str:
-    """One of `choices`, of which the first is the default."""
-    value = values.get(name, choices[0]).lower()
-    if value not in choices and value != UNREADABLE:
-        mistakes.append(f"{name}: write {' or '.join(choices)}")
-    return value
-
-
-def parse_number(
-    values: Mapping[str, str], name: str, default: Number, allowed: range, mistakes: list[str]
-) -> int | Number:
-    """A whole number out of `allowed`."""
-    text = values.get(name)
-    if text is None or text == UNREADABLE:
-        return default
-    if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
-        return int(text)
-    mistakes.append(f"{name}: write a whole number from {allowed[0]} to {allowed[-1]}{ABOUT.get(name, '')}")
-    return default
-
-
-STORE_SUFFIXES = ("ENDPOINT", "PATH", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION")
-
-
-def label_mistakes(label: str) -> list[str]:
-    """What is wrong with an archive name prefix."""
-    mistakes = []
-    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
-        mistakes.append(
-            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
-        )
-    elif re.search(r"-[0-9]{4}(-|$)", label):
-        mistakes.append(
-            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
-            " leave out the dash before the four digits"
-        )
-    return mistakes
+    That the source's settings are missing is no mistake unless it is needed.
+    """
+    fields = parse_fields(SETTINGS, values, str, mistakes)
+    parse_reporting(values, mistakes)
+    source = parse_store(None, {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}, mistakes)
+    targets = parse_targets(values, mistakes)
+    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
+    destination = parse_destination(values, mistakes)
+    if needs_source:
+        mistakes[:0] = missing_settings(source)
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return Settings(source=source, targets=targets, destination=destination, **fields)
 
 
 def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
     """A store from its settings by their lower-case names."""
-    bare = Store(target, "", "", "", "", "")
-    endpoint = given.get("endpoint", "")
-    if endpoint and endpoint != UNREADABLE:
-        mistakes += [f"{bare.setting('endpoint')}: {mistake}" for mistake in endpoint_mistakes(endpoint)]
     bucket, _, prefix = given.get("path", "").partition(":")
-    if bucket != UNREADABLE and given.get("path"):
-        mistakes += [f"{bare.setting('path')}: {mistake}" for mistake in path_mistakes(bucket, prefix)]
-    for key in HEADER_PARTS:
-        mistakes += header_mistakes(bare.setting(key), key, given.get(key, ""))
-    return Store(
+    store = Store(
         target,
-        endpoint.rstrip("/"),
+        given.get("endpoint", "").rstrip("/"),
         bucket,
         prefix.strip("/"),
         given.get("access_key_id", ""),
         given.get("secret_access_key", ""),
         given.get("region") or None,
     )
+    mistakes += store_mistakes(given, store.setting)
+    return store
 
 
 def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destination:
     """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
-    given, own = {}, set()
-    for suffix in STORE_SUFFIXES:
-        if value := values.get(f"RESTORE_{suffix}"):
-            own.add(suffix.lower())
-        given[suffix.lower()] = value or values.get(f"SOURCE_{suffix}", "")
-    if len(own & {"access_key_id", "secret_access_key"}) == 1:
+    shared = {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}
+    own = {key: values[name] for key in STORE_KEYS if (name := f"RESTORE_{key.upper()}") in values}
+    if len(own.keys() & {"access_key_id", "secret_access_key"}) == 1:
         mistakes.append(
             "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY: one is missing; write both, or neither"
         )
-    if "endpoint" in own and given["endpoint"] != UNREADABLE:
-        mistakes += [f"RESTORE_ENDPOINT: {mistake}" for mistake in endpoint_mistakes(given["endpoint"])]
-    for key in own.intersection(HEADER_PARTS):
-        mistakes += header_mistakes(f"RESTORE_{key.upper()}", key, given[key])
+    mistakes += store_mistakes(own, lambda key: f"RESTORE_{key.upper()}")
+    given = {**shared, **own}
     region = given["region"] if "region" in own or "endpoint" not in own else ""
     keys = given["access_key_id"], given["secret_access_key"]
-    missing = {name for name, value in given.items() if not value}
+    missing = {key for key, value in given.items() if not value}
     return Destination(
-        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own | missing)
+        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own.keys() | missing)
     )
 
 
@@ -671,16 +614,6 @@ HEADER_PARTS = {
     "secret_access_key": re.compile(r"[!-~]([ -~]*[!-~])?"),
     "region": re.compile(r"[!-~]+"),
 }
-
-
-def header_mistakes(setting: str, key: str, value: str) -> list[str]:
-    """What is wrong with a key or a region, which is not quoted."""
-    if value in ("", UNREADABLE) or HEADER_PARTS[key].fullmatch(value):
-        return []
-    reason = "has a blank or a line end around it, or a character in it that is not printable ASCII"
-    return [f"{setting}: {reason}; write it without (`printf %s`, where `echo` would add a line end)"]
-
-
 STORE_HELP = {
     "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
     "path": "write <bucket> or <bucket>:<prefix>",
@@ -689,43 +622,52 @@ STORE_HELP = {
 }
 
 
-def endpoint_mistakes(endpoint: str) -> list[str]:
-    """What is wrong with an endpoint URL."""
+def store_mistakes(given: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
+    """What is wrong with what is given of a store's settings; keys and regions are not quoted."""
+    mistakes = {}
+    for key, text in given.items():
+        if text in ("", UNREADABLE):
+            continue
+        if key == "endpoint":
+            mistakes[key] = endpoint_mistake(text)
+        elif key == "path":
+            mistakes[key] = path_mistake(text)
+        elif key in HEADER_PARTS and not HEADER_PARTS[key].fullmatch(text):
+            mistakes[key] = (
+                "has a blank or a line end around it, or a character in it that is not printable ASCII;"
+                " write it without (`printf %s`, where `echo` would add a line end)"
+            )
+    return [f"{place(key)}: {mistake}" for key, mistake in mistakes.items() if mistake]
+
+
+def endpoint_mistake(endpoint: str) -> str:
     if re.match(r"(?i)https?://[0-9a-f]*:[0-9a-f]*:", endpoint):
-        return ["an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"]
+        return "an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"
     try:
         url = urllib.parse.urlsplit(endpoint)
         port_is_wrong = url.port == 0
         (url.hostname or "").encode("idna")
     except ValueError as error:
-        return [f"is not a URL ({error}); {STORE_HELP['endpoint']}"]
-    if (
-        url.scheme not in ("http", "https")
-        or not url.hostname
-        or port_is_wrong
-        or re.search(r"[^!-~]|\\", endpoint)
-    ):
-        return [f"is not an http(s) URL; {STORE_HELP['endpoint']}"]
+        return f"is not a URL ({error}); {STORE_HELP['endpoint']}"
+    is_http = url.scheme in ("http", "https") and url.hostname and not port_is_wrong
+    if not is_http or re.search(r"[^!-~]|\\", endpoint):
+        return f"is not an http(s) URL; {STORE_HELP['endpoint']}"
     if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
-        return [
+        return (
             "must be scheme, host and port only; the bucket goes into the path, keys into their own settings"
-        ]
-    return []
+        )
+    return ""
 
 
-def path_mistakes(bucket: str, prefix: str) -> list[str]:
-    """What is wrong with the two parts of `<bucket>:<prefix>`."""
+def path_mistake(path: str) -> str:
+    bucket, _, prefix = path.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
-        return [f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"]
+        return f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"
     parts = prefix.strip("/").split("/")
     if prefix.strip("/") and any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        return [
-            "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
-        ]
-    if re.search(r"[\x00-\x1f\x7f]", prefix):
-        return ["the prefix holds a control character"]
-    return []
+        return "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
+    return "the prefix holds a control character" if re.search(r"[\x00-\x1f\x7f]", prefix) else ""
 
 
 def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Target, ...]:
@@ -740,7 +682,12 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
         )
     targets = []
     for name, given in settings.items():
-        mistakes += [f"TARGETS {json.dumps(name)}: {mistake}" for mistake in name_mistakes(name)]
+        wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
+        if wrong or len(name.encode()) > MAX_NAME_BYTES:
+            mistakes.append(
+                f"TARGETS {json.dumps(name)}: this name cannot be a mount point;"
+                " use letters, digits, '.', '_' and '-'"
+            )
         if name in secret_values:
             targets.append(parse_target(name, given, secret_values[name], mistakes))
         else:
@@ -749,14 +696,6 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
                 f" write an object with {', '.join(SECRET_KEYS)}"
             )
     return tuple(targets)
-
-
-def name_mistakes(name: str) -> list[str]:
-    """What is wrong with a target's name, which becomes part of its mount point."""
-    wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
-    if wrong or len(name.encode()) > MAX_NAME_BYTES:
-        return ["this name cannot be a mount point; use letters, digits, '.', '_' and '-'"]
-    return []
 
 
 def parse_json(
@@ -789,13 +728,9 @@ def parse_json(
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members.
-
-    Raises ValueError where one is there twice, as the first would silently be lost.
-    """
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    """A JSON object's members. Raises ValueError where one is there twice: the first would be lost."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
             raise ValueError(f"{json.dumps(name)} is there twice; keep one")
     return dict(pairs)
 
@@ -820,8 +755,7 @@ def near(word: str, words: Iterable[str]) -> str:
 def parse_target(
     name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
 ) -> Target:
-    """One target from its two JSON objects."""
-    store = Store(name, "", "", "", "", "")
+    place = Store(name, "", "", "", "", "").setting
     texts = {}
     for key, value in {**given, **secret}.items():
         if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
@@ -829,36 +763,34 @@ def parse_target(
         if isinstance(value, str) and is_plain(value):
             texts[key] = value
         elif value is not None:
-            mistake = NOT_PLAIN if isinstance(value, str) else "write a JSON string"
-            mistakes.append(f"{store.setting(key)}: {mistake}")
+            mistakes.append(f"{place(key)}: {NOT_PLAIN if isinstance(value, str) else 'write a JSON string'}")
             texts[key] = UNREADABLE
-    encryption = texts.get("encryption", DEFAULT_ENCRYPTION)
-    if encryption not in ENCRYPTION_MODES:
-        mistakes.append(f"{store.setting('encryption')}: unknown mode; {near(encryption, ENCRYPTION_MODES)}")
-    compression = texts.get("compression", DEFAULT_COMPRESSION)
-    if mistake := compression_mistake(compression):
-        mistakes.append(f"{store.setting('compression')}: {mistake}")
+    fields = parse_fields(TARGET_TEXTS, texts, place, mistakes)
     passphrase = texts.get("borg_passphrase", "")
-    if mistake := passphrase_mistake(passphrase, encryption):
-        mistakes.append(f"{store.setting('borg_passphrase')}: {mistake}")
-    prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
-    compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
-    check = parse_check(store.setting("check"), texts.get("check", ""), mistakes)
+    if fields["encryption"] == "none":
+        pass  # it has no use for one
+    elif not passphrase:
+        words = "is missing; `openssl rand -base64 48` makes a good one (one line)"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    elif passphrase.endswith("\n") or "\r" in passphrase:
+        words = "holds a line end, which borg would not take as part of it; remove it"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    compact = given.get("compact", True)
+    if isinstance(compact, bool):
+        compact = DEFAULT_COMPACT_PERCENT if compact else None
+    elif not (isinstance(compact, int) and 0 <= compact <= 100):
+        mistakes.append(f"{place('compact')}: write true, false, or a threshold in percent from 0 to 100")
     store = parse_store(name, texts, mistakes)
     mistakes += missing_settings(store)
-    must_match = "encryption" in texts
-    return Target(name, store, passphrase, encryption, must_match, compression, prune, compact, check)
+    return Target(
+        name, store, passphrase, must_match="encryption" in texts, compact_percent=compact, **fields
+    )
 
 
-def passphrase_mistake(passphrase: str, encryption: str) -> str | None:
-    """What is wrong with a passphrase; mode `none` has no use for one."""
-    if encryption == "none":
-        return None
-    if not passphrase:
-        return "is missing; `openssl rand -base64 48` makes a good one (one line)"
-    if passphrase.endswith("\n") or "\r" in passphrase:
-        return "holds a line end, which borg would not take as part of it; remove it"
-    return None
+def parse_encryption(text: str) -> str:
+    if text not in ENCRYPTION_MODES:
+        raise ValueError(f"unknown mode; {near(text, ENCRYPTION_MODES)}")
+    return text
 
 
 COMPRESSION_LEVELS = {"none": None, "lz4": None, "zstd": (1, 22), "zlib": (0, 9), "lzma": (0, 9)}
@@ -866,51 +798,36 @@ OBFUSCATION_LEVELS = {*range(1, 7), *range(110, 124), 250}
 COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
 
 
-def compression_mistake(specification: str) -> str | None:
-    """What borg would refuse in a compression specification (`borg help compression`), else None."""
+def parse_compression(specification: str) -> str:
+    """Refuses what borg would refuse (`borg help compression`)."""
     name, *rest = specification.split(",")
     if name == "auto" and rest:
-        return compression_mistake(",".join(rest)) if rest[0] != "obfuscate" else "obfuscate goes before auto"
-    if name == "obfuscate" and len(rest) >= 2:
+        if rest[0] == "obfuscate":
+            raise ValueError("obfuscate goes before auto")
+        parse_compression(",".join(rest))
+    elif name == "obfuscate" and len(rest) >= 2:
         if not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) in OBFUSCATION_LEVELS):
-            return "the level of obfuscate is 1-6, 110-123 or 250"
-        return compression_mistake(",".join(rest[1:]))
-    if name not in COMPRESSION_LEVELS or len(rest) > 1:
-        return COMPRESSION_HELP
-    levels = COMPRESSION_LEVELS[name]
-    if rest and (levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0])):
-        return COMPRESSION_HELP
-    if rest and levels and not levels[0] <= int(rest[0]) <= levels[1]:
-        return f"the level of {name} is {levels[0]} to {levels[1]}"
-    return None
+            raise ValueError("the level of obfuscate is 1-6, 110-123 or 250")
+        parse_compression(",".join(rest[1:]))
+    elif name not in COMPRESSION_LEVELS or len(rest) > 1:
+        raise ValueError(COMPRESSION_HELP)
+    elif rest:
+        levels = COMPRESSION_LEVELS[name]
+        if levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0]):
+            raise ValueError(COMPRESSION_HELP)
+        if not levels[0] <= int(rest[0]) <= levels[1]:
+            raise ValueError(f"the level of {name} is {levels[0]} to {levels[1]}")
+    return specification
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Parses options; raises ValueError with what is wrong."""
+    """Parses options; raises ValueError with what is wrong, where argparse would end the program."""
 
     def __init__(self) -> None:
-        """Knows no options yet."""
         super().__init__(add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError where argparse would end the program."""
         raise ValueError(message)
-
-
-class PruneParser(OptionParser):
-    """The options of `borg prune` that a target's `prune` may hold."""
-
-    def __init__(self) -> None:
-        """Declares the options as borg 1.4 has them."""
-        super().__init__()
-        for names in KEEP_OPTIONS:
-            self.add_argument(*names, type=int, dest=names[-1], metavar="N")
-        self.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
-        self.add_argument("-c", "--checkpoint-interval", type=int)
-        for flag in ("--list", "--stats", "--quick-stats", "--save-space", "--force", "--verbose", "--info"):
-            self.add_argument(
-                *({"--stats": ["-s"], "--verbose": ["-v"]}.get(flag, [])), flag, action="store_true"
-            )
 
 
 KEEP_OPTIONS = (
@@ -924,6 +841,12 @@ KEEP_OPTIONS = (
     ("--keep-3monthly",),
     ("-y", "--keep-yearly"),
 )
+KEEP_HELP = "write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
+PRUNE_HELP = {
+    "-n": "it would prune nothing: leave `prune` out instead",
+    "--dry-": "it would prune nothing: leave `prune` out instead",
+    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
+}
 
 
 def keep_interval(text: str) -> str:
@@ -933,67 +856,55 @@ def keep_interval(text: str) -> str:
     return text
 
 
-def parse_prune(setting: str, text: str, mistakes: list[str]) -> tuple[str, ...]:
-    """The words of a target's `prune`; a mistake where borg would refuse them or where they keep nothing."""
+def parse_prune(text: str) -> tuple[str, ...]:
+    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
+    parser = OptionParser()
+    for names in KEEP_OPTIONS:
+        parser.add_argument(*names, type=int, dest=names[-1], metavar="N")
+    parser.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
+    parser.add_argument("-c", "--checkpoint-interval", type=int)
+    for flag in ("--list", "--quick-stats", "--save-space", "--force", "--info"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-s", "--stats", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
     try:
         words = shlex.split(text)
-        options, unknown = PruneParser().parse_known_args(words)
+        options, unknown = parser.parse_known_args(words)
     except ValueError as error:
-        mistakes.append(f"{setting}: {error}; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6")
-        return ()
+        raise ValueError(f"{error}; {KEEP_HELP}") from None
     given = {
         name: value
         for name, value in vars(options).items()
         if name.startswith("--keep") and value is not None
     }
     if unknown:
-        mistakes.append(
-            f"{setting}: {unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
+        raise ValueError(
+            f"{unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
         )
-    elif words and not options.keep_within and not any(given.values()):
-        mistakes.append(
-            f"{setting}: keeps nothing; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
-        )
-    elif len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
-        mistakes.append(f"{setting}: --keep-13weekly and --keep-3monthly exclude each other; keep one")
+    if words and not options.keep_within and not any(given.values()):
+        raise ValueError(f"keeps nothing; {KEEP_HELP}")
+    if len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
+        raise ValueError("--keep-13weekly and --keep-3monthly exclude each other; keep one")
     return tuple(words)
-
-
-PRUNE_HELP = {
-    "-n": "it would prune nothing: leave `prune` out instead",
-    "--dry-": "it would prune nothing: leave `prune` out instead",
-    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
-}
-
-
-def parse_compact(setting: str, value: object, mistakes: list[str]) -> int | None:
-    """borg's compaction threshold in percent from `true`, `false` or a number."""
-    if isinstance(value, bool):
-        return DEFAULT_COMPACT_PERCENT if value else None
-    if isinstance(value, int) and 0 <= value <= 100:
-        return value
-    mistakes.append(f"{setting}: write true, false, or a threshold in percent from 0 to 100")
-    return None
 
 
 CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600}  # in seconds
-CHECK_HELP = (
-    "write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
-    " units are s, m, h, periods day, week, month"
-)
 
 
-def parse_check(setting: str, text: str, mistakes: list[str]) -> CheckPlan | None:
+def parse_check(text: str) -> CheckPlan | None:
     """A target's `check`: a duration or `full`, and a period where it is not done in each run."""
-    if text in ("", UNREADABLE):
+    if not text:
         return None
     amount, slash, every = text.partition("/")
     seconds = None if amount == "full" else parse_duration(amount)
     if (seconds or amount == "full") and (every in CHECK_PERIODS if slash else True):
         return CheckPlan(seconds, every)
-    mistakes.append(f"{setting}: {text!r} is not understood; {CHECK_HELP}")
-    return None
+    raise ValueError(
+        f"{text!r} is not understood;"
+        " write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
+        " units are s, m, h, periods day, week, month"
+    )
 
 
 def parse_duration(text: str) -> int | None:
@@ -1002,22 +913,25 @@ def parse_duration(text: str) -> int | None:
     return int(found[1]) * TIME_UNITS[found[2]] if found else None
 
 
+# As SETTINGS, for a target's settings that are texts.
+TARGET_TEXTS = {
+    "encryption": ("encryption", parse_encryption, DEFAULT_ENCRYPTION),
+    "compression": ("compression", parse_compression, DEFAULT_COMPRESSION),
+    "prune": ("prune", parse_prune, ()),
+    "check": ("check", parse_check, None),
+}
+
+
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
     """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
-    mistakes = []
-    for index, first in enumerate(stores):
-        for second in stores[index + 1 :]:
-            same_bucket = (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
-            if not (first.bucket and same_bucket):
-                continue
-            if first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(
-                first.key_prefix
-            ):
-                mistakes.append(
-                    f"{second.setting('path')}: overlaps {first.setting('path')}"
-                    f" ({second.location} and {first.location} on one server); give each a place of its own"
-                )
-    return mistakes
+    return [
+        f"{second.setting('path')}: overlaps {first.setting('path')}"
+        f" ({second.location} and {first.location} on one server); give each a place of its own"
+        for first, second in itertools.combinations(stores, 2)
+        if first.bucket
+        and (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
+        and (first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(first.key_prefix))
+    ]
 
 
 def endpoint_key(store: Store) -> tuple[str, int | None]:
@@ -1063,46 +977,22 @@ def canonical_request(
     )
 
 
-def string_to_sign(canonical: str, when: datetime, region: str, service: str = "s3") -> str:
-    """Task 2: the string to sign."""
-    scope = f"{when:%Y%m%d}/{region}/{service}/aws4_request"
-    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
-    return f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
-
-
-def signing_key(secret_access_key: str, when: datetime, region: str, service: str = "s3") -> bytes:
-    """Task 3, first half: the key derived for one day, region and service."""
-    key = f"AWS4{secret_access_key}".encode()
-    for part in (f"{when:%Y%m%d}", region, service, "aws4_request"):
-        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    return key
-
-
 def authorization(
-    method: str,
-    path: str,
-    query: Sequence[tuple[str, str]],
-    headers: Mapping[str, str],
-    payload_hash: str,
-    access_key_id: str,
-    secret_access_key: str,
-    when: datetime,
-    region: str,
+    canonical: str, access_key_id: str, secret_access_key: str, when: datetime, region: str
 ) -> str:
-    """Task 3: the value of the Authorization header."""
-    text = string_to_sign(canonical_request(method, path, query, headers, payload_hash), when, region)
-    signature = hmac.new(
-        signing_key(secret_access_key, when, region), text.encode(), hashlib.sha256
-    ).hexdigest()
-    signed_headers = ";".join(sorted(name.lower() for name in headers))
-    credential = f"{access_key_id}/{when:%Y%m%d}/{region}/s3/aws4_request"
-    return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={signed_headers},Signature={signature}"
+    """Tasks 2 and 3: the value of the Authorization header, from the canonical request."""
+    scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
+    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
+    text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
+    key = f"AWS4{secret_access_key}".encode()
+    for part in (f"{when:%Y%m%d}", region, "s3", "aws4_request", text):  # with the last one it signs
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    names = canonical.split("\n")[-2]
+    return f"AWS4-HMAC-SHA256 Credential={access_key_id}/{scope},SignedHeaders={names},Signature={key.hex()}"
 
 
 @dataclass(frozen=True)
 class S3Object:
-    """One line of a listing."""
-
     key: str
     size_bytes: int
     last_modified: datetime
@@ -1279,14 +1169,11 @@ class S3Client:
             )
 
     def tags(self, key: str) -> dict[str, str]:
-        """An object's tags."""
         root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
-        space = root.tag[: root.tag.find("}") + 1]
-        tags = root.iter(f"{space}Tag")
-        return {tag.findtext(f"{space}Key", ""): tag.findtext(f"{space}Value", "") for tag in tags}
+        tags = root.iterfind(".//{*}Tag")
+        return {tag.findtext("{*}Key", ""): tag.findtext("{*}Value", "") for tag in tags}
 
     def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
-        """The bytes from the first to the last of an object, and its headers."""
         answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
         whole = answer.status == 200 and first == 0  # an object that has no more
         if len(answer.body) == last - first + 1 and (
@@ -1304,12 +1191,11 @@ class S3Client:
         try:
             return self.request("GET", key)
         except S3Error as error:
-            if error.code == "NoSuchKey" or (error.status == 403 and not self._is_listed(key)):
+            if error.code == "NoSuchKey":
+                return None
+            if error.status == 403 and not any(entry.key == key for entry in self.list_page(key, limit=1)[0]):
                 return None
             raise
-
-    def _is_listed(self, key: str) -> bool:
-        return any(entry.key == key for entry in self.list_page(key, limit=1)[0])
 
     def put(
         self,
@@ -1374,20 +1260,17 @@ class S3Client:
     def _exchange(
         self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Signs and sends one request and reads the answer to its end."""
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
-        host = self._url.netloc
         headers = {
             **extra,
-            "Host": host,
+            "Host": self._url.netloc,
             "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
             "x-amz-content-sha256": payload_hash,
         }
+        canonical = canonical_request(method, path, query, headers, payload_hash)
         keys = (self.store.access_key_id, self.store.secret_access_key)
-        headers["Authorization"] = authorization(
-            method, path, query, headers, payload_hash, *keys, when, self.region
-        )
+        headers["Authorization"] = authorization(canonical, *keys, when, self.region)
         target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
         connection, is_new = self._connection()
         sent = boot_seconds()
@@ -1438,7 +1321,6 @@ class S3Client:
         return True
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
-        """The error for an answer that is not success, in S3's own words."""
         code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
         message = xml_text(answer.body, "Message") or http_reason(answer.status)
         if answer.status in REDIRECTS and not xml_text(answer.body, "Code"):
@@ -1452,7 +1334,6 @@ class S3Client:
     def _error(
         self, status: int, code: str, message: str, asked_for: str = "", permission: str = ""
     ) -> S3Error:
-        """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
         default = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
         hint = S3_HINTS.get(str(status)) or S3_HINTS.get(f"{asked_for} {code}", default)
@@ -1499,13 +1380,18 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     space = root.tag[: root.tag.find("}") + 1]
     is_encoded = root.findtext(f"{space}EncodingType") == "url"
     decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
-    objects = [
-        parse_entry_of(listed, decode)
-        for listed in (
-            {element.tag[len(space) :]: element.text or "" for element in entry}
-            for entry in root.iter(f"{space}Contents")
-        )
-    ]
+    objects = []
+    for entry in root.iter(f"{space}Contents"):
+        listed = {element.tag[len(space) :]: element.text or "" for element in entry}
+        key = decode(listed.get("Key", ""))
+        try:
+            modified = datetime.fromisoformat(listed.get("LastModified", ""))
+            size_bytes = int(listed.get("Size", ""))
+        except ValueError as error:
+            raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
+        # S3's times are UTC, also where a server does not say so.
+        modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+        objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
     if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
         return objects, None
     if token := root.findtext(f"{space}NextContinuationToken"):
@@ -1514,19 +1400,6 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     if not keys or keys != sorted(keys):
         raise ValueError("a page of the listing is truncated, and does not say how it goes on")
     return objects, ("start-after", keys[-1])
-
-
-def parse_entry_of(listed: Mapping[str, str], decode: Callable[[str], str]) -> S3Object:
-    """An object from the elements of its entry in a listing. Raises ValueError."""
-    key = decode(listed.get("Key", ""))
-    try:
-        modified = datetime.fromisoformat(listed.get("LastModified", ""))
-        size_bytes = int(listed.get("Size", ""))
-    except ValueError as error:
-        raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
-    # S3's times are UTC, also where a server does not say so.
-    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-    return S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"'))
 
 
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
@@ -1538,16 +1411,12 @@ def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
 def xml_text(body: bytes, name: str) -> str:
     """The text of the first element `name` in an XML error document, empty where there is none."""
     try:
-        for element in ElementTree.fromstring(body).iter():
-            if element.tag.rpartition("}")[2] == name:
-                return (element.text or "").strip()
+        return (ElementTree.fromstring(body).findtext(f".//{{*}}{name}") or "").strip()
     except ElementTree.ParseError:
-        pass
-    return ""
+        return ""
 
 
 def http_reason(status: int) -> str:
-    """The standard phrase for an HTTP status."""
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
@@ -1575,7 +1444,6 @@ def headers_of(answer: Answer) -> dict[str, str]:
 
 
 def describe_fault(fault: Exception) -> str:
-    """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
 
 
@@ -1844,25 +1712,6 @@ def boot_seconds() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class SignalEvent(ctypes.Structure):
-    """`struct sigevent` of <signal.h>; sigev_notify 0 is SIGEV_SIGNAL."""
-
-    _fields_ = (
-        ("sigev_value", ctypes.c_void_p),
-        ("sigev_signo", ctypes.c_int),
-        ("sigev_notify", ctypes.c_int),
-        ("padding", ctypes.c_byte * 48),
-    )
-
-
-class TimerSpec(ctypes.Structure):
-    """`struct itimerspec` of <time.h>."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_long) for name in ("interval_sec", "interval_nsec", "value_sec", "value_nsec")
-    )
-
-
 class DeadMansSwitch:
     """Has the kernel kill this process, and with it its children, unless the moment is put off in time.
 
@@ -1872,10 +1721,9 @@ class DeadMansSwitch:
     """
 
     def __init__(self) -> None:
-        """Makes the timer; it does not run yet."""
         self._timer = ctypes.c_void_p()
-        event = SignalEvent(None, signal.SIGKILL, 0)
-        if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
+        event = struct.pack("Pii48x", 0, signal.SIGKILL, 0)  # `struct sigevent` of <signal.h>; SIGEV_SIGNAL
+        if LIBC.timer_create(time.CLOCK_BOOTTIME, event, ctypes.byref(self._timer)):
             raise BackupError(
                 f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
                 "Let the container's seccomp profile allow it.",
@@ -1884,11 +1732,11 @@ class DeadMansSwitch:
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
         whole = int(at_boot_seconds)
-        spec = TimerSpec(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
-        LIBC.timer_settime(self._timer, TIMER_ABSTIME, ctypes.byref(spec), None)
+        # `struct itimerspec` of <time.h>: no interval; seconds and nanoseconds
+        spec = (ctypes.c_long * 4)(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
+        LIBC.timer_settime(self._timer, TIMER_ABSTIME, spec, None)
 
     def close(self) -> None:
-        """Removes the timer."""
         LIBC.timer_delete(self._timer)
 
 
@@ -1896,28 +1744,31 @@ class NoSwitch(DeadMansSwitch):
     """For who only reads under a lease: going on late harms nobody."""
 
     def __init__(self) -> None:
-        """Makes no timer."""
+        pass
 
     def arm(self, at_boot_seconds: float) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as its object says."""
+    """Who holds a lease, as its object says, and how that was when we looked at it."""
 
     run_id: str
     host: str
     purpose: str
     since: str
     ttl_seconds: int
+    etag: str = ""
+    age_seconds: float = 0.0  # since its last renewal, by the server's clock
 
     def body(self, number: int) -> bytes:
         """The object's content. No two writes are alike, as equal content would have equal ETags."""
-        return json.dumps({**dataclasses.asdict(self), "write": number}).encode()
+        fields = {name: value for name, value in vars(self).items() if name not in ("etag", "age_seconds")}
+        return json.dumps({**fields, "write": number}).encode()
 
     @classmethod
     def parse(cls, body: bytes) -> Holder:
@@ -1931,45 +1782,23 @@ class Holder:
             return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
 
     def __str__(self) -> str:
-        """Who it is, in a few words."""
         return f"{self.purpose} on {self.host}, since {self.since}"
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """A lease object as it was when we looked."""
-
-    holder: Holder
-    etag: str
-    age_seconds: float  # since its last renewal, by the server's clock
 
     @property
     def has_expired(self) -> bool:
-        """Whether anybody may take it."""
-        return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
+        return self.age_seconds > self.ttl_seconds + LEASE_MARGIN_SECONDS
 
 
-def look_at_lease(client: S3Client) -> Sighting | None:
+def look_at_lease(client: S3Client) -> Holder | None:
     """The lease object as it is now; None where there is none. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{LEASE_NAME}")
     if not answer:
         return None
     now, then = answer.time("Date"), answer.time("Last-Modified")
     age = (now - then).total_seconds() if now and then else 0.0
-    return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
-
-
-class Member(Protocol):
-    """What works under a lease: a child process."""
-
-    def send(self, signum: int) -> None:
-        """Sends it a signal."""
-
-    def hold(self, why: str) -> None:
-        """Stops it (SIGSTOP) until all who hold it let it go."""
-
-    def let_go(self, why: str) -> None:
-        """Has it go on (SIGCONT), as far as `why` is concerned."""
+    return dataclasses.replace(
+        Holder.parse(answer.body), etag=answer.headers.get("etag", ""), age_seconds=age
+    )
 
 
 class Lease:
@@ -2006,11 +1835,11 @@ class Lease:
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
-        self._members: list[Member] = []
+        self._members: list[Child] = []
         self._lock, self.is_over = threading.RLock(), threading.Event()
         self._switch = switch or DeadMansSwitch()
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
+            threading.Thread(target=target, daemon=True) for target in (self._renew, self._guard)
         ]
 
     def acquire(self, wait_seconds: float | None) -> None:
@@ -2023,29 +1852,36 @@ class Lease:
         while current := self._try_to_take():
             first = first or current
             waited = boot_seconds() - start
-            limit = current.holder.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
-            is_alive = current.etag != first.etag
-            if waited >= (limit if wait_seconds is None else wait_seconds) or (
-                wait_seconds is None and is_alive
-            ):
+            limit, is_alive = wait_seconds, False
+            if wait_seconds is None:
+                limit, is_alive = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS, current.etag != first.etag
+            if waited >= limit or is_alive:
                 raise StillRunning(
-                    f"{self._client.store.name}: another run works on this repository: {current.holder}",
+                    f"{self._client.store.name}: another run works on this repository: {current}",
                     "Let it finish, or wait for it with LEASE_WAIT.",
                 )
             if current is first:
-                ours = current.holder.run_id == self._holder.run_id
-                who = "its first try" if ours else current.holder
+                who = "its first try" if current.run_id == self._holder.run_id else current
                 self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
-            self._pause(min(2.0, current.holder.ttl_seconds / 10))
+            self._pause(min(2.0, current.ttl_seconds / 10))
         if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
             self._arm()
             for thread in self._threads:
                 thread.start()
             self.enforced = self._is_enforced()
-        if not self.enforced:
-            self._go_without()
+        if self.enforced:
+            return
+        self._end_threads()
+        self._switch.arm(0)
+        self.suspended = False
+        self._notice(
+            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
+            " cannot exclude each other: see to it that only one works on the repository at a time"
+        )
+        with contextlib.suppress(S3Error):
+            self._client.delete(self._key)
 
-    def _try_to_take(self) -> Sighting | None:
+    def _try_to_take(self) -> Holder | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
         for _ in range(5):
             try:
@@ -2059,13 +1895,13 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            holder, ours = current.holder, self._holder
-            is_ours = (holder.run_id, holder.since) == (ours.run_id, ours.since)  # a run may try twice
+            ours = self._holder
+            is_ours = (current.run_id, current.since) == (ours.run_id, ours.since)  # a run may try twice
             if not (is_ours or current.has_expired):
                 return current
             if self._write(self._client, {"If-Match": current.etag}):
                 if not is_ours:
-                    self._notice(f"an expired lease is taken over: {current.holder}")
+                    self._notice(f"an expired lease is taken over: {current}")
                 return None
         raise BackupError(
             f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
@@ -2112,18 +1948,7 @@ class Lease:
                 raise
             return False
 
-    def _go_without(self) -> None:
-        self._end_threads()
-        self._switch.arm(0)
-        self.suspended = False
-        self._notice(
-            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
-            " cannot exclude each other: see to it that only one works on the repository at a time"
-        )
-        with contextlib.suppress(S3Error):
-            self._client.delete(self._key)
-
-    def add(self, member: Member) -> None:
+    def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
         with self._lock:
             self._members.append(member)
@@ -2133,10 +1958,7 @@ class Lease:
                 member.hold(HELD_BY_LEASE)
 
     def write(self, request: Callable[[S3Client], object]) -> None:
-        """Has `request` write to the store while the lease holds, and again while S3 fails.
-
-        Raises S3Error, Stuck, and what `pause` raises.
-        """
+        """Has `request` write under the lease, and again while S3 fails. Raises S3Error, Stuck, Stopped."""
         give_up = time.monotonic() + self._patience_seconds
         while True:
             with self._lock:
@@ -2170,30 +1992,27 @@ class Lease:
         if self.lost:
             raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
 
-    def _renew_on(self) -> None:
-        """The renewing thread's life."""
+    def _renew(self) -> None:
         ttl = self._holder.ttl_seconds
         while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
-                self._renew()
+                if not self._write(self._renewing_client, {"If-Match": self._etag}):
+                    current = look_at_lease(self._renewing_client)
+                    if current is None or current.run_id != self._holder.run_id:
+                        who = current or "its object was deleted"
+                        self._lose(f"the lease on the repository was lost ({who})")
+                        return
+                    self._write(self._renewing_client, {"If-Match": current.etag})
             except S3Error as error:
                 self._trouble = str(error)
-
-    def _renew(self) -> None:
-        if not self._write(self._renewing_client, {"If-Match": self._etag}):
-            current = look_at_lease(self._renewing_client)
-            if current is None or current.holder.run_id != self._holder.run_id:
-                who = current.holder if current else "its object was deleted"
-                self._lose(f"the lease on the repository was lost ({who})")
-                return
-            self._write(self._renewing_client, {"If-Match": current.etag})
-        with self._lock:
-            self._arm()
-            if self.suspended and self._is_fresh:
-                self.suspended = False
-                self._notice("the lease is renewed: the work goes on")
-                for member in self._members:
-                    member.let_go(HELD_BY_LEASE)
+                continue
+            with self._lock:
+                self._arm()
+                if self.suspended and self._is_fresh:
+                    self.suspended = False
+                    self._notice("the lease is renewed: the work goes on")
+                    for member in self._members:
+                        member.let_go(HELD_BY_LEASE)
 
     def _guard(self) -> None:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
@@ -2240,29 +2059,9 @@ def refuses_conditions(error: S3Error) -> bool:
     return error.status == 501 or error.code in ("NotImplemented", "InvalidArgument")
 
 
-@contextlib.contextmanager
-def leased(
-    client: S3Client,
-    holder: Holder,
-    wait_seconds: float | None,
-    patience_seconds: float,
-    notice: Callable[[str], None],
-    pause: Callable[[float], None],
-    switch: DeadMansSwitch | None = None,
-) -> Iterator[Lease]:
-    """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, patience_seconds, notice, pause, switch)
-    try:
-        lease.acquire(wait_seconds)
-        yield lease
-    finally:
-        lease.release()
-
-
 # ------------------------------------------------------------------------------------------------ Processes
 
 Result = TypeVar("Result")
-
 
 DEFECT = "this is a defect of the program, please report it"
 
@@ -2277,16 +2076,15 @@ class Console:
     def __init__(
         self, debug: bool, as_json: bool = False, run_id: str = "", environ: Mapping[str, str] | None = None
     ) -> None:
-        """`debug` shows the lines that are otherwise left out.
-
-        Without an `environ` that allows it there are no colours.
-        """
+        """`debug` shows further lines; colours are for an `environ` that allows them."""
         self.debug_is_shown = debug
         self.as_json = as_json
         self.troubles = Troubles()
         self.secrets: Collection[str] = ()  # that no traceback may show
         self._run_id = run_id
-        self._colours = not as_json and environ is not None and allows_colours(environ)
+        # https://no-color.org
+        unwelcome = as_json or environ is None or environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self._colours = not unwelcome
         self._lock = threading.Lock()
         self._stream = sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
@@ -2301,22 +2099,17 @@ class Console:
 
     def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
-        self._print("info", name, text, event, numbers)
+        self._print("info", name, text, event, **numbers)
 
     def debug(self, name: str, text: str) -> None:
-        """Something that only a search for a fault is interested in."""
         if self.debug_is_shown:
             self._print("debug", name, text)
 
     def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """Something that did not go as planned and did not stop the work."""
-        self.troubles.add("warning", name, text)
-        self._print("warning", name, text, event, numbers)
+        self._print("warning", name, text, event, **numbers)
 
     def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """A failure."""
-        self.troubles.add("error", name, text)
-        self._print("error", name, text, event, numbers)
+        self._print("error", name, text, event, **numbers)
 
     def defect(self, name: str, error: BaseException) -> None:
         """An exception that nobody foresaw. Its words may be anybody's, and quote what is secret."""
@@ -2326,24 +2119,20 @@ class Console:
             print(trace, end="", file=sys.stderr)
 
     def plain(self, text: str) -> None:
-        """Text of several lines, such as a table."""
         for line in text.splitlines():
             self._print("info", "", line)
 
     def progress(self, name: str, text: str, /, **numbers: Any) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
         now = time.monotonic()
-        if self._terminal:
-            self._show_live(now, name, text)
-        elif now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
-            self._progress_due[name] = now + PROGRESS_SECONDS
-            self.info(name, text, "progress", **numbers)
-
-    def _show_live(self, now: float, name: str, text: str) -> None:
-        """One line for all that are at work; who has been silent for a while is at work no more."""
+        if not self._terminal:
+            if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
+                self._progress_due[name] = now + PROGRESS_SECONDS
+                self.info(name, text, "progress", **numbers)
+            return
         with self._lock, contextlib.suppress(OSError):
             self._latest_progress[name] = now, text
-            shown = {
+            shown = {  # one line for all that are at work; who has been silent for a while is so no more
                 name: text
                 for name, (when, text) in self._latest_progress.items()
                 if now - when < LIVE_SECONDS
@@ -2353,40 +2142,27 @@ class Console:
             print(f"\r\033[K{''.join(parts).rstrip()}", end="", file=self._stream, flush=True)
             self._progress_is_shown = True
 
-    def _print(
-        self,
-        level: str,
-        name: str,
-        text: str,
-        event: str = "message",
-        numbers: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _print(self, level: str, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
+        if level in COLOURS:
+            self.troubles.add(level, name, text)
         stream = sys.stderr if level in COLOURS else self._stream
+        now = datetime.now(UTC)
         if self.as_json:
-            line = json_line(datetime.now(UTC), level, self._run_id, name, event, text, numbers or {})
+            line = json_line(now, level, self._run_id, name, event, text, numbers)
         else:
-            line = self._text_line(level, name, text, self._colours and stream.isatty())
+            label = f"{level}: " if level in COLOURS else ""
+            if label and self._colours and stream.isatty():
+                label = f"\033[{COLOURS[level]}m{level}:\033[0m "
+            clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
+            line = f"{clock}{f'[{name}] ' if name else ''}{label}{printable(text)}"
         with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
             if self._progress_is_shown:
                 print("\r\033[K", end="", file=self._stream, flush=True)
                 self._progress_is_shown = False
             print(line, file=stream, flush=True)
 
-    def _text_line(self, level: str, name: str, text: str, colours: bool) -> str:
-        """A line for people. Only the word `warning` or `error` is coloured."""
-        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
-        label = f"{level}: " if level in COLOURS else ""
-        if label and colours:
-            label = f"\033[{COLOURS[level]}m{level}:\033[0m "
-        return f"{clock}[{name}] {label}{printable(text)}" if name else f"{label}{printable(text)}"
-
 
 COLOURS = {"warning": 33, "error": 31}  # yellow and red (ECMA-48, "Select Graphic Rendition")
-
-
-def allows_colours(environ: Mapping[str, str]) -> bool:
-    """Whether colours are welcome on a terminal (https://no-color.org)."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def json_line(
@@ -2411,24 +2187,20 @@ class Troubles:
     """The warnings and errors that were printed: the first of either kind, and how many more there are."""
 
     def __init__(self) -> None:
-        """None."""
         self.more = 0
         self._named: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
 
     def add(self, level: str, name: str, text: str) -> None:
-        """Takes in a line about `name`."""
         if len(self._named[level]) < MAX_TROUBLES:
             self._named[level].append((name, " ".join(text.split())))
         else:
             self.more += 1
 
     def about(self, level: str, names: Iterable[str]) -> list[str]:
-        """The errors or warnings about one of `names`."""
         names = set(names)
         return [text for name, text in self._named[level] if name in names]
 
     def names(self) -> list[str]:
-        """What there are any about."""
         return list(dict.fromkeys(name for named in self._named.values() for name, _ in named))
 
     def lines(self) -> list[str]:
@@ -2449,20 +2221,15 @@ class Stop:
     """The stop signals that came. Handlers only note them; whoever waits asks."""
 
     def __init__(self) -> None:
-        """Nothing came yet."""
         self.signals: list[int] = []
 
     def install(self) -> None:
         """Takes over SIGTERM, SIGINT and SIGHUP. Only the main thread may call this."""
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.signals.append(signum)
+            signal.signal(signum, lambda signum, _frame: self.signals.append(signum))
 
     @property
     def requested(self) -> bool:
-        """Whether the work is to end."""
         return bool(self.signals)
 
     @property
@@ -2499,8 +2266,6 @@ class Report:
 
 @dataclass
 class Runtime:
-    """What every part of a run needs."""
-
     settings: Settings
     environ: Mapping[str, str]
     console: Console
@@ -2510,8 +2275,15 @@ class Runtime:
 
     @property
     def run_id(self) -> str:
-        """What tells this run from all others."""
         return self.report.run_id
+
+
+PIPES = {
+    "stdin": subprocess.DEVNULL,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "start_new_session": True,
+}
 
 
 class Child:
@@ -2526,24 +2298,13 @@ class Child:
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
-        on_output: Callable[[str], None],
-        on_error: Callable[[str], None],
+        on_output: Callable[[str], None] | None,
+        on_error: Callable[[str], None] | None,
         pass_fds: Sequence[int] = (),
         dies_with_us: bool = True,
-    ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **pipes)
-        self._look_after((self._process.stdout, on_output), (self._process.stderr, on_error))
-
-    def _start(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        pass_fds: Sequence[int],
-        dies_with_us: bool,
         **how: Any,
     ) -> None:
+        """Starts the process, with pipes unless `how` tells Popen otherwise. Raises BackupError."""
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -2551,19 +2312,20 @@ class Child:
                 pass_fds=pass_fds,
                 # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
                 preexec_fn=die_with_parent if dies_with_us else None,
-                **how,
+                **(how or PIPES),
             )
         except OSError as error:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
-
-    def _look_after(self, *streams: tuple[IO[bytes], Callable[[str], None]]) -> None:
-        """Reads these streams, and waits for the end."""
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
-        self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
+        self._readers = [
+            threading.Thread(target=read_lines, args=(stream, on_line), daemon=True)
+            for stream, on_line in ((self._process.stdout, on_output), (self._process.stderr, on_error))
+            if on_line
+        ]
         for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
             thread.start()
 
@@ -2575,7 +2337,6 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id."""
         return self._process.pid
 
     def wait(self, seconds: float) -> int | None:
@@ -2604,7 +2365,6 @@ class Child:
                     self.send(signal.SIGCONT)
 
     def is_held(self, why: str) -> bool:
-        """Whether it is stopped for this reason."""
         return why in self._holders
 
     def kill(self) -> bool:
@@ -2627,10 +2387,7 @@ class StreamedChild(Child):
         on_error: Callable[[str], None],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **pipes)
-        self._look_after((self._process.stderr, on_error))
+        super().__init__(argv, env, None, on_error, pass_fds)
 
         def work() -> None:
             with self._process.stdout as stream:
@@ -2650,18 +2407,17 @@ class ForegroundChild(Child):
     """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
 
     It is the terminal's foreground process group, as a shell's command would be: it may read from the
-    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on.
+    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on. Only the main
+    thread may start it.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
-        """Starts the process. Raises BackupError when it cannot be started. Only for the main thread."""
         self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
         before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
         try:
-            self._start(argv, env, pass_fds, dies_with_us=True, process_group=0)
+            super().__init__(argv, env, None, None, pass_fds, process_group=0)
         finally:
             signal.signal(signal.SIGTSTP, before)
-        self._look_after()
 
     @contextlib.contextmanager
     def in_foreground(self) -> Iterator[None]:
@@ -2700,7 +2456,6 @@ def die_with_parent() -> None:
 
 
 def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
-    """Hands each line of `stream` to `on_line` until its end."""
     with stream:
         for line in stream:
             on_line(line.decode("utf-8", "replace").rstrip("\n"))
@@ -2726,13 +2481,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Stillness:
-    """How long nothing has moved.
-
-    Each meter returns a number that grows by 1 or more where there is progress.
-    """
+    """How long no meter has moved, whose numbers grow by 1 or more where there is progress."""
 
     def __init__(self, meters: Sequence[Callable[[], float]]) -> None:
-        """The time runs from now on."""
         self._meters, self._moved_at = meters, time.monotonic()
         self._before = [meter() for meter in meters]
 
@@ -2760,10 +2511,7 @@ class StallClock:
         beside: Callable[[], float] | None = None,
         hasty: bool = True,
     ) -> None:
-        """The time runs from now on.
-
-        About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
-        """
+        """About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count."""
         self._seconds, self._mounts = seconds, mounts
         self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
         self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
@@ -2832,17 +2580,6 @@ def terminate(child: Child, stop: Stop) -> None:
         if stop.hurried or time.monotonic() > give_up:
             child.kill()
             return
-
-
-def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int, str]:
-    """Runs a small program and returns exit code and output; 124 when it took longer than `seconds`."""
-    lines: list[str] = []
-    child = Child(argv, env, lines.append, lines.append)
-    code = child.wait(seconds)
-    if code is None:
-        child.kill()
-        return 124, "no answer"
-    return code, " ".join(lines)
 
 
 def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
@@ -2919,21 +2656,17 @@ def container_memory_mb(root: Path = Path("/")) -> int:
         lines = []
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in CGROUP_FILES:
+        if not controllers:
+            folder, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
             continue
-        folder, name = CGROUP_FILES[kind]
         path = Path(group.lstrip("/"))
         for part in (path, *path.parents):
             with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
                 limits.append(int((root / folder / part / name).read_text(encoding="ascii")))
     return min(limits) // 1_000_000
-
-
-CGROUP_FILES = {
-    "": ("sys/fs/cgroup", "memory.max"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-}
 
 
 def targets_at_once(settings: Settings, memory_mb: int) -> int:
@@ -2968,24 +2701,6 @@ def piece_bytes(window_bytes: int) -> int:
     return min(max(window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
 
 
-def read_ahead_flags(store: Store, memory_mb: int, cache_mb: int) -> list[str]:
-    """How much TigrisFS reads ahead by itself, with sizes that are safe with such a cache.
-
-    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
-    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
-    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
-    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
-    """
-    if store.target is None:
-        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
-        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
-    else:
-        large_kb = cache_mb * 1024 // 16
-        ahead_kb, part_kb = 1024, large_kb // 2
-    flags = {"--read-ahead": ahead_kb, "--read-ahead-large": large_kb, "--read-ahead-parallel": part_kb}
-    return [word for flag, kilobytes in flags.items() for word in (flag, str(kilobytes))]
-
-
 def tigrisfs_command(
     store: Store,
     region: str,
@@ -2993,10 +2708,7 @@ def tigrisfs_command(
     read_only: bool,
     sizes: Sequence[str],
 ) -> list[str]:
-    """The command line that mounts `store`; its keys go through the environment.
-
-    `sizes` are its flags for memory (`memory_flags`).
-    """
+    """The command line that mounts `store`, with `memory_flags`; its keys go through the environment."""
     return [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
@@ -3010,7 +2722,6 @@ def tigrisfs_command(
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *("--http-timeout", READ_TIMEOUT if read_only else WRITE_TIMEOUT),
         *("--max-parallel-parts", PARALLEL_PARTS),
-        *store.mount_flags,
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
@@ -3018,9 +2729,27 @@ def tigrisfs_command(
 
 
 def memory_flags(settings: Settings, memory_mb: int, store: Store) -> list[str]:
-    """TigrisFS's flags for its cache, and for what it reads ahead."""
+    """TigrisFS's flags for its cache, and for what it reads ahead by itself, in sizes that are safe.
+
+    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
+    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
+    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
+    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
+    """
     cache_mb = data_cache_mb(memory_mb, store, targets_at_once(settings, memory_mb))
-    return ["--memory-limit", str(cache_mb), *read_ahead_flags(store, memory_mb, cache_mb)]
+    if store.target is None:
+        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
+        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
+    else:
+        large_kb = cache_mb * 1024 // 16
+        ahead_kb, part_kb = 1024, large_kb // 2
+    sizes = {
+        "--memory-limit": cache_mb,
+        "--read-ahead": ahead_kb,
+        "--read-ahead-large": large_kb,
+        "--read-ahead-parallel": part_kb,
+    }
+    return [word for flag, number in sizes.items() for word in (flag, str(number))]
 
 
 def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
@@ -3050,13 +2779,9 @@ SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF",
 
 
 class TigrisLog:
-    """Reads TigrisFS's log.
-
-    Warnings and errors are shown under the mount's name, the rest only when debugging.
-    """
+    """TigrisFS's log. Warnings and errors are shown under the mount's name, the rest when debugging."""
 
     def __init__(self, name: str, console: Console) -> None:
-        """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.failed_uploads = 0
@@ -3070,7 +2795,6 @@ class TigrisLog:
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
 
     def feed(self, line: str) -> None:
-        """Takes one line."""
         try:
             entry = json.loads(line)
             level, message = str(entry.get("level", "warn")), str(entry.get("message", "")).strip()
@@ -3089,41 +2813,32 @@ class TigrisLog:
             if match[1] in self.arrived:  # it repeats that as long as it lives
                 return
             self.unfinished.add(match[1])
-        self._note_refusal(message)
+        now = time.monotonic()
+        match = REFUSED_WRITE.match(message)
+        if match and int(match[4]) not in RETRIED_STATUSES and match[2] not in PASSING_CODES:
+            times, last = self._refused.get(match[1], (0, now))
+            times = times + 1 if now - last < COMPLAINT_SECONDS else 1
+            self._refused[match[1]] = (times, now)
+            if times >= REFUSED_TIMES:
+                self._refusal = (match[1], match[2], match[3], match[4])
         self.complaints.append(message)
         if message.startswith("Conflict detected"):
             self.lost = "; ".join(list(self.complaints)[-2:])
         self.failed_uploads += message.startswith("Failed to flush")
-        self.complained_at = time.monotonic()
-        self._show(f"tigrisfs: {message}")
-
-    def _note_refusal(self, message: str) -> None:
-        match, now = REFUSED_WRITE.match(message), time.monotonic()
-        if not match or int(match[4]) in RETRIED_STATUSES or match[2] in PASSING_CODES:
-            return
-        times, last = self._refused.get(match[1], (0, now))
-        times = times + 1 if now - last < COMPLAINT_SECONDS else 1
-        self._refused[match[1]] = (times, now)
-        if times >= REFUSED_TIMES:
-            self._refusal = (match[1], match[2], match[3], match[4])
-
-    def _show(self, text: str) -> None:
-        now = time.monotonic()
+        self.complained_at = now
         if now - self._window_start > 60:
             if self._hidden:
-                self._console.warning(
-                    self._name, f"tigrisfs: {self._hidden} more such lines in the last minute"
-                )
+                words = f"tigrisfs: {self._hidden} more such lines in the last minute"
+                self._console.warning(self._name, words)
             self._window_start, self._shown, self._hidden = now, 0, 0
         if self._shown < COMPLAINTS_A_MINUTE:
             self._shown += 1
-            self._console.warning(self._name, text)
+            self._console.warning(self._name, f"tigrisfs: {message}")
         else:
             self._hidden += 1
 
     @property
     def is_complaining(self) -> bool:
-        """Whether it complained a short while ago."""
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
@@ -3133,19 +2848,13 @@ class TigrisLog:
 
     @property
     def reason(self) -> str:
-        """What it complained about last."""
         return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
 
 
-def mount_table() -> dict[str, str]:
-    """Mount point -> file system type in this process's mount namespace."""
-    return parse_mount_table(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
-
-
-def parse_mount_table(text: str) -> dict[str, str]:
-    """Mount point -> file system type from the text of /proc/PID/mountinfo, proc(5)."""
+def mount_table(source: Path = Path("/proc/self/mountinfo")) -> dict[str, str]:
+    """Mount point -> file system type in this process's mount namespace, proc(5)."""
     table = {}
-    for line in text.splitlines():
+    for line in source.read_bytes().decode("utf-8", "surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
         raw = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
         table[raw] = rest.split(" ")[0]
@@ -3173,7 +2882,6 @@ class Mount:
     ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
-        """Begins to note when tigrisfs has moved something, and be it in vain."""
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
         self._stillness = Stillness([lambda: (io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges) / unit])
 
@@ -3185,7 +2893,6 @@ class Mount:
 
     @property
     def is_alive(self) -> bool:
-        """Whether somebody serves it."""
         return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
@@ -3224,10 +2931,7 @@ class Mount:
             self._find_arrived(key)
 
     def answers(self) -> bool:
-        """Whether S3 answers us, and we may write where we want to.
-
-        Raises S3Error when the keys or the bucket are gone.
-        """
+        """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
         try:
             self.ask(self.client)
         except S3Error as error:
@@ -3306,7 +3010,7 @@ def mounted(
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
     mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
-    over = threading.Event()
+    over, failure = threading.Event(), None
     try:
         if lease:
             lease.add(child)
@@ -3314,20 +3018,19 @@ def mounted(
             in_background(lambda: keep_awake(mount, over))
         yield mount
     except BaseException as error:
+        failure = error
+        raise
+    finally:
         over.set()
-        if isinstance(error, Stuck) or not mount.usable:
+        if isinstance(failure, Stuck) or not mount.usable:
             abandon(runtime, mount)
         else:
             try:
                 unmount(runtime, mount)
-            except BackupError as second:  # the first error is the one to raise
-                runtime.console.warning(store.name, str(second))
-        raise
-    over.set()
-    if mount.usable:
-        unmount(runtime, mount)
-    else:
-        abandon(runtime, mount)
+            except BackupError as second:
+                if not failure:
+                    raise
+                runtime.console.warning(store.name, str(second))  # the first error is the one to raise
 
 
 @contextlib.contextmanager
@@ -3443,10 +3146,7 @@ NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
-    """Detaches a mount that nobody serves any more; returns whether it was one.
-
-    Raises BackupError when it does not answer.
-    """
+    """Whether a mount was dead, and is detached now. Raises BackupError when it does not answer."""
     try:
         probe_mount(runtime, store, path)
     except OSError as error:
@@ -3504,12 +3204,8 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
     lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay
     cached for METADATA_TTL.
     """
-
-    def walk() -> None:
-        for _ in walk_files(mount.store, mount.path):
-            pass
-
-    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", in_background(walk))
+    work = in_background(lambda: deque(walk_files(mount.store, mount.path), maxlen=0))
+    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", work)
 
 
 def until_done(
@@ -3544,11 +3240,14 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
         number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
         if number != errno.EPERM:
             return os.strerror(number) if number else ""
-        argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-        code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
+        child = Child(argv, minimal_environment(runtime.environ, ()), lines.append, lines.append)
     except BackupError as error:
         return error.message
-    return words or f"fusermount3 ended with {code}" if code else ""
+    if (code := child.wait(MOUNT_SECONDS)) is None:
+        child.kill()
+        return "no answer"
+    return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
 
 
 def unmount(runtime: Runtime, mount: Mount) -> None:
@@ -3586,19 +3285,8 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
 
-def flush_patience(runtime: Runtime, mount: Mount) -> float:
-    """How many seconds the upload after an unmount may take, as long as it makes progress."""
-    if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
-        return HURRIED_FLUSH_SECONDS
-    failing = runtime.stop.requested and mount.log.is_complaining
-    return FAILING_FLUSH_SECONDS if failing else math.inf
-
-
 def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
-    """The exit code of tigrisfs, which ends when everything is uploaded.
-
-    Kills it when that takes too long.
-    """
+    """The exit code of tigrisfs, which ends when all is uploaded, and is killed when that takes too long."""
     start, told = time.monotonic(), False
     stall = StallClock(runtime.settings.stall_seconds, [mount])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
@@ -3612,9 +3300,14 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
             runtime.console.info(
                 mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
             )
+        limit = math.inf  # as long as it makes progress
+        if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
+            limit = HURRIED_FLUSH_SECONDS
+        elif runtime.stop.requested and mount.log.is_complaining:
+            limit = FAILING_FLUSH_SECONDS
         try:
             stall.check(lambda: f"{mount.store.name}: the upload does not end: {mount.log.reason}")
-            if waited > flush_patience(runtime, mount):
+            if waited > limit:
                 raise BackupError(
                     f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
                     "What borg wrote last is not in the bucket; the archives of earlier runs are.",
@@ -5563,9 +5256,12 @@ def held(
         runtime.console.warning(name, text)
 
     patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    waits = settings.lease_wait_seconds
-    with leased(client, holder, waits, patience_seconds, notice or warn, runtime.stop.wait, switch) as lease:
+    lease = Lease(client, holder, patience_seconds, notice or warn, runtime.stop.wait, switch)
+    try:
+        lease.acquire(settings.lease_wait_seconds)
         yield lease
+    finally:
+        lease.release()
 
 
 CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
@@ -7762,7 +7458,7 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             sum(repository.files.values()),
             str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
             Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
-            str(lease.holder) if lease and not lease.has_expired else "",
+            str(lease) if lease and not lease.has_expired else "",
         )
 
 
@@ -9997,7 +9693,8 @@ def chosen_destination(settings: Settings, location: str) -> Destination:
     """The bucket to restore into. Raises ConfigurationError."""
     bucket, _, prefix = location.partition(":")
     store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistake = path_mistake(location)
+    mistakes = [f"--to-bucket: {mistake}"] if mistake else []
     mistakes += missing_settings(store) if bucket else []
     for target in settings.targets:
         mistakes += overlap_mistakes([target.store, store])
