@@ -9909,71 +9909,13 @@ def tell_end(runtime: Runtime, store: Store) -> int:
 KEEP_COMMAND = "_keep"
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A parsed command line."""
-
-    command: str
-    names: tuple[str, ...] = ()  # all words that are no options
-    options: Mapping[str, Any] = field(default_factory=dict)  # without their dashes
-
-
-@dataclass(frozen=True)
-class Takes:
-    """How many words a command takes, and what these are."""
-
-    least: int
-    most: float
-    what: str
-
-
-NOTHING = Takes(0, 0, "no names")
-A_STORE = Takes(1, 1, "one name: source or target-<name>")
-STORES = Takes(0, math.inf, "names: source or target-<name>")
-A_TARGET = Takes(1, 1, "one name, that of a target")
-TARGETS = Takes(0, math.inf, "names of targets")
-
-
-@dataclass(frozen=True)
-class Command:
-    """What can be typed: help, parsing and what is done come from here."""
-
-    usage: str  # what follows the command's name
-    about: str
-    takes: Takes
-    run: Callable[[Runtime, Arguments], int]
-    declare: Callable[[OptionParser], object] = lambda _: None  # its options
-    needs_source: bool = False  # whether the source has to be configured
-    prints_data: bool = False  # on standard output, so that all else goes to standard error
-    mistake: Callable[[Arguments], str] = lambda _: ""  # what else is wrong with a command line
-
-
-def declare_read_write(parser: OptionParser) -> None:
-    """The option of `mount`."""
-    parser.add_argument(
-        "--read-write", action="store_true", help="so that objects can be restored into the source"
-    )
-
-
-def declare_json(parser: OptionParser) -> None:
-    """The option of what can answer to a program."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-
-def declare_key_forms(parser: OptionParser) -> None:
-    """The options of `key-export`."""
-    forms = parser.add_mutually_exclusive_group()
-    for option, what in (
-        ("--paper", "to print, and to type in again"),
-        ("--qr-html", "as HTML with a QR code"),
-    ):
-        forms.add_argument(option, dest="form", action="store_const", const=[option], default=[], help=what)
-
-
-def mount_mistake(arguments: Arguments) -> str:
-    """What is wrong with `mount NAME --read-write`: targets are always mounted so."""
-    wrong = arguments.options["read_write"] and arguments.names != ("source",)
-    return "`--read-write` goes with `mount source`" if wrong else ""
+NOTHING = (0, 0, "no names")
+A_STORE = (1, 1, "one name: source or target-<name>")
+STORES = (0, math.inf, "names: source or target-<name>")
+A_TARGET = (1, 1, "one name, that of a target")
+TARGETS = (0, math.inf, "names of targets")
+A_TARGET_AND_PATHS = (1, math.inf, "the name of a target, and keys or folders of keys")
+A_TARGET_AND_WORDS = (2, math.inf, "the name of a target and a command of borg")
 
 
 def a_value(text: str) -> str:
@@ -9983,91 +9925,45 @@ def a_value(text: str) -> str:
     return text
 
 
-def declare_restore(parser: OptionParser) -> None:
-    """The options of `restore`."""
-    parser.add_argument("--archive", type=a_value, metavar="NAME", help="this one, instead of the newest")
-    parser.add_argument(
-        "--at",
-        type=a_value,
-        metavar="TIME",
-        help="the newest one until then: local time, such as 2025-01-31T03:00; or with a zone, +01:00 or Z",
-    )
-    parser.add_argument("--to", metavar="DIR", help="restore into this folder")
-    parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
-    parser.add_argument(
-        "--metadata", metavar="FILE", help="write the objects' headers and tags there, a JSON object a line"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="what is there with other content, headers or tags, too"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
+def a_sample(text: str) -> Sample:
+    sample = Sample.parse(text)
+    if not sample:
+        raise argparse.ArgumentTypeError(SAMPLE_HELP)
+    return sample
 
 
-def restore_mistake(arguments: Arguments) -> str:
-    """What is wrong with the words of `restore`."""
-    options = arguments.options
-    if (options["to"] is None) == (options["to_bucket"] is None):
-        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
-    if options["archive"] and options["at"]:
-        return "`restore` takes --archive NAME or --at TIME, not both"
-    if options["to"] == "":
-        return "--to: name a folder"
-    if any(not path.strip("/") for path in arguments.names[1:]):
-        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
-    try:
-        end_of_time(options["at"] or "2025-01-31")
-    except (ValueError, OverflowError):
-        return f"--at: {options['at']!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
-    return ""
+def a_duration(text: str) -> int:
+    seconds = parse_duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
+    return seconds
 
 
-def chosen_destination(settings: Settings, location: str) -> Destination:
-    """The bucket to restore into. Raises ConfigurationError."""
-    bucket, _, prefix = location.partition(":")
-    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
-    mistakes += missing_settings(store) if bucket else []
-    for target in settings.targets:
-        mistakes += overlap_mistakes([target.store, store])
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return store
-
-
-def command_restore(runtime: Runtime, arguments: Arguments) -> int:
-    """An archive, back where it can be used."""
-    options, (name, *paths) = arguments.options, arguments.names
+def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
+    settings, (name, *paths) = runtime.settings, given.names
     order = Order(
         tuple(paths),
-        options["archive"] or "",
-        end_of_time(options["at"]) if options["at"] else None,
-        Path(options["to"]) if options["to"] else None,
-        chosen_destination(runtime.settings, options["to_bucket"])
-        if options["to_bucket"] is not None
-        else None,
-        Path(options["metadata"]) if options["metadata"] else None,
-        options["overwrite"],
-        options["dry_run"],
+        given.archive or "",
+        end_of_time(given.at) if given.at else None,
+        Path(given.to) if given.to else None,
+        chosen_destination(settings, given.to_bucket) if given.to_bucket is not None else None,
+        Path(given.metadata) if given.metadata else None,
+        given.overwrite,
+        given.dry_run,
     )
-    return restore(runtime, chosen_target(runtime.settings, name), order)
+    return restore(runtime, chosen_target(settings, name), order)
 
 
-def command_run(runtime: Runtime, arguments: Arguments) -> int:
-    """A backup."""
-    return run_backup(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_mount(runtime: Runtime, arguments: Arguments) -> int:
+def command_mount(runtime: Runtime, given: argparse.Namespace) -> int:
     """A mount that lives on; or, as its keeper, its life."""
-    store, read_write = chosen_store(runtime.settings, arguments.names[0]), arguments.options["read_write"]
-    if arguments.command == KEEP_COMMAND:
-        return keep_mounted(runtime, store, read_write or store.target is not None)
-    return mount_manually(runtime, store, read_write or store.target is not None)
+    store = chosen_store(runtime.settings, given.names[0])
+    work = keep_mounted if given.command == KEEP_COMMAND else mount_manually
+    return work(runtime, store, given.read_write or store.target is not None)
 
 
-def command_umount(runtime: Runtime, arguments: Arguments) -> int:
+def command_umount(runtime: Runtime, given: argparse.Namespace) -> int:
     """The end of such mounts, of all without names."""
-    stores = [chosen_store(runtime.settings, name) for name in arguments.names]
+    stores = [chosen_store(runtime.settings, name) for name in given.names]
     if not stores:
         stores = [store for store in runtime.settings.stores if is_kept(runtime, store)]
     if not stores:
@@ -10084,189 +9980,213 @@ def command_umount(runtime: Runtime, arguments: Arguments) -> int:
     return max(codes)
 
 
-def command_list(runtime: Runtime, arguments: Arguments) -> int:
-    """The archives."""
-    targets = chosen_targets(runtime.settings, arguments.names)
-    return list_archives(runtime, targets, arguments.options["json"])
-
-
-def command_info(runtime: Runtime, arguments: Arguments) -> int:
-    """What is known about targets."""
-    return show_info(runtime, chosen_targets(runtime.settings, arguments.names), arguments.options["json"])
-
-
-def command_maintain(runtime: Runtime, arguments: Arguments) -> int:
-    """What repositories need now and then."""
-    return maintain(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
-    """A repository's key."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    return export_key(runtime, target, arguments.options["form"])
-
-
-def declare_verify(parser: OptionParser) -> None:
-    """The options of `verify`."""
-    parser.add_argument(
-        "--archive", type=a_value, metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
-    )
-    parser.add_argument(
-        "--sample",
-        type=a_sample,
-        default=DEFAULT_SAMPLE,
-        metavar="N",
-        help=f"how many objects are proved: a number, a share such as 1%%, or all (default {DEFAULT_SAMPLE})",
-    )
-    parser.add_argument("--seed", type=int, help="choose the same sample as when this seed was printed")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def a_sample(text: str) -> Sample:
-    """A sample, for an option."""
-    sample = Sample.parse(text)
-    if not sample:
-        raise argparse.ArgumentTypeError(SAMPLE_HELP)
-    return sample
-
-
-def command_verify(runtime: Runtime, arguments: Arguments) -> int:
-    """A verification."""
-    target, options = chosen_target(runtime.settings, arguments.names[0]), arguments.options
-    seed = secrets.randbelow(10**9) if options["seed"] is None else options["seed"]
-    return run_verify(runtime, target, options["archive"], options["sample"], seed, options["json"])
-
-
-def declare_check(parser: OptionParser) -> None:
-    """The options of `check`."""
-    parser.add_argument(
-        "--max-duration",
-        type=a_duration,
-        metavar="TIME",
-        help="check for at most so long (such as 30m) from where the last such slice stopped: segments only",
-    )
-    parser.add_argument(
-        "--verify-data", action="store_true", help="decrypt and verify each piece of data, too"
+def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    seed = secrets.randbelow(10**9) if given.seed is None else given.seed
+    return run_verify(
+        runtime, target, given.archive, given.sample or a_sample(DEFAULT_SAMPLE), seed, given.json
     )
 
 
-def a_duration(text: str) -> int:
-    """Seconds, for an option."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
-    return seconds
+def command_check(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    return run_check(runtime, target, CheckPlan(given.max_duration), given.verify_data)
 
 
-def check_mistake(arguments: Arguments) -> str:
-    """What is wrong with a command line of `check`."""
-    both = arguments.options["max_duration"] and arguments.options["verify_data"]
-    return "`--verify-data` looks at everything: leave out `--max-duration`" if both else ""
+def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
+    form = ["--paper"] if given.paper else ["--qr-html"] if given.qr_html else []
+    return export_key(runtime, chosen_target(runtime.settings, given.names[0]), form)
 
 
-def command_check(runtime: Runtime, arguments: Arguments) -> int:
-    """A check."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    plan = CheckPlan(arguments.options["max_duration"])
-    return run_check(runtime, target, plan, arguments.options["verify_data"])
-
-
-def command_borg(runtime: Runtime, arguments: Arguments) -> int:
-    """Any command of borg."""
-    name, *words = arguments.names
-    return run_borg(runtime, chosen_target(runtime.settings, name), words)
-
-
-COMMANDS = {
-    "run": Command(
-        "[NAME...]",
-        "back up to all targets, or to the named ones (this is what no command at all does)",
-        TARGETS,
-        command_run,
-        needs_source=True,
-    ),
-    "check-config": Command(
-        "",
-        "check the configuration and ask every store whether it is usable; changes nothing",
-        NOTHING,
-        lambda runtime, _: check_config(runtime),
-        needs_source=True,
-    ),
-    "list": Command(
-        "[NAME...] [--json]",
-        "show the archives of all targets, or of the named ones",
-        TARGETS,
-        command_list,
-        declare_json,
-        prints_data=True,
-    ),
-    "info": Command(
-        "[NAME...] [--json]",
-        "show size, last run, key and last check of all targets, or of the named ones",
-        TARGETS,
-        command_info,
-        declare_json,
-        prints_data=True,
-    ),
-    "maintain": Command(
-        "[NAME...]",
-        "prune, compact and check all targets, or the named ones; needs no source",
-        TARGETS,
-        command_maintain,
-    ),
-    "key-export": Command(
-        "NAME [--paper|--qr-html]",
-        "print the key of a repository: keep it, with the passphrase, elsewhere",
-        A_TARGET,
-        command_key_export,
-        declare_key_forms,
-        prints_data=True,
-    ),
-    "verify": Command(
-        "NAME",
-        "compare an archive with the live bucket, and prove the content of a sample of it",
-        A_TARGET,
-        command_verify,
-        declare_verify,
-        needs_source=True,
-        prints_data=True,
-    ),
-    "check": Command(
-        "NAME",
-        "check a repository with `borg check`, whole or for some time; never repairs",
-        A_TARGET,
-        command_check,
-        declare_check,
-        mistake=check_mistake,
-    ),
-    "borg": Command(
-        "NAME ARGS...",
-        "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
-        Takes(2, math.inf, "the name of a target and a command of borg"),
-        command_borg,
-        prints_data=True,
-    ),
-    "restore": Command(
-        "NAME [PATH...]",
-        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
-        Takes(1, math.inf, "the name of a target, and keys or folders of keys"),
-        command_restore,
-        declare_restore,
-        mistake=restore_mistake,
-    ),
-    "mount": Command(
-        "NAME",
-        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
-        A_STORE,
-        command_mount,
-        declare_read_write,
-        mistake=mount_mistake,
-    ),
-    "umount": Command(
-        "[NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount
-    ),
+PARSERS: dict[str, OptionParser] = {}  # of what follows a command's name
+OPTION_TYPES = {
+    "--archive": a_value,
+    "--at": a_value,
+    "--max-duration": a_duration,
+    "--sample": a_sample,
+    "--seed": int,
 }
-HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
+
+
+def command(
+    usage: str,
+    about: str,
+    takes: tuple[int, float, str],
+    run: Callable[[Runtime, argparse.Namespace], int],
+    options: Mapping[str, str] | None = None,
+    alternatives: bool = False,
+    needs_source: bool = False,
+    prints_data: bool = False,
+) -> None:
+    """Declares what can be typed, and what is done then.
+
+    `takes` is how many words that are no options, at least and at most, and what these are; `options` tell
+    what follows them, and their help; `alternatives` exclude each other. A command that `needs_source` does
+    nothing without its configuration; one that `prints_data` does so on standard output, so that all else
+    goes to standard error.
+    """
+    parser, name = OptionParser(), usage.partition(" ")[0]
+    parser.prog, parser.usage, parser.description = name, usage, about
+    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
+    group = parser.add_mutually_exclusive_group() if alternatives else parser
+    known = []
+    for words, text in (options or {}).items():
+        word, _, value = words.partition(" ")
+        known.append(word)
+        if value:
+            group.add_argument(word, metavar=value, type=OPTION_TYPES.get(word), help=text)
+        else:
+            group.add_argument(word, action="store_true", help=text)
+    parser.set_defaults(command=name, takes=takes, run=run, known=known)
+    parser.set_defaults(needs_source=needs_source, prints_data=prints_data)
+    PARSERS[name] = parser
+
+
+JSON = {"--json": "print JSON, for programs"}
+READ_WRITE = {"--read-write": "so that objects can be restored into the source"}
+command(
+    "run [NAME...]",
+    "back up to all targets, or to the named ones (this is what no command at all does)",
+    TARGETS,
+    lambda runtime, given: run_backup(runtime, chosen_targets(runtime.settings, given.names)),
+    needs_source=True,
+)
+command(
+    "check-config",
+    "check the configuration and ask every store whether it is usable; changes nothing",
+    NOTHING,
+    lambda runtime, _: check_config(runtime),
+    needs_source=True,
+)
+command(
+    "list [NAME...] [--json]",
+    "show the archives of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: list_archives(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+    prints_data=True,
+)
+command(
+    "info [NAME...] [--json]",
+    "show size, last run, key and last check of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: show_info(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+    prints_data=True,
+)
+command(
+    "maintain [NAME...]",
+    "prune, compact and check all targets, or the named ones; needs no source",
+    TARGETS,
+    lambda runtime, given: maintain(runtime, chosen_targets(runtime.settings, given.names)),
+)
+command(
+    "key-export NAME [--paper|--qr-html]",
+    "print the key of a repository: keep it, with the passphrase, elsewhere",
+    A_TARGET,
+    command_key_export,
+    {"--paper": "to print, and to type in again", "--qr-html": "as HTML with a QR code"},
+    alternatives=True,
+    prints_data=True,
+)
+command(
+    "verify NAME",
+    "compare an archive with the live bucket, and prove the content of a sample of it",
+    A_TARGET,
+    command_verify,
+    {
+        "--archive ARCHIVE": "which one; the newest of BACKUP_LABEL by default",
+        "--sample N": "how many objects are proved: a number, a share such as 1%%, or all"
+        f" (default {DEFAULT_SAMPLE})",
+        "--seed SEED": "choose the same sample as when this seed was printed",
+        "--json": "print the result as JSON",
+    },
+    needs_source=True,
+    prints_data=True,
+)
+command(
+    "check NAME",
+    "check a repository with `borg check`, whole or for some time; never repairs",
+    A_TARGET,
+    command_check,
+    {
+        "--max-duration TIME": "check for at most so long (such as 30m) from where the last such slice"
+        " stopped: segments only",
+        "--verify-data": "decrypt and verify each piece of data, too",
+    },
+)
+command(
+    "borg NAME ARGS...",
+    "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
+    A_TARGET_AND_WORDS,
+    lambda runtime, given: run_borg(
+        runtime, chosen_target(runtime.settings, given.names[0]), given.names[1:]
+    ),
+    prints_data=True,
+)
+command(
+    "restore NAME [PATH...]",
+    "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
+    A_TARGET_AND_PATHS,
+    command_restore,
+    {
+        "--archive NAME": "this one, instead of the newest",
+        "--at TIME": "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone,"
+        " +01:00 or Z",
+        "--to DIR": "restore into this folder",
+        "--to-bucket BUCKET[:PREFIX]": "restore into this bucket",
+        "--metadata FILE": "write the objects' headers and tags there, a JSON object a line",
+        "--overwrite": "what is there with other content, headers or tags, too",
+        "--dry-run": "only tell what would be done",
+    },
+)
+command(
+    "mount NAME",
+    "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
+    A_STORE,
+    command_mount,
+    READ_WRITE,
+)
+command("umount [NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount)
+COMMANDS = dict(PARSERS)  # those that a person types
+command(f"{KEEP_COMMAND} NAME", "", A_STORE, command_mount, READ_WRITE)
+
+
+def usage_mistake(given: argparse.Namespace) -> str:
+    """What is wrong with a command line as a whole; empty where nothing is."""
+    if given.command == "mount" and given.read_write and given.names != ["source"]:
+        return "`--read-write` goes with `mount source`"  # targets are always mounted so
+    if given.command == "check" and given.max_duration and given.verify_data:
+        return "`--verify-data` looks at everything: leave out `--max-duration`"
+    if given.command != "restore":
+        return ""
+    if (given.to is None) == (given.to_bucket is None):
+        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
+    if given.archive and given.at:
+        return "`restore` takes --archive NAME or --at TIME, not both"
+    if given.to == "":
+        return "--to: name a folder"
+    if any(not path.strip("/") for path in given.names[1:]):
+        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
+    try:
+        end_of_time(given.at or "2025-01-31")
+    except (ValueError, OverflowError):
+        return f"--at: {given.at!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
+    return ""
+
+
+def chosen_destination(settings: Settings, location: str) -> Destination:
+    """The bucket to restore into. Raises ConfigurationError."""
+    bucket, _, prefix = location.partition(":")
+    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
+    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistakes += missing_settings(store) if bucket else []
+    for target in settings.targets:
+        mistakes += overlap_mistakes([target.store, store])
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return store
+
 
 GREETING = """\
 s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
@@ -10308,57 +10228,26 @@ exit codes:
 USAGE_COLUMNS = 22  # of a command and what follows it, in the help
 
 
-def help_text() -> str:
-    """The answer to `--help`."""
-    lines = []
-    for name, command in COMMANDS.items():
-        usage = f"{name} {command.usage}".rstrip()
-        lines += [f"  {usage}"] if len(usage) >= USAGE_COLUMNS else []
-        lines.append(f"  {usage if len(usage) < USAGE_COLUMNS else '':{USAGE_COLUMNS}}{command.about}")
-    return HELP.format(commands="\n".join(lines))
-
-
-def command_help(name: str) -> str:
-    """The answer to `COMMAND --help`."""
-    command = COMMANDS[name]
-    parser = OptionParser()
-    parser.prog, parser.usage, parser.description = name, f"{name} {command.usage}".rstrip(), command.about
-    command.declare(parser)
-    return parser.format_help()
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's meaning. Raises ConfigurationError with what is wrong."""
     name, *words = argv or ["run"]
-    command = {**COMMANDS, **HIDDEN_COMMANDS}.get(name)
-    if command is None:
+    if name not in PARSERS:
         raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
-    options: dict[str, Any] = {}
-    if name != "borg":  # whose words are for borg to judge
-        options, words = parse_options(name, command, words)
-    if not command.takes.least <= len(words) <= command.takes.most:
-        raise ConfigurationError([f"`{name}` takes {command.takes.what} (see --help)"])
-    arguments = Arguments(name, tuple(words), options)
-    if mistake := command.mistake(arguments):
-        raise ConfigurationError([mistake])
-    return arguments
-
-
-def parse_options(name: str, command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A command's options, and the other words. Raises ConfigurationError."""
-    parser = OptionParser()
-    command.declare(parser)
-    known = [word for word in parser.format_help().replace(",", " ").split() if word.startswith("--")]
-    parser.add_argument("names", nargs="*")
     try:
-        found, unknown = parser.parse_known_intermixed_args(words)
+        given, unknown = PARSERS[name].parse_known_intermixed_args([] if name == "borg" else words)
     except ValueError as error:
         raise ConfigurationError([f"`{name}`: {error} (see `{name} --help`)"]) from None
     if unknown:
-        hint = near(unknown[0].partition("=")[0], known) if known else f"`{name}` has none"
+        hint = near(unknown[0].partition("=")[0], given.known) if given.known else f"`{name}` has none"
         raise ConfigurationError([f"unknown option {unknown[0]!r}; {hint} (see `{name} --help`)"])
-    options = vars(found)
-    return options, options.pop("names")
+    if name == "borg":  # whose words are for borg to judge
+        given.names = words
+    least, most, what = given.takes
+    if not least <= len(given.names) <= most:
+        raise ConfigurationError([f"`{name}` takes {what} (see --help)"])
+    if mistake := usage_mistake(given):
+        raise ConfigurationError([mistake])
+    return given
 
 
 def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
@@ -10375,7 +10264,6 @@ def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
 
 
 def chosen_target(settings: Settings, name: str) -> Target:
-    """The target called so. Raises ConfigurationError where there is none."""
     return chosen_targets(settings, [name])[0]
 
 
@@ -10395,7 +10283,7 @@ def is_ours(argv: Sequence[str]) -> bool:
     """Whether a command line is for us. `borg` is, unless one of borg's own commands or an option follows."""
     if argv[:1] == ["borg"]:
         return len(argv) > 1 and argv[1] not in BORG_COMMANDS and not argv[1].startswith("-")
-    return not argv or argv[0].startswith("-") or argv[0] in COMMANDS or argv[0] in HIDDEN_COMMANDS
+    return not argv or argv[0].startswith("-") or argv[0] in PARSERS
 
 
 def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -10479,13 +10367,18 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
 
 def told_at_once(argv: Sequence[str]) -> str:
     """The answer to what needs no configuration: help and version; nothing where something else is asked."""
-    if argv[:1] in (["-h"], ["--help"], ["help"]):
-        return help_text()
     if argv[:1] == ["--version"]:
         return f"s3borgbackup {VERSION}\n"
     if argv and argv[0] in COMMANDS and argv[0] != "borg" and {"-h", "--help"} & set(argv):
-        return command_help(argv[0])
-    return ""
+        return COMMANDS[argv[0]].format_help()
+    if argv[:1] not in (["-h"], ["--help"], ["help"]):
+        return ""
+    lines = []
+    for parser in COMMANDS.values():
+        usage = parser.usage if len(parser.usage) < USAGE_COLUMNS else ""
+        lines += [] if usage else [f"  {parser.usage}"]
+        lines.append(f"  {usage:{USAGE_COLUMNS}}{parser.description}")
+    return HELP.format(commands="\n".join(lines))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -10524,30 +10417,30 @@ def perform(
 ) -> int:
     """Does what the command line says; prints errors and returns the exit code."""
     console, report = reporter.console, reporter.report
-    arguments = Arguments("s3borgbackup")
+    name = "s3borgbackup"
     try:
-        arguments = parse_arguments(argv)
-        command = {**COMMANDS, **HIDDEN_COMMANDS}[arguments.command]
-        if command.prints_data:
+        given = parse_arguments(argv)
+        name = given.command
+        if given.prints_data:
             console.leave_standard_output()
         if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
             console.plain(GREETING)
-        settings = read_settings(command.needs_source)
+        settings = read_settings(given.needs_source)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
-        if arguments.command in TOLD_COMMANDS:
+        if name in TOLD_COMMANDS:
             reporter.start()
-        return command.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
+        return given.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), given)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
         return error.exit_code
     except BackupError as error:
-        console.error(arguments.command, str(error))
+        console.error(name, str(error))
         return error.exit_code
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
-        console.defect(arguments.command, error)
+        console.defect(name, error)
         return EXIT_FAILURE
 
 
