@@ -3981,17 +3981,6 @@ def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
     return ["info", "--json", "--last", "2", *options, str(repository)]
 
 
-def borg_archives(repository: Path) -> list[str]:
-    """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
-    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]
-    return ["list", "--json", *options, str(repository)]
-
-
-def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
-    """Shows the key, in the form that `form`, an option, asks for."""
-    return ["key export", *form, str(repository)]
-
-
 def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
     """Archives what it is told of (FED).
 
@@ -4033,18 +4022,6 @@ def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
 def borg_compact(target: Target, repository: Path) -> list[str]:
     """Frees the space of deleted archives."""
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
-
-
-def borg_check_slice(repository: Path, seconds: float) -> list[str]:
-    """Checks segments for some seconds, from where the last slice stopped, which borg keeps in its config."""
-    slice_options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
-    return ["check", "--info", "--progress", *slice_options, str(repository)]
-
-
-def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
-    """Checks all segments, the index and the archives, and with `verify_data` each piece of data."""
-    options = ["--verify-data"] if verify_data else []
-    return ["check", "--info", "--progress", *options, str(repository)]
 
 
 def borg_find_archive(repository: Path, pattern: str) -> list[str]:
@@ -5733,21 +5710,14 @@ def check_encryption(runtime: Runtime, repository: Repository) -> None:
         raise mistake
 
 
-def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
-    """What was noted beside the repository; None where nothing was. Raises S3Error."""
+def read_note(client: S3Client, name: str) -> dict[str, Any]:
+    """What was noted beside the repository; nothing where nothing was. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{name}")
-    if not answer:
-        return None
     try:
-        noted = json.loads(answer.body)
+        noted = json.loads(answer.body) if answer else {}
     except ValueError:
         noted = {}
     return noted if isinstance(noted, dict) else {}
-
-
-def write_note(client: S3Client, name: str, **facts: object) -> None:
-    """Notes something beside the repository. Raises S3Error."""
-    client.put(f"{client.store.key_prefix}{name}", json.dumps(facts).encode())
 
 
 def utc_now(client: S3Client) -> str:
@@ -5978,12 +5948,7 @@ class CheckRecord:
     def body(self) -> bytes:
         """The object's content."""
         fields = dataclasses.asdict(self)
-        return json.dumps(
-            {
-                name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
-                for name, value in fields.items()
-            }
-        ).encode()
+        return json.dumps(fields, default=lambda when: when.isoformat(timespec="seconds")).encode()
 
     @classmethod
     def parse(cls, body: bytes, identity: str) -> CheckRecord:
@@ -6004,7 +5969,6 @@ RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """A time from its ISO form. Raises ValueError or TypeError where it has no zone, or is none."""
     return datetime.fromisoformat(text).astimezone(UTC) if text is not None else None
 
 
@@ -6025,14 +5989,9 @@ class Checked:
     clock: datetime  # the server's
 
     @property
-    def unchecked_since(self) -> datetime | None:
-        """Since when the data that is unchecked for the longest time is so; None where there is no data."""
-        return unchecked_since(self.record, self.segments)
-
-    @property
     def age(self) -> str:
         """How old the oldest unchecked data is, in a few words."""
-        since = self.unchecked_since
+        since = unchecked_since(self.record, self.segments)
         if not since:
             return "there is no data to check"
         return f"the oldest unchecked data is {age(max(0.0, (self.clock - since).total_seconds()))} old"
@@ -6040,13 +5999,11 @@ class Checked:
     @property
     def extent(self) -> str:
         """How much has been checked, in a few words."""
-        total = sum(segment.size_bytes for segment in self.segments.values())
+        total = size(sum(segment.size_bytes for segment in self.segments.values()))
         if not self.record.pass_began:
-            return f"all {size(total)}"
-        done = [number for number in self.segments if number <= self.record.segment]
-        return (
-            f"{size(sum(self.segments[number].size_bytes for number in done))} of {size(total)} in this pass"
-        )
+            return f"all {total}"
+        done = [known.size_bytes for number, known in self.segments.items() if number <= self.record.segment]
+        return f"{size(sum(done))} of {total} in this pass"
 
 
 def age(seconds: float) -> str:
@@ -6116,7 +6073,7 @@ def check_repository(
     Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
     where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
     """
-    name, start = repository.target.store.name, time.monotonic()
+    name, path, start = repository.target.store.name, repository.mount.path, time.monotonic()
     record = last_check(repository.client, repository.identity)
     began = repository.client.clock or datetime.now(UTC)
 
@@ -6125,7 +6082,11 @@ def check_repository(
 
     runtime.console.info(name, "borg check begins")
     if plan.seconds is None:
-        record = check_everything(repository, record, clock, verify_data)
+        record = dataclasses.replace(record, pass_began=clock(), segment=-1)
+        kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
+        options = ["--verify-data"] if verify_data else []
+        damage = damage_found(repository, ["check", "--info", "--progress", *options, str(path)])
+        record = after_check(record, -1, damage, kind, clock())
     else:
         record = check_slice(runtime, repository, record, clock, start + plan.seconds)
     record = dataclasses.replace(record, began=began)
@@ -6135,16 +6096,6 @@ def check_repository(
     took = duration(time.monotonic() - start)
     runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
     return checked
-
-
-def check_everything(
-    repository: Repository, record: CheckRecord, clock: Callable[[], datetime], verify_data: bool
-) -> CheckRecord:
-    """A whole pass, with the index and the archives."""
-    record = dataclasses.replace(record, pass_began=clock(), segment=-1)
-    kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
-    damage = damage_found(repository, borg_check_all(repository.mount.path, verify_data))
-    return after_check(record, -1, damage, kind, clock())
 
 
 def check_slice(
@@ -6164,7 +6115,9 @@ def check_slice(
     damage = missing_segments(runtime, repository)
     while True:
         seconds = min(ROUND_SECONDS, deadline - time.monotonic())
-        damage = damage_found(repository, borg_check_slice(path, seconds)) or damage
+        options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
+        arguments = ["check", "--info", "--progress", *options, str(path)]
+        damage = damage_found(repository, arguments) or damage
         position = borgs_position(repository)
         record = after_check(record, position, damage, CHECK_KINDS[0], clock())
         note_record(repository, record)
@@ -7508,7 +7461,6 @@ class Archive:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
         return {
             "name": self.name,
             "start": self.start.isoformat(),
@@ -7526,36 +7478,39 @@ class Contents:
     archives: tuple[Archive, ...]  # oldest first
 
     def newest(self, label: str) -> Archive | None:
-        """The last archive of a label."""
         return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"archives": [archive.as_json() for archive in self.archives]}
 
 
 def contents(repository: Repository) -> Contents:
     """Lists a repository's archives: a request for each. Raises BackupError."""
-    listed = json.loads(repository.borg.run(borg_archives(repository.borg.repository)).output)
+    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]  # the last two: see LIST_SIZES
+    path = str(repository.borg.repository)
+    listed = json.loads(repository.borg.run(["list", "--json", *options, path]).output)
     archives = tuple(Archive.parse(entry) for entry in listed["archives"])
     return Contents(listed["encryption"]["mode"], archives)
 
 
-def for_each(
-    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Result]
-) -> dict[Target, Result | BackupError]:
-    """What `ask` says about each target; an error is printed, and is that target's answer. Raises Stopped."""
-    answers: dict[Target, Result | BackupError] = {}
+def ask_each(
+    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Contents | Facts]
+) -> tuple[dict[Target, Contents | Facts], dict[str, Any], int]:
+    """What `ask` says about each target; the same for programs, with the errors; and the exit code.
+
+    An error is printed, and does not keep the others from their answers. Raises Stopped.
+    """
+    found, document, code = {}, {}, EXIT_OK
     for target in targets:
         try:
-            answers[target] = ask(target)
+            found[target] = ask(target)
+            document[target.name] = found[target].as_json()
         except Stopped:
             raise
         except BackupError as error:
             runtime.console.error(target.store.name, str(error))
-            answers[target] = error
-    return answers
-
-
-def worst_code(answers: Iterable[object]) -> int:
-    """The exit code where some of these answers are errors."""
-    return max((answer.exit_code for answer in answers if isinstance(answer, BackupError)), default=EXIT_OK)
+            document[target.name], code = {"error": str(error)}, max(code, error.exit_code)
+    return found, document, code
 
 
 def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
@@ -7565,23 +7520,7 @@ def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) ->
         with opened_for_reading(runtime, target) as repository:
             return contents(repository)
 
-    answers = for_each(runtime, targets, ask)
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)}
-            if isinstance(answer, BackupError)
-            else {"archives": [archive.as_json() for archive in answer.archives]}
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = {target: answer for target, answer in answers.items() if isinstance(answer, Contents)}
-        emit("\n".join(table(archive_rows(found))) if found else "")
-    return worst_code(answers.values())
-
-
-def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
-    """The rows of the table of archives."""
+    found, document, code = ask_each(runtime, targets, ask)
     rows = [("target", "archive", "time", "objects", "size")]
     for target, known in found.items():
         rows += [
@@ -7593,10 +7532,10 @@ def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
                 "-" if archive.archived_bytes is None else size(archive.archived_bytes),
             )
             for archive in known.archives
-        ]
-        if not known.archives:
-            rows.append((target.name, "-", "-", "-", "-"))
-    return rows
+        ] or [(target.name, "-", "-", "-", "-")]
+    text = "\n".join(table(rows)) if found else ""
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 @dataclass(frozen=True)
@@ -7606,9 +7545,7 @@ class Facts:
     target: Target
     label: str
     identity: str
-    encryption: str
-    archives: tuple[Archive, ...]
-    newest: Archive | None  # of our label
+    known: Contents
     stored_objects: int
     stored_bytes: int
     key_exported: str  # when; empty: never
@@ -7618,23 +7555,23 @@ class Facts:
     @property
     def archived_bytes(self) -> int:
         """What the archives would take one by one, without deduplication and compression."""
-        return sum(archive.archived_bytes or 0 for archive in self.archives)
+        return sum(archive.archived_bytes or 0 for archive in self.known.archives)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        record, since = self.checked.record, self.checked.unchecked_since
+        record, newest = self.checked.record, self.known.newest(self.label)
+        since = unchecked_since(record, self.checked.segments)
         return {
             "target": self.target.name,
             "endpoint": self.target.store.endpoint,
             "location": self.target.store.location,
             "repository_id": self.identity,
-            "encryption": self.encryption,
+            "encryption": self.known.encryption,
             "key_exported": self.key_exported or None,
-            "archives": len(self.archives),
+            "archives": len(self.known.archives),
             "archived_bytes": self.archived_bytes,
             "stored_objects": self.stored_objects,
             "stored_bytes": self.stored_bytes,
-            "last_archive": self.newest.as_json() if self.newest else None,
+            "last_archive": newest.as_json() if newest else None,
             "last_check": record.checked.isoformat() if record.checked else None,
             "unchecked_since": since.isoformat() if since else None,
             "damage": record.damage or None,
@@ -7642,51 +7579,31 @@ class Facts:
         }
 
     def as_text(self) -> str:
-        """For people."""
+        encryption, archives, record = self.known.encryption, self.known.archives, self.checked.record
+        exported = f"never: backup.py key-export {shlex.quote(self.target.name)}"
+        in_bucket = f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}"
+        if self.archived_bytes > self.stored_bytes:
+            saved = 1 - self.stored_bytes / self.archived_bytes
+            in_bucket += f": deduplication and compression save {saved:.1%}"
+        last_run = "no archive has this label"
+        if newest := self.known.newest(self.label):
+            what = f"{count(newest.objects or 0, 'object')}, {size(newest.archived_bytes or 0)}"
+            took = duration((newest.end - newest.start).total_seconds())
+            last_run = f"{local_time(newest.start)}: {what}, in {took}"
+        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
         rows = [
             ("target", self.target.name),
             ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
             ("repository", self.identity),
-            (
-                "encryption",
-                f"{self.encryption}: {KEY_PLACES.get(self.encryption, 'the key is in the repository')}",
-            ),
-            ("key exported", self.key_exported or self._never_exported()),
-            ("archives", f"{len(self.archives):,}, {size(self.archived_bytes)} in all"),
-            (
-                "in the bucket",
-                f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
-            ),
-            (f"last {self.label}", self._last_run()),
-            ("last check", self._last_check()),
+            ("encryption", f"{encryption}: {KEY_PLACES.get(encryption, 'the key is in the repository')}"),
+            ("key exported", self.key_exported or ("there is none" if encryption == "none" else exported)),
+            ("archives", f"{len(archives):,}, {size(self.archived_bytes)} in all"),
+            ("in the bucket", in_bucket),
+            (f"last {self.label}", last_run),
+            ("last check", f"DAMAGED: {record.damage}" if record.damage else f"{when}; {self.checked.age}"),
             ("in use", self.lease or "no"),
         ]
         return "\n".join(table(rows))
-
-    def _never_exported(self) -> str:
-        if self.encryption == "none":
-            return "there is none"
-        return f"never: backup.py key-export {shlex.quote(self.target.name)}"
-
-    def _last_check(self) -> str:
-        record = self.checked.record
-        if record.damage:
-            return f"DAMAGED: {record.damage}"
-        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
-        return f"{when}; {self.checked.age}"
-
-    def _saved(self) -> str:
-        if self.archived_bytes <= self.stored_bytes:
-            return ""
-        share = 1 - self.stored_bytes / self.archived_bytes
-        return f": deduplication and compression save {share:.1%}"
-
-    def _last_run(self) -> str:
-        if not self.newest:
-            return "no archive has this label"
-        seconds = (self.newest.end - self.newest.start).total_seconds()
-        what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
-        return f"{local_time(self.newest.start)}: {what}, in {duration(seconds)}"
 
 
 KEY_PLACES = {
@@ -7707,12 +7624,10 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             target,
             runtime.settings.label,
             repository.identity,
-            known.encryption,
-            known.archives,
-            known.newest(runtime.settings.label),
+            known,
             len(repository.files),
             sum(repository.files.values()),
-            str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
+            str(read_note(client, KEY_EXPORTED_NAME).get("exported", "")),
             Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
             str(lease.holder) if lease and not lease.has_expired else "",
         )
@@ -7720,23 +7635,16 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
 
 def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
     """Prints what is known about some targets; returns the exit code."""
-    answers = for_each(runtime, targets, lambda target: gather_facts(runtime, target))
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)} if isinstance(answer, BackupError) else answer.as_json()
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = [answer.as_text() for answer in answers.values() if isinstance(answer, Facts)]
-        emit("\n\n".join(found))
-    return worst_code(answers.values())
+    found, document, code = ask_each(runtime, targets, lambda target: gather_facts(runtime, target))
+    text = "\n\n".join(facts.as_text() for facts in found.values())
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
     """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
-        exported = repository.borg.run(borg_key_export(repository.borg.repository, form))
+        exported = repository.borg.run(["key export", *form, str(repository.borg.repository)])
         try:
             print(exported.output, flush=True)
         except OSError as error:
@@ -7744,7 +7652,8 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
                 f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
             ) from None
         try:
-            write_note(repository.client, KEY_EXPORTED_NAME, exported=utc_now(repository.client))
+            note = json.dumps({"exported": utc_now(repository.client)})
+            repository.client.put(f"{target.store.key_prefix}{KEY_EXPORTED_NAME}", note.encode())
         except S3Error as error:
             runtime.console.warning(
                 target.store.name,
@@ -7796,7 +7705,16 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
     with opened_for_writing(runtime, target, "maintenance") as repository:
         check_encryption(runtime, repository)
         known = contents(repository)
-        if reason := why_not_prune(target, label, known):
+        newest, reason = known.newest(label), ""
+        if target.prune and not newest:
+            reason = (
+                f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+            )
+        elif target.prune and newest.objects == 0:
+            reason = (
+                f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
+            )
+        if reason:
             outcome.warn(reason)
             runtime.console.warning(target.store.name, reason)
         elif target.prune:
@@ -7807,16 +7725,6 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         left = contents(repository)
         outcome.archives = {"archives_before": len(known.archives), "archives_after": len(left.archives)}
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
-
-
-def why_not_prune(target: Target, label: str, known: Contents) -> str:
-    """Why pruning now would be a mistake; empty where it would not."""
-    newest = known.newest(label)
-    if target.prune and not newest:
-        return f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
-    if target.prune and newest and newest.objects == 0:
-        return f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
-    return ""
 
 
 # borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
@@ -7838,11 +7746,8 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
     command = arguments[0]
     if command in REFUSED_COMMANDS:
         raise ConfigurationError([f"`borg {command}`: {REFUSED_COMMANDS[command].format(name=target.name)}"])
-    purpose = f"`borg {command}`"
-    if command in READING_COMMANDS:
-        with opened_for_reading(runtime, target, purpose) as repository:
-            return repository.borg.hand_over(arguments)
-    with opened_for_writing(runtime, target, purpose) as repository:
+    opened = opened_for_reading if command in READING_COMMANDS else opened_for_writing
+    with opened(runtime, target, f"`borg {command}`") as repository:
         return repository.borg.hand_over(arguments)
 
 
