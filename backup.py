@@ -9487,7 +9487,6 @@ MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease nam
 
 
 def state_folder() -> Path:
-    """Where the state files are."""
     return Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
 
 
@@ -9534,7 +9533,6 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(stream: IO[str], facts: Mapping[str, Any]) -> None:
-    """Notes facts in place of those that were there."""
     stream.truncate(0)
     stream.write(json.dumps(facts) if facts else "")
     stream.flush()
@@ -9552,7 +9550,13 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
     words = [store.name, *(["--read-write"] if read_write else [])]
     code, said_nothing = start_keeper(runtime, store, words)
     if code == EXIT_OK:
-        runtime.console.plain(advice(store, runtime.settings.mount_point(store), read_write))
+        path = runtime.settings.mount_point(store)
+        runtime.console.plain(
+            f"{store.name} ({store.location}) is mounted"
+            f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
+            f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
+            f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
+        )
     if code == EXIT_BUSY and said_nothing:
         return await_other_mount(runtime, store, read_write)
     return code
@@ -9602,21 +9606,6 @@ def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
         )
     runtime.console.info(store.name, f"is mounted at {path} already")
     return EXIT_OK
-
-
-def advice(store: Store, path: Path, read_write: bool) -> str:
-    """What to type next."""
-    quoted = shlex.quote(str(path))
-    if store.target is None:
-        how = "for reading and writing" if read_write else "read-only"
-        first = f"ls {quoted}"
-    else:
-        how, first = "for reading and writing", f"borg list {quoted}"
-    return (
-        f"{store.name} ({store.location}) is mounted {how} at {path}\n"
-        f"next:      {first}\n"
-        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
-    )
 
 
 def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
@@ -9671,9 +9660,18 @@ def keep_store(
             mount.lease.add(mount.child)
         write_state(stream, {"writable": read_write})
         print(READY_LINE, flush=True)
-        detach_output(log)
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        for fd in (1, 2):  # whoever reads our output sees its end
+            os.dup2(log_fd, fd)
+        os.close(log_fd)
         mount.is_by_hand = read_write
-        written, uploaded_at = until_unmounted(runtime, mount, client, request)
+        written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
+        while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+            if request.exists():
+                written = json.loads(request.read_text(encoding="utf-8"))
+                upload(runtime, mount, client, written)
+                uploaded_at = time.monotonic()
+                request.unlink()
     if written:
         audit_upload(runtime, client, written)
     elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
@@ -9681,23 +9679,6 @@ def keep_store(
             f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
             WRITE_AGAIN,
         )
-
-
-def until_unmounted(
-    runtime: Runtime, mount: Mount, client: S3Client, request: Path
-) -> tuple[dict[str, int], float]:
-    """Waits until the mount is gone or a stop signal comes, and uploads everything when somebody asks for it.
-
-    Returns what they said that the repository holds, and when all was uploaded as far as it could be.
-    """
-    written, uploaded_at = {}, 0.0
-    while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-        if request.exists():
-            written = json.loads(request.read_text(encoding="utf-8"))
-            upload(runtime, mount, client, written)
-            uploaded_at = time.monotonic()
-            request.unlink()
-    return written, uploaded_at
 
 
 def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
@@ -9708,7 +9689,15 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
     """
     if mount.holds_nothing:  # it is read-only
         return
-    told = in_background(lambda: sync_folder(mount.path))
+
+    def sync() -> None:
+        folder_fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_fd)  # of all that is below it, without a word about errors
+        finally:
+            os.close(folder_fd)
+
+    told = in_background(sync)
 
     def unsure() -> list[str]:
         return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
@@ -9718,23 +9707,6 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
 
     settle(runtime, mount, differences if written else unsure)
     mount.holds_nothing = False  # whoever works in it may go on
-
-
-def sync_folder(folder: Path) -> None:
-    """Has a file system write all that is below a folder. TigrisFS does, and tells of no error."""
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
-
-
-def detach_output(log: Path) -> None:
-    """Sends all further output to a file, so that whoever reads ours sees its end."""
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    for fd in (1, 2):
-        os.dup2(log_fd, fd)
-    os.close(log_fd)
 
 
 def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) -> None:
