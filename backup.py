@@ -5039,10 +5039,9 @@ class Message:
 
 
 class NotTaken(Exception):
-    """A message was not taken; `may_pass` tells whether it is worth another try."""
+    """A message was not taken; the reason has nothing of the URL. `may_pass`: it is worth another try."""
 
     def __init__(self, reason: str, may_pass: bool) -> None:
-        """Takes the reason in a few words, without anything of the URL."""
         super().__init__(reason)
         self.may_pass = may_pass
 
@@ -5050,11 +5049,16 @@ class NotTaken(Exception):
 def send_once(message: Message, seconds: float) -> None:
     """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
     url = urllib.parse.urlsplit(message.url)
+    headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
+    if message.body:
+        headers["Content-Type"] = message.content_type
+    if url.username is not None:  # basic authentication (RFC 7617)
+        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     connection = connection_to(url)
     connection.timeout = seconds
     try:
-        own = message_headers(message, url)
-        connection.request(message.method, request_target(url), message.body or None, own)
+        connection.request(message.method, request_target(url), message.body or None, headers)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException, ValueError) as fault:
         # A broken answer is not quoted: it may repeat what was asked for.
@@ -5072,17 +5076,6 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     path = urllib.parse.quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
     query = urllib.parse.quote(url.query, safe="/%:@!$&'()*+,;=~?")
     return f"{path}?{query}" if query else path
-
-
-def message_headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
-    """The request's headers; a user and password in the URL become basic authentication (RFC 7617)."""
-    found = {"User-Agent": f"s3borgbackup/{VERSION}"}
-    if message.body:
-        found["Content-Type"] = message.content_type
-    if url.username is not None:
-        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-        found["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return found
 
 
 def deliver(message: Message, deadline: float, over: threading.Event) -> None:
@@ -5142,7 +5135,6 @@ def end_signal(code: int) -> str:
 
 
 def is_to_be_notified(code: int, notify_on: str) -> bool:
-    """Whether NOTIFY_ON asks for a message about a run that ended with `code`."""
     quiet = {"always": (), "warning": (EXIT_OK,)}.get(notify_on, (EXIT_OK, EXIT_WARNINGS, EXIT_BUSY))
     return code not in quiet
 
@@ -5156,16 +5148,13 @@ def result_name(code: int) -> tuple[str, str]:
 
 def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
     """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
+    targets = []
+    for target in report.targets:
+        store = [f"target-{target['name']}"]
+        found = {f"{level}s": troubles.about(level, store) for level in ("error", "warning")}
+        targets.append({**target, **found})
     stores = {f"target-{target['name']}" for target in report.targets}
     others = [name for name in troubles.names() if name not in stores]
-    targets = [
-        {
-            **target,
-            "errors": troubles.about("error", [f"target-{target['name']}"]),
-            "warnings": troubles.about("warning", [f"target-{target['name']}"]),
-        }
-        for target in report.targets
-    ]
     return {
         "run_id": report.run_id,
         "command": report.command,
@@ -5200,10 +5189,9 @@ def run_text(report: Report, code: int, troubles: Troubles) -> str:
 
 
 class Reporter:
-    """Tells those that the configuration names of a run's start and end."""
+    """Tells those that the configuration names of a run's start and end; `report` is filled in meanwhile."""
 
     def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
-        """Tells nothing yet; `report` is filled in while the run goes on."""
         self.console, self.stop, self.report = console, stop, report
         self._reporting = reporting
         self._start_is_over = threading.Event()
@@ -5227,41 +5215,20 @@ class Reporter:
             # A failure that arrives before a start still is one: after a stop signal there is no time.
             seconds = POLL_SECONDS if self.stop.requested else 2 * TELL_TRY_SECONDS
             concurrent.futures.wait([self._start], timeout=seconds)
-        jobs = {
-            str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
-            for message in self._end_messages(document)
-        }
-        if (path := self._reporting.metrics_file) and self.report.command == "run":
-            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(Path(path), code, finished))
-        self._wait(jobs)
+        reporting, jobs = self._reporting, {}
 
-    def _end_messages(self, document: Mapping[str, Any]) -> Iterator[Message]:
-        """What is sent at the end of a run."""
-        reporting, code, seconds = self._reporting, document["exit_code"], document["seconds"]
+        def tell(message: Message) -> None:
+            jobs[str(message)] = in_background(lambda: self._tell(message, threading.Event()))
+
         if url := reporting.healthcheck_url:
-            message = healthcheck_message(url, end_signal(code), document["text"], seconds)
-            yield from [message] if message else []
+            text, seconds = document["text"], document["seconds"]
+            if message := healthcheck_message(url, end_signal(code), text, seconds):
+                tell(message)
         if reporting.notify_url and is_to_be_notified(code, reporting.notify_on):
             body = json.dumps(document).encode()
-            yield Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json")
-
-    def _tell(self, message: Message, over: threading.Event) -> None:
-        """Sends a message, and says so where that fails."""
-        try:
-            deliver(message, time.monotonic() + TELL_SECONDS, over)
-            self.console.debug("run", f"{message} was told how the run goes")
-        except BackupError as error:
-            self.console.warning("run", str(error))
-
-    def _write_metrics(self, path: Path, code: int, finished: datetime) -> None:
-        """Writes METRICS_FILE, and says so where that fails."""
-        try:
-            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
-        except OSError as error:
-            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
-
-    def _wait(self, jobs: Mapping[str, concurrent.futures.Future[None]]) -> None:
-        """Waits until all are done, not for long where the run is stopped, and names those that are not."""
+            tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
+        if reporting.metrics_file and self.report.command == "run":
+            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(code, finished))
         start = time.monotonic()
         while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
             # A try that ends at its deadline has something to say about it.
@@ -5273,6 +5240,20 @@ class Reporter:
                 self.console.warning("run", f"{name}: no answer in {time.monotonic() - start:.0f} s")
             elif error := job.exception():
                 self.console.warning("run", f"{name}: a defect of the program, please report it: {error!r}")
+
+    def _tell(self, message: Message, over: threading.Event) -> None:
+        try:
+            deliver(message, time.monotonic() + TELL_SECONDS, over)
+            self.console.debug("run", f"{message} was told how the run goes")
+        except BackupError as error:
+            self.console.warning("run", str(error))
+
+    def _write_metrics(self, code: int, finished: datetime) -> None:
+        path = Path(self._reporting.metrics_file)
+        try:
+            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
+        except OSError as error:
+            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
 
 
 METRICS = {
@@ -5317,46 +5298,32 @@ def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str
     seconds = (finished - report.started).total_seconds()
     new[metric("run_duration_seconds", report.label)] = round(seconds, 3)
     for target in report.targets:
-        for name, value in target_metrics(target, now).items():
-            new[metric(name, report.label, target["name"])] = value
+        target_code, name = TARGET_CODES[target["result"]], target["name"]
+        new[metric("last_run_timestamp_seconds", report.label, name)] = now
+        new[metric("last_run_duration_seconds", report.label, name)] = target["seconds"]
+        new[metric("last_run_exit_code", report.label, name)] = target_code
+        if target_code in (EXIT_OK, EXIT_WARNINGS):
+            new[metric("last_success_timestamp_seconds", report.label, name)] = now
+        for number in ("objects", "bytes", "new_bytes") if target["archive"] else ():
+            new[metric(f"last_archive_{number}", report.label, name)] = target[number]
     known = report.configured
     lines = []
     for name, text in {**RUN_METRICS, **METRICS}.items():
         start = f"s3borgbackup_{name}{{"
-        wanted = None if known is None else {metric(name, report.label, target) for target in known}
-        kept = [key for key in old if key.startswith(start) and (wanted is None or key in wanted)]
+        wanted = old if known is None else {metric(name, report.label, target) for target in known}
+        kept = [key for key in old if key.startswith(start) and key in wanted]
         found = dict.fromkeys([*kept, *(key for key in new if key.startswith(start))])
         lines += [f"# HELP s3borgbackup_{name} {text}", f"# TYPE s3borgbackup_{name} gauge"]
         lines += [f"{key} {new.get(key, old.get(key))}" for key in found]
     return "\n".join(lines) + "\n"
 
 
-def target_metrics(target: Mapping[str, Any], now: float) -> dict[str, float]:
-    """What a run has to tell of one target."""
-    code = TARGET_CODES[target["result"]]
-    found = {
-        "last_run_timestamp_seconds": now,
-        "last_run_duration_seconds": target["seconds"],
-        "last_run_exit_code": code,
-    }
-    if code in (EXIT_OK, EXIT_WARNINGS):
-        found["last_success_timestamp_seconds"] = now
-    if target["archive"]:
-        found |= {f"last_archive_{name}": target[name] for name in ("objects", "bytes", "new_bytes")}
-    return found
-
-
 def metric(name: str, label: str, target: str | None = None) -> str:
     """A sample's name and labels, as the format wants them."""
     labels = {"label": label} if target is None else {"label": label, "target": target}
-    pairs = ",".join(f'{key}="{escape_label(value)}"' for key, value in labels.items())
-    return f"s3borgbackup_{name}{{{pairs}}}"
-
-
-def escape_label(value: str) -> str:
-    """A label's value, in which backslash, double quote and line feed are escaped."""
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return escaped.encode("utf-8", "replace").decode()
+    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
+    return f"s3borgbackup_{name}{{{pairs}}}".encode("utf-8", "replace").decode()
 
 
 def replace_file(path: Path, text: str) -> None:
