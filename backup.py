@@ -3961,7 +3961,6 @@ def archive_pattern(label: str) -> str:
 
 
 def borg_init(target: Target, repository: Path) -> list[str]:
-    """Makes a repository."""
     return ["init", "--encryption", target.encryption, str(repository)]
 
 
@@ -3995,7 +3994,6 @@ def borg_create(target: Target, label: str, repository: Path, comment: str = "")
 
 
 def borg_names(repository: Path) -> list[str]:
-    """Shows all archives' names and times."""
     return ["list", "--json", str(repository)]
 
 
@@ -4015,12 +4013,10 @@ def borg_read(repository: Path, archive: str, path: str) -> list[str]:
 
 
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
-    """Deletes old archives of this label."""
     return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
 
 
 def borg_compact(target: Target, repository: Path) -> list[str]:
-    """Frees the space of deleted archives."""
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
 
 
@@ -5257,6 +5253,9 @@ class Reporter:
 
 
 METRICS = {
+    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
+    "run_duration_seconds": "How long the last run took.",
+    "run_exit_code": "The exit code of the last run.",
     "last_run_timestamp_seconds": "When the last run ended, as Unix time.",
     "last_run_duration_seconds": "How long the last run took for this target.",
     "last_run_exit_code": "How the last run went for this target: 0 well, 1 warnings, 2 failed, 75 busy.",
@@ -5265,18 +5264,8 @@ METRICS = {
     "last_archive_bytes": "Bytes of the objects in the last archive.",
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
 }
-RUN_METRICS = {
-    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
-    "run_duration_seconds": "How long the last run took.",
-    "run_exit_code": "The exit code of the last run.",
-}
 METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
-TARGET_CODES = {
-    Verdict.OK.value: EXIT_OK,
-    Verdict.WARNING.value: EXIT_WARNINGS,
-    Verdict.FAILURE.value: EXIT_FAILURE,
-    Verdict.BUSY.value: EXIT_BUSY,
-}
+TARGET_CODES = {name: code for code, (name, _) in RESULTS.items()}  # a target's result is called like a run's
 
 
 def read_metrics(path: Path) -> dict[str, str]:
@@ -5308,7 +5297,7 @@ def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str
             new[metric(f"last_archive_{number}", report.label, name)] = target[number]
     known = report.configured
     lines = []
-    for name, text in {**RUN_METRICS, **METRICS}.items():
+    for name, text in METRICS.items():
         start = f"s3borgbackup_{name}{{"
         wanted = old if known is None else {metric(name, report.label, target) for target in known}
         kept = [key for key in old if key.startswith(start) and key in wanted]
@@ -5356,7 +5345,6 @@ class Preflight:
     clock: datetime  # the server's
 
     def repository_state(self, store: Store) -> RepositoryState:
-        """Whether a borg repository lies in the store."""
         return repository_state(
             {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
         )
@@ -5373,8 +5361,6 @@ class Preflight:
 
 
 class RepositoryState(enum.Enum):
-    """What lies where a repository is expected."""
-
     EMPTY = "nothing"
     READY = "a repository"
     UNFINISHED = "what an interrupted `borg init` left"
@@ -5416,10 +5402,7 @@ def look(client: S3Client) -> Preflight:
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
-    """Lists a store, reads from it and, with `write`, writes, reads back and deletes an object.
-
-    Raises S3Error naming what is refused.
-    """
+    """Lists a store, reads from it and, with `write`, writes. Raises S3Error naming what is refused."""
     found = look(client)
     probe_read(client, [entry for entry in found.keys if not entry.key.endswith("/")][:PROBED_OBJECTS])
     if write:
@@ -5487,7 +5470,6 @@ def held(
     notice: Callable[[str], None] | None = None,
     switch: DeadMansSwitch | None = None,
 ) -> Iterator[Lease]:
-    """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
     if not client.clock:  # it tells the others since when, by a clock that all share
         look_at_lease(client)
@@ -5517,10 +5499,7 @@ def repository_id(runtime: Runtime, mount: Mount) -> str:
 
 
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
-    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
-
-    Returns whether it was made. Raises BackupError.
-    """
+    """Makes a repository where there is none, or clears what crashed runs left; returns whether it is new."""
     found = look(client)
     keys = found.keys
     probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
@@ -5541,8 +5520,10 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
 def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
     """The state of the place for a repository. Raises BackupError where it holds other objects."""
     store, state = client.store, found.repository_state(client.store)
-    if state is RepositoryState.UNFINISHED and not is_remnant(client):
-        state = RepositoryState.FOREIGN
+    if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
+        readme = client.get(f"{store.key_prefix}README")
+        if not readme.startswith(b"This is a Borg Backup repository"):
+            state = RepositoryState.FOREIGN
     if state is RepositoryState.FOREIGN:
         raise BackupError(
             f"{store.name}: {store.location} holds other objects"
@@ -5553,7 +5534,6 @@ def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
 
 
 def expect_repository(client: S3Client, found: Preflight) -> None:
-    """Raises BackupError where no repository lies in the store."""
     if what_lies_there(client, found) is not RepositoryState.READY:
         raise BackupError(
             f"{client.store.name}: {client.store.location} holds no repository yet",
@@ -5581,33 +5561,28 @@ def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
 
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
-    prefix = client.store.key_prefix
     names = names_after_data(client)
     # Its last holder may just have left.
-    roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
+    roster = client.find(f"{client.store.key_prefix}lock.roster") if "lock.roster" in names else None
     return Leftovers.sort(names, roster.body if roster else b"")
 
 
 def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
     """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
     delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
-    if any(LEFT_LOCK.search(name) for name in left.stale):
+    if any(re.match(r"lock\.exclusive.*/.", name) for name in left.stale):
         runtime.console.info(store.name, "the lock of a run that crashed is removed")
     if any(INDEX_FILE.fullmatch(name) for name in left.stale):
         runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
 
 
 def delete_all(lease: Lease, keys: Iterable[str]) -> None:
-    """Deletes objects, as long as the lease holds."""
     for key in keys:
         lease.write(lambda client, key=key: client.delete(key))
 
 
 def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock, and no index that it cannot use.
-
-    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
-    """
+    """Sees to it that borg finds no lock, and no index that it cannot use."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while (left := find_leftovers(client)).owners:
         if time.monotonic() > deadline:
@@ -5621,15 +5596,9 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
     remove_leftovers(runtime, target.store, lease, left)
 
 
-LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
-
-
 @contextlib.contextmanager
 def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
-    """Keeps others on this machine from borg's cache in `folder`: the lease is that of one place in S3 only.
-
-    Raises BackupError where somebody has it.
-    """
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only."""
     path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -5657,11 +5626,6 @@ def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
         with contextlib.suppress(OSError):  # borg says what is wrong with it
             path.rmdir() if name.endswith("/") else path.unlink()
             runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
-
-
-def is_remnant(client: S3Client) -> bool:
-    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
-    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
 
 
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
@@ -5869,7 +5833,6 @@ def separate_folders(environ: Mapping[str, str], identity: str, view: Path) -> d
 
 
 def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
-    """Whether files of the repository have gone since it was opened."""
     try:
         names = listed_files(runtime, repository.client).keys()
     except S3Error:
@@ -5913,7 +5876,6 @@ class CheckRecord:
     kind: str = ""
 
     def body(self) -> bytes:
-        """The object's content."""
         fields = dataclasses.asdict(self)
         return json.dumps(fields, default=lambda when: when.isoformat(timespec="seconds")).encode()
 
@@ -5949,8 +5911,6 @@ class Segment:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known after a check."""
-
     record: CheckRecord
     segments: Mapping[int, Segment]  # by their numbers
     clock: datetime  # the server's
@@ -5988,7 +5948,6 @@ def last_check(client: S3Client, identity: str) -> CheckRecord:
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
-    """Whether the next check is to be made, when the last one began at `began`."""
     if not plan.every or not began:
         return True
     return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
@@ -6142,30 +6101,23 @@ def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
 
 
 def note_record(repository: Repository, record: CheckRecord) -> None:
-    """Writes the record beside the repository, as long as the lease holds."""
+    """Writes the record beside the repository, which is open for writing, as long as the lease holds."""
     key = f"{repository.target.store.key_prefix}{CHECKED_NAME}"
-    if not repository.lease:
-        raise BackupError(f"{repository.target.store.name}: a repository that is only read cannot be checked")
     repository.lease.write(lambda client: client.put(key, record.body()))
 
 
-def damage_error(repository: Repository, record: CheckRecord) -> BackupError | None:
-    """The error for damage that a check has found, and that no later one has found repaired; else None."""
-    if not record.damage:
-        return None
-    target = repository.target
-    when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
-    return BackupError(
-        f"{target.store.name}: the repository is damaged: {record.damage}{when}",
-        DAMAGE_HELP.format(name=target.name),
-    )
+def expect_sound(repository: Repository, record: CheckRecord) -> None:
+    """Raises BackupError for damage that a check has found, and that no later one has found repaired."""
+    if record.damage:
+        when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
+        raise BackupError(
+            f"{repository.target.store.name}: the repository is damaged: {record.damage}{when}",
+            DAMAGE_HELP.format(name=repository.target.name),
+        )
 
 
 def check_if_due(runtime: Runtime, repository: Repository) -> None:
-    """Checks a repository as its target's `check` says.
-
-    Raises BackupError when it is damaged, be it that an earlier check found it.
-    """
+    """Checks a repository as its target's `check` says. Raises BackupError, also for older damage."""
     plan, client = repository.target.check, repository.client
     if not plan:
         return
@@ -6175,8 +6127,7 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
     else:
         checked = Checked(record, segments_of(runtime, repository), now)
         runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
-    if error := damage_error(repository, record):
-        raise error
+    expect_sound(repository, record)
 
 
 # --------------------------------------------------------------------------------------------------- Backup
@@ -7481,8 +7432,6 @@ def ask_each(
 
 
 def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints the archives of some targets; returns the exit code."""
-
     def ask(target: Target) -> Contents:
         with opened_for_reading(runtime, target) as repository:
             return contents(repository)
@@ -7583,7 +7532,6 @@ KEY_PLACES = {
 
 
 def gather_facts(runtime: Runtime, target: Target) -> Facts:
-    """Asks borg and S3 about a target. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
         known, client = contents(repository), repository.client
         lease, record = look_at_lease(client), last_check(client, repository.identity)
@@ -7601,7 +7549,6 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
 
 
 def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints what is known about some targets; returns the exit code."""
     found, document, code = ask_each(runtime, targets, lambda target: gather_facts(runtime, target))
     text = "\n\n".join(facts.as_text() for facts in found.values())
     emit(json.dumps(document, indent=2) if as_json else text)
@@ -7634,10 +7581,7 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
 
 
 def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """Prunes, compacts and checks repositories without their source; returns the exit code.
-
-    Raises Stopped.
-    """
+    """Prunes, compacts and checks repositories without their source; returns the exit code."""
     outcomes = [Outcome(target) for target in targets]
     try:
         for outcome in outcomes:
@@ -7650,7 +7594,6 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 
 def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
-    """The table at a maintenance's end."""
     rows = [("target", "result", "archives", "duration")]
     rows += [
         (
@@ -7667,7 +7610,6 @@ def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
-    """Prunes, compacts and checks one repository. Raises BackupError."""
     target, label = outcome.target, runtime.settings.label
     with opened_for_writing(runtime, target, "maintenance") as repository:
         check_encryption(runtime, repository)
@@ -7716,15 +7658,6 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
     opened = opened_for_reading if command in READING_COMMANDS else opened_for_writing
     with opened(runtime, target, f"`borg {command}`") as repository:
         return repository.borg.hand_over(arguments)
-
-
-def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bool) -> int:
-    """Checks a target's repository. Raises BackupError, also when it is damaged."""
-    with opened_for_writing(runtime, target, "`check`") as repository:
-        checked = check_repository(runtime, repository, plan, verify_data)
-    if error := damage_error(repository, checked.record):
-        raise error
-    return EXIT_OK
 
 
 # --------------------------------------------------------------------------------------------- Verification
@@ -9834,7 +9767,10 @@ def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
 
 def command_check(runtime: Runtime, given: argparse.Namespace) -> int:
     target = chosen_target(runtime.settings, given.names[0])
-    return run_check(runtime, target, CheckPlan(given.max_duration), given.verify_data)
+    with opened_for_writing(runtime, target, "`check`") as repository:
+        checked = check_repository(runtime, repository, CheckPlan(given.max_duration), given.verify_data)
+    expect_sound(repository, checked.record)
+    return EXIT_OK
 
 
 def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
@@ -10245,22 +10181,6 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     stop = Stop()
     stop.install()
     reporter = Reporter(reporting, console, stop, report)
-    code = perform(
-        argv, environ, lambda needs_source: checked_settings(values, mistakes, needs_source), reporter
-    )
-    if report.command in TOLD_COMMANDS:
-        reporter.end(code)
-    return code
-
-
-def perform(
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    read_settings: Callable[[bool], Settings],
-    reporter: Reporter,
-) -> int:
-    """Does what the command line says; prints errors and returns the exit code."""
-    console, report = reporter.console, reporter.report
     name = "s3borgbackup"
     try:
         given = parse_arguments(argv)
@@ -10269,23 +10189,26 @@ def perform(
             console.leave_standard_output()
         if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
             console.plain(GREETING)
-        settings = read_settings(given.needs_source)
+        settings = checked_settings(values, mistakes, given.needs_source)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
         if name in TOLD_COMMANDS:
             reporter.start()
-        return given.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), given)
+        code = given.run(Runtime(settings, environ, console, stop, memory_mb, report), given)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
-        return error.exit_code
+        code = error.exit_code
     except BackupError as error:
         console.error(name, str(error))
-        return error.exit_code
+        code = error.exit_code
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
         console.defect(name, error)
-        return EXIT_FAILURE
+        code = EXIT_FAILURE
+    if report.command in TOLD_COMMANDS:
+        reporter.end(code)
+    return code
 
 
 def secrets_in(values: Mapping[str, str]) -> list[str]:
