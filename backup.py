@@ -4026,11 +4026,6 @@ def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
-def borg_extract(repository: Path, archive: str, path: str) -> list[str]:
-    """Writes the content of a file in an archive to standard output."""
-    return ["extract", "--stdout", f"{repository}::{archive}", path]
-
-
 def drain(stream: IO[bytes]) -> None:
     """Reads the rest. borg pads its tar file behind the end, and must not find the pipe closed."""
     while stream.read(READ_BYTES):
@@ -5501,9 +5496,8 @@ def repository_id(runtime: Runtime, mount: Mount) -> str:
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
     """Makes a repository where there is none, or clears what crashed runs left; returns whether it is new."""
     found = look(client)
-    keys = found.keys
     probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
-    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
+    delete_all(lease, [entry.key for entry in found.keys if entry.key.startswith(probe)])
     state = what_lies_there(client, found)
     if state is RepositoryState.READY:
         if lease.enforced:
@@ -5513,7 +5507,18 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
         others = found.others(target.store)
         runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
         delete_all(lease, others)
-    make_repository(runtime, target, lease)
+    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+    # `borg init` wants an empty place, and the lease lies there already. So it makes a few small local files,
+    # which are copied; the config goes last: what an interruption leaves has none, and is made anew.
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+        repository = Path(folder, "repository")
+        Borg(runtime, target, repository).run(borg_init(target, repository))
+        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
+        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
+        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
+        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
+            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(lambda client, key=key, body=body: client.put(key, body))
     return True
 
 
@@ -5539,24 +5544,6 @@ def expect_repository(client: S3Client, found: Preflight) -> None:
             f"{client.store.name}: {client.store.location} holds no repository yet",
             f"Run a backup first, or correct {client.store.setting('path')}.",
         )
-
-
-def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
-    """Makes a repository in a local folder, and copies its few small files into the bucket.
-
-    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
-    interruption leaves has none, and is made anew.
-    """
-    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        repository = Path(folder, "repository")
-        Borg(runtime, target, repository).run(borg_init(target, repository))
-        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
-        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
-        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
-        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(lambda client, key=key, body=body: client.put(key, body))
 
 
 def find_leftovers(client: S3Client) -> Leftovers:
@@ -5845,16 +5832,6 @@ def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
 # `borg check --max-duration` reads the segments one after another, compares each object in them with its
 # checksum, and notes in the repository's config how far it came. One such pass over all segments may take
 # many slices. What we know of it is a small JSON object beside the lease, written under the lease:
-#
-#   repository    the repository's id: what is said of another one counts for nothing
-#   checked       when the last complete pass ended that found no damage
-#   checked_from  when that one began: whatever was written before has been checked since
-#   pass_began    when the pass began that is under way
-#   segment       the last segment that it has checked
-#   began         when the last slice or full check began that came to its end
-#   damage        what was found, until a check that sees as much finds everything sound
-#   damaged       when that was found last
-#   kind          the kind of check that found it, see CHECK_KINDS
 
 CHECK_KINDS = ("segments", "archives", "data")  # each sees what those before it see, and more
 ROUND_SECONDS = 300  # borg notes its place only when it ends: so much is lost at most by an interruption
@@ -5863,17 +5840,17 @@ EARLY = 0.9  # a nightly run must not skip its week because it began a minute ea
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """What is known of the checks of a repository; see above for the fields."""
+    """What is known of the checks of a repository."""
 
-    repository: str = ""
-    checked: datetime | None = None
-    checked_from: datetime | None = None
-    pass_began: datetime | None = None
-    segment: int = -1
-    began: datetime | None = None
-    damage: str = ""
-    damaged: datetime | None = None
-    kind: str = ""
+    repository: str = ""  # its id: what is said of another one counts for nothing
+    checked: datetime | None = None  # when the last complete pass ended that found no damage
+    checked_from: datetime | None = None  # when that one began: what was written before was checked since
+    pass_began: datetime | None = None  # when the pass began that is under way
+    segment: int = -1  # the last segment that it has checked
+    began: datetime | None = None  # when the last slice or full check began that came to its end
+    damage: str = ""  # what was found, until a check that sees as much finds everything sound
+    damaged: datetime | None = None  # when that was found last
+    kind: str = ""  # the kind of check that found it, see CHECK_KINDS
 
     def body(self) -> bytes:
         fields = dataclasses.asdict(self)
@@ -6007,14 +5984,30 @@ def check_repository(
         return began + timedelta(seconds=time.monotonic() - start)
 
     runtime.console.info(name, "borg check begins")
-    if plan.seconds is None:
+    if plan.seconds is None:  # a whole pass, with the index and the archives
         record = dataclasses.replace(record, pass_began=clock(), segment=-1)
         kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
         options = ["--verify-data"] if verify_data else []
         damage = damage_found(repository, ["check", "--info", "--progress", *options, str(path)])
         record = after_check(record, -1, damage, kind, clock())
     else:
-        record = check_slice(runtime, repository, record, clock, start + plan.seconds)
+        # A slice that ends in time, or with the pass; its place is noted now and then.
+        position, deadline = borgs_position(repository), start + plan.seconds
+        record = before_slice(record, position, clock())
+        if record.segment < position:
+            value = ["last_segment_checked", str(record.segment)]
+            anew = ["--delete", str(path), value[0]]
+            repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+        damage, is_over = missing_segments(runtime, repository), False
+        while not is_over:
+            seconds = max(1, round(min(ROUND_SECONDS, deadline - time.monotonic())))
+            options = ["--repository-only", "--max-duration", str(seconds)]
+            arguments = ["check", "--info", "--progress", *options, str(path)]
+            damage = damage_found(repository, arguments) or damage
+            position = borgs_position(repository)
+            record = after_check(record, position, damage, CHECK_KINDS[0], clock())
+            note_record(repository, record)
+            is_over = position < 0 or time.monotonic() > deadline
     record = dataclasses.replace(record, began=began)
     note_record(repository, record)
     checked = Checked(record, segments_of(runtime, repository), clock())
@@ -6022,33 +6015,6 @@ def check_repository(
     took = duration(time.monotonic() - start)
     runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
     return checked
-
-
-def check_slice(
-    runtime: Runtime,
-    repository: Repository,
-    record: CheckRecord,
-    clock: Callable[[], datetime],
-    deadline: float,
-) -> CheckRecord:
-    """A slice that ends at `deadline` (monotonic), or with the pass; its place is noted now and then."""
-    path, position = repository.mount.path, borgs_position(repository)
-    record = before_slice(record, position, clock())
-    if record.segment < position:
-        value = ["last_segment_checked", str(record.segment)]
-        anew = ["--delete", str(path), value[0]]
-        repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
-    damage = missing_segments(runtime, repository)
-    while True:
-        seconds = min(ROUND_SECONDS, deadline - time.monotonic())
-        options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
-        arguments = ["check", "--info", "--progress", *options, str(path)]
-        damage = damage_found(repository, arguments) or damage
-        position = borgs_position(repository)
-        record = after_check(record, position, damage, CHECK_KINDS[0], clock())
-        note_record(repository, record)
-        if position < 0 or time.monotonic() > deadline:
-            return record
 
 
 def damage_found(repository: Repository, arguments: Sequence[str]) -> str:
@@ -7616,14 +7582,11 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         known = contents(repository)
         newest, reason = known.newest(label), ""
         if target.prune and not newest:
-            reason = (
-                f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
-            )
+            reason = f"no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
         elif target.prune and newest.objects == 0:
-            reason = (
-                f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
-            )
+            reason = f"the newest archive, {newest.name}, is empty; look at the source first"
         if reason:
+            reason = f"nothing is pruned: {reason}"
             outcome.warn(reason)
             runtime.console.warning(target.store.name, reason)
         elif target.prune:
@@ -7999,7 +7962,7 @@ class Verifier:
         )
         self._has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
         if self._has_manifest:
-            borg.run(borg_extract(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
+            borg.run(borg_read(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
         for statement in HELD_KEYS.split(";") if self._has_manifest else [HELD_AS_MANIFEST]:
             execute(statement)
         if execute(ONLY_OTHERS):
@@ -9447,26 +9410,6 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             tell_end(runtime, store)
         except BackupError as error:
             runtime.console.warning(store.name, f"the mount before this one: {error}")
-    words = [store.name, *(["--read-write"] if read_write else [])]
-    code, said_nothing = start_keeper(runtime, store, words)
-    if code == EXIT_OK:
-        path = runtime.settings.mount_point(store)
-        runtime.console.plain(
-            f"{store.name} ({store.location}) is mounted"
-            f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
-            f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
-            f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
-        )
-    if code == EXIT_BUSY and said_nothing:
-        return await_other_mount(runtime, store, read_write)
-    return code
-
-
-def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[int, bool]:
-    """Starts a keeper, and waits until its mount is usable: 0, or until it ends: its exit code.
-
-    Also returns whether it said nothing. Raises BackupError when it does neither in time, Stopped.
-    """
     ready, lines = threading.Event(), []
 
     def show(line: str) -> None:
@@ -9476,19 +9419,28 @@ def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[
             lines.append(line)
             print(line, file=sys.stderr, flush=True)
 
-    argv = [sys.executable, os.path.abspath(__file__), KEEP_COMMAND, *words]
+    words = [KEEP_COMMAND, store.name, *(["--read-write"] if read_write else [])]
+    argv = [sys.executable, os.path.abspath(__file__), *words]
     keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
     patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
     deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            return code or EXIT_FAILURE, not lines
+            other = code == EXIT_BUSY and not lines
+            return await_other_mount(runtime, store, read_write) if other else code or EXIT_FAILURE
         if runtime.stop.requested or time.monotonic() > deadline:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
             raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
-    return EXIT_OK, not lines
+    path = runtime.settings.mount_point(store)
+    runtime.console.plain(
+        f"{store.name} ({store.location}) is mounted"
+        f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
+        f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
+        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
+    )
+    return EXIT_OK
 
 
 def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
@@ -9519,10 +9471,7 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     with stream:
         write_state(stream, {})
         try:
-            check = examine(S3Client(store, stop=runtime.stop), write=read_write)
-            with contextlib.ExitStack() as undo:
-                client = S3Client(store, check.region, PROVEN, runtime.stop)
-                keep_store(runtime, client, check, read_write, stream, undo)
+            keep_store(runtime, store, read_write, stream)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
@@ -9532,53 +9481,47 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     return code
 
 
-def keep_store(
-    runtime: Runtime,
-    client: S3Client,
-    check: Preflight,
-    read_write: bool,
-    stream: IO[str],
-    undo: contextlib.ExitStack,
-) -> None:
-    """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
-    store, state = client.store, Path(stream.name)
-    request, log = state.with_suffix(REQUEST), state.with_suffix(LOG)
+def keep_store(runtime: Runtime, store: Store, read_write: bool, stream: IO[str]) -> None:
+    """Mounts, under the lease where it is a target, and waits for the end."""
+    check = examine(S3Client(store, stop=runtime.stop), write=read_write)
+    client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
+    request, log = (Path(stream.name).with_suffix(suffix) for suffix in (REQUEST, LOG))
     for left_over in (request, log):
         left_over.unlink(missing_ok=True)
-    lease = None
-    if store.target and check.repository_state(store) is RepositoryState.READY:
-        lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-        if lease.enforced:
-            remove_leftovers(runtime, store, lease, find_leftovers(client))
-    with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
-        wait_until_usable(runtime, mount)
-        if store.target:
-            warm_up(runtime, mount)
-        if store.target and not lease:
-            # `borg init` wants an empty folder: what is listed before the lease is there does not show it.
-            mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-            mount.lease.add(mount.child)
-        write_state(stream, {"writable": read_write})
-        print(READY_LINE, flush=True)
-        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        for fd in (1, 2):  # whoever reads our output sees its end
-            os.dup2(log_fd, fd)
-        os.close(log_fd)
-        mount.is_by_hand = read_write
-        written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
-        while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-            if request.exists():
-                written = json.loads(request.read_text(encoding="utf-8"))
-                upload(runtime, mount, client, written)
-                uploaded_at = time.monotonic()
-                request.unlink()
-    if written:
-        audit_upload(runtime, client, written)
-    elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
-        raise BackupError(
-            f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
-            WRITE_AGAIN,
-        )
+    with contextlib.ExitStack() as undo:  # gives the lease back
+        if store.target and check.repository_state(store) is RepositoryState.READY:
+            lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+            if lease.enforced:
+                remove_leftovers(runtime, store, lease, find_leftovers(client))
+        with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+            wait_until_usable(runtime, mount)
+            if store.target:
+                warm_up(runtime, mount)
+            if store.target and not lease:
+                # `borg init` wants an empty folder: a listing from before the lease does not show that.
+                mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+                mount.lease.add(mount.child)
+            write_state(stream, {"writable": read_write})
+            print(READY_LINE, flush=True)
+            log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            for fd in (1, 2):  # whoever reads our output sees its end
+                os.dup2(log_fd, fd)
+            os.close(log_fd)
+            mount.is_by_hand = read_write
+            written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
+            while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+                if request.exists():
+                    written = json.loads(request.read_text(encoding="utf-8"))
+                    upload(runtime, mount, client, written)
+                    uploaded_at = time.monotonic()
+                    request.unlink()
+        if written:
+            audit_upload(runtime, client, written)
+        elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
+            raise BackupError(
+                f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
+                WRITE_AGAIN,
+            )
 
 
 def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
@@ -9609,19 +9552,6 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
     mount.holds_nothing = False  # whoever works in it may go on
 
 
-def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) -> None:
-    """Has the keeper upload everything; returns when it has, or gives up.
-
-    It gets to know what a repository holds, to compare it with the bucket as long as it has the lease.
-    """
-    written = repository_files(runtime, store, path) if store.target else {}
-    replace_file(request, json.dumps(written))
-    while request.exists() and keeper_is_alive(runtime, store):
-        runtime.stop.check()
-        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        time.sleep(POLL_SECONDS / 4)
-
-
 def detach_by_hand(runtime: Runtime, store: Store, path: Path) -> None:
     """Detaches a mount. Raises BackupError where somebody uses it."""
     for _ in range(BUSY_TRIES):  # the keeper has a file open, too, for a moment now and then
@@ -9640,15 +9570,24 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
 
     Raises BackupError when that is not certain, and where another command has mounted it.
     """
-    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
-    while keeper_is_alive(runtime, store):  # which sees to it that this ends
-        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
-            request_upload(runtime, store, path, state.with_suffix(REQUEST))
-            if keeper_is_alive(runtime, store):
-                detach_by_hand(runtime, store, path)
+    path = resolved(runtime.settings.mount_point(store))
+    request = state_file(runtime, store).with_suffix(REQUEST)
+
+    def wait_a_little() -> None:
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
         time.sleep(POLL_SECONDS / 4)
+
+    while keeper_is_alive(runtime, store):  # which sees to it that this ends
+        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
+            # The keeper compares what a repository holds with the bucket, as long as it has the lease.
+            written = repository_files(runtime, store, path) if store.target else {}
+            replace_file(request, json.dumps(written))
+            while request.exists() and keeper_is_alive(runtime, store):  # it may give up
+                wait_a_little()
+            if keeper_is_alive(runtime, store):
+                detach_by_hand(runtime, store, path)
+        wait_a_little()
     return tell_end(runtime, store)
 
 
@@ -9695,25 +9634,16 @@ A_TARGET_AND_PATHS = (1, math.inf, "the name of a target, and keys or folders of
 A_TARGET_AND_WORDS = (2, math.inf, "the name of a target and a command of borg")
 
 
-def a_value(text: str) -> str:
-    """What an option is given, which may not be nothing: a script's variable that is not set, say."""
-    if not text:
-        raise argparse.ArgumentTypeError("needs a value; leave it out for the newest archive")
-    return text
+def value_of(parse: Callable[[str], Result], hint: str) -> Callable[[str], Result]:
+    """The parser of an option's value, which may not be nothing: a script's variable that is not set, say."""
 
+    def parsed(text: str) -> Result:
+        value = parse(text)
+        if not value:
+            raise argparse.ArgumentTypeError(hint)
+        return value
 
-def a_sample(text: str) -> Sample:
-    sample = Sample.parse(text)
-    if not sample:
-        raise argparse.ArgumentTypeError(SAMPLE_HELP)
-    return sample
-
-
-def a_duration(text: str) -> int:
-    seconds = parse_duration(text)
-    if not seconds:
-        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
-    return seconds
+    return parsed
 
 
 def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
@@ -9761,7 +9691,7 @@ def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
     target = chosen_target(runtime.settings, given.names[0])
     seed = secrets.randbelow(10**9) if given.seed is None else given.seed
     return run_verify(
-        runtime, target, given.archive, given.sample or a_sample(DEFAULT_SAMPLE), seed, given.json
+        runtime, target, given.archive, given.sample or Sample.parse(DEFAULT_SAMPLE), seed, given.json
     )
 
 
@@ -9780,10 +9710,10 @@ def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
 
 PARSERS: dict[str, OptionParser] = {}  # of what follows a command's name
 OPTION_TYPES = {
-    "--archive": a_value,
-    "--at": a_value,
-    "--max-duration": a_duration,
-    "--sample": a_sample,
+    "--archive": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--at": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--max-duration": value_of(parse_duration, "write a number and a unit (s, m, h), such as 30m"),
+    "--sample": value_of(Sample.parse, SAMPLE_HELP),
     "--seed": int,
 }
 
