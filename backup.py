@@ -31,8 +31,8 @@ The sections of this file, each using only those above it:
     Check           whether a repository is sound: `borg check` in slices, and what was checked when
     Backup          one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
-    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Restore         an archive, or a part of it, into a folder or a bucket
+    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -161,7 +161,6 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
-SORTED_AT_ONCE = 10_000  # entries of a folder
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -1656,7 +1655,6 @@ class Catalog:
         with self._told():
             self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
             self._db.executescript(CATALOG_TABLES)
-            self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)), deterministic=True)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -1672,9 +1670,9 @@ class Catalog:
         with self._told():
             return self._db.execute(sql, values).fetchall()
 
-    def add(self, objects: Iterable[S3Object], table: str = "objects") -> None:
+    def add(self, objects: Iterable[S3Object]) -> None:
         """Takes objects in; one with a key that is there already replaces it."""
-        self.insert(table, ((encode_key(each.key), *self._values(each)) for each in objects))
+        self.insert("objects", ((encode_key(each.key), *self._values(each)) for each in objects))
 
     def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Takes rows in."""
@@ -1706,10 +1704,6 @@ class Catalog:
     def find(self, key: str) -> S3Object | None:
         """An object; None where there is none."""
         return next(self.rows("key = ?", [encode_key(key)]), None)
-
-    def remove(self, key: str) -> None:
-        """Takes an object out."""
-        self.execute("DELETE FROM objects WHERE key = ?", [encode_key(key)])
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -1775,6 +1769,8 @@ class Catalog:
 
     def close(self) -> None:
         """Ends it, all written."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.interrupt()  # somebody who was stopped may have left a long query
         with self._told():
             self._db.commit()
             self._db.close()
@@ -3730,7 +3726,8 @@ class ReadAhead:
         self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._ahead: deque[Place] = deque()
         self._pieces: deque[tuple[Place, int, int]] = deque()
-        self._taken, self._end, self._floor, self._moved_at = 0, 0, 0, time.monotonic()
+        self._taken: float = 0  # objects that borgs may be told of
+        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
         self.is_over = False
         for work in (self._walk, self._watch, *[self._read] * threads):
             threading.Thread(target=work, daemon=True).start()
@@ -3744,7 +3741,7 @@ class ReadAhead:
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
         """Returns when `reader` may be told of the object with this number."""
-        self._wait_until(reader, lambda: number <= self._taken)
+        self.wait_until(reader, lambda: number <= self._taken, number)
 
     def wait_until_passed(self, number: int) -> bool:
         """Returns when all readers are done with this object; False at the end."""
@@ -3753,10 +3750,18 @@ class ReadAhead:
                 self._changed.wait()
             return not self.is_over
 
-    def _wait_until(self, reader: Reader, is_so: Callable[[], bool]) -> None:
+    def is_left(self, reader: Reader) -> bool:
+        """Whether it goes on by itself."""
+        return reader not in self._readers
+
+    def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
+        """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
+
+        It does not wait, though, before it is done with all objects that come before that `number`.
+        """
         with self._lock:
             while reader in self._readers and not self.is_over and not is_so():
-                reader.wait(reader.done > self._passed)
+                reader.wait(reader.done + 1 >= number and reader.done > self._passed)
                 self._changed.wait(POLL_SECONDS)
             reader.wait(False)
 
@@ -3773,7 +3778,7 @@ class ReadAhead:
     def done(self, reader: Reader, number: int, offset: int = 0) -> None:
         """`reader` is done with so many objects, and is so far in the next one."""
         with self._lock:
-            reader.done, reader.offset = number, offset
+            reader.done, reader.offset = max((reader.done, reader.offset), (number, offset))
             self._slide()
 
     def left(self, reader: Reader) -> None:
@@ -3787,7 +3792,7 @@ class ReadAhead:
     def close(self) -> None:
         """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
         with self._lock:
-            self.is_over = True
+            self.is_over, self._taken = True, math.inf
             for reader in self._readers:
                 self._hold(reader, False)
             self._changed.notify_all()
@@ -3851,10 +3856,11 @@ class ReadAhead:
             place = Place(number, item, self._end)
             self._end = place.end
             self._ahead.append(place)
-            step = item.size if item.fetch else self._piece_bytes
-            for offset in range(0, item.size, step) if item.size else (0,):
+            step = max(item.size, 1) if item.fetch else self._piece_bytes
+            for offset in range(0, max(item.size, 1), step):
                 end = min(offset + step, item.size)
-                while not self.is_over and place.start + min(end, self._window) - self._floor > self._window:
+                room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
+                while not self.is_over and place.start + room - self._floor > self._window:
                     self._changed.wait()
                 self._pieces.append((place, offset, end))
                 self._work.notify()
@@ -4623,8 +4629,8 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
 
 # borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
 # begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
-# with, and of which one it could make no file, and must be told that the list is at its end: whoever feeds it
-# may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+# with, which ones it has read and of which it could make no file, and must be told that the list is at its
+# end: whoever feeds it may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
 FED = """\
 
 def be_fed(fd):
@@ -4654,7 +4660,7 @@ def be_fed(fd):
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
-        if status in ("E", "d"):
+        if status in ("A", "M", "C", "E", "d"):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
@@ -4960,7 +4966,7 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
-NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
+UNREAD = "it could not be read"
 REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
 
@@ -4983,12 +4989,12 @@ class Findings:
     def add_more(self, number: int, reason: str) -> None:
         """Takes some in without their names."""
         self.count += number
-        # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
+        # Older archives may hold what this one lacks, so they must outlive reads that fail. But
         # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
         # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
         # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
         # night's run.
-        if reason in (NOT_SHOWN, UNREAD):
+        if reason.startswith(UNREAD):
             self.unread += number
             self.explains_all = False
 
@@ -6272,6 +6278,8 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             console.warning(
                 "source", f"the catalog is not kept, and all headers are asked for again: {error}"
             )
+            with contextlib.suppress(OSError):
+                os.truncate(folder / "catalog", 0)  # borg needs the room
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
             listed, kept = catalog_of_source(runtime, found, folder, None), None
         try:
@@ -6318,7 +6326,10 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
                 catalog.open_last(kept)
                 catalog.know_headers()
             except CatalogError as error:
-                console.warning("source", f"{error.message}; it is made anew, and all headers are asked for")
+                unusable = kept.with_suffix(".unusable")
+                kept.replace(unusable)
+                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+                console.warning("source", f"{error.message}; {words}")
             catalog.close_last()
         return unlistable
 
@@ -6395,7 +6406,9 @@ class Feeder:
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
-        self._moved, self._unproven, self._refusals, self._tags_refused = 0, False, 0, False
+        Path(self._folder, odd_path("")).parent.mkdir(parents=True)
+        self._moved, self._refusals, self._tags_refused = 0, 0, False
+        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
         self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
@@ -6433,10 +6446,12 @@ class Feeder:
                     item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
                 else:
                     item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
-                yield item
                 self._note_read(number, each)
+                yield item
         except BackupError as error:
-            self.runtime.console.error("source", str(error))  # and each borg's own way through it fails, too
+            if not self.ahead.is_over:
+                self.runtime.console.error("source", str(error))
+                self.ahead.close()
         finally:
             self._walked.set()
 
@@ -6448,48 +6463,46 @@ class Feeder:
 
     def _note_read(self, number: int, each: S3Object) -> None:
         """Has an object's headers asked for, when it has been read."""
-        if each.facts is None and self._heads:
+        if each.facts is None and each.is_shown and self._heads:
             while not self.ahead.is_over:
                 with contextlib.suppress(queue.Full):
                     self._to_ask.put((number, each), timeout=POLL_SECONDS)
                     return
         elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
-            self._unproven = True
+            self.is_unproven = True
 
     def _ask(self) -> None:
         """The life of a thread that asks for headers."""
-        while not self.ahead.is_over and self._refusals < MAX_NAMED:
-            try:
-                number, each = self._to_ask.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if self._walked.is_set():
-                    return
-                continue
-            if each.is_shown and self.ahead.wait_until_passed(number):
+        try:
+            while not self.ahead.is_over:
                 try:
+                    number, each = self._to_ask.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if self._walked.is_set():
+                        return
+                    continue
+                if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
                     self._learn(each)
-                    self._refusals = 0
-                except S3Error as error:
-                    self._refused(each, error)
-            self._moved += 1
-
-    def _refused(self, each: S3Object, error: S3Error) -> None:
-        if error.status == 404:  # it was deleted meanwhile
-            return
-        self._refusals += 1
-        if self._refusals == MAX_NAMED:
-            words = (
-                "headers cannot be asked for, the archives are made without those of new and changed objects"
-            )
-            self.runtime.console.warning("source", f"{words}: {error}")
+                self._moved += 1
+        except BaseException:
+            self.ahead.close()  # nobody waits for what does not come
+            raise
 
     def _learn(self, each: S3Object) -> None:
         """Asks S3 for an object's headers, and so for the version that it has now."""
-        answer = self._client.request("HEAD", f"{self._prefix}{each.key}")
-        now = self._version(each, answer)
-        if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
-            now = self.is_overwritten(each, now)
-        self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+        try:
+            now = self._version(each, self._client.request("HEAD", f"{self._prefix}{each.key}"))
+            if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
+                now = self._overwritten(each, now)
+            self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+            self._refusals = 0
+        except (S3Error, CatalogError) as error:
+            if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
+                return
+            self.is_unproven, self._refusals = True, self._refusals + 1
+            if self._refusals == MAX_NAMED:
+                words = "the archives lack the headers of some new and changed objects"
+                self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
         """The version of an object whose headers these are."""
@@ -6520,14 +6533,15 @@ class Feeder:
         Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
         """
         modified = each.last_modified.timestamp()
-        if not any(reader.began and modified >= reader.since for reader in self.readers):
-            return each  # and its headers belong to the version that the next run reads
         try:
             name = f"source: stat of {each.key!r}"
             shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
         except OSError as error:
             self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
             return dataclasses.replace(now, etag="")
+        is_read = any(reader.began and modified >= reader.since for reader in self.readers)
+        if not is_read and shown.st_mtime - modified <= 1:
+            return each  # and its headers belong to the version that the next run reads
         was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
         if shown.st_size != now.size_bytes:
             sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
@@ -6545,7 +6559,7 @@ class Feeder:
     def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
         """The path, for borg, of a file with an object's content, which our own client fetches.
 
-        It is there until `reader` gives it back. Raises S3Error, and BackupError where there is no room.
+        It is there until `reader` gives it back. Raises S3Error and OSError.
         """
         with self._lock:
             is_first = each.key not in self._fetched
@@ -6555,10 +6569,7 @@ class Feeder:
         if is_first:
             try:
                 future.set_result(self._fetch(each))
-            except OSError as error:
-                words = f"{self.runtime.settings.source.name}: fetching {each.key!r}: {error.strerror}"
-                future.set_exception(BackupError(words, DISK_HELP))
-            except BackupError as error:
+            except Exception as error:  # who waits for it must hear of that
                 future.set_exception(error)
         while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
@@ -6569,7 +6580,6 @@ class Feeder:
             f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
         )
         path = Path(self._folder, odd_path(each.key))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
             for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
@@ -6589,32 +6599,41 @@ class Feeder:
                 del self._fetched[each.key]
                 Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
 
-    def manifest(self) -> str:
-        """The path, for borg, of the manifest: it is written when all headers are there."""
+    def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
+        """The path, for borg, of the manifest of an archive that lacks what has vanished.
+
+        It is written when all headers are there.
+        """
+        self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
         while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
             self.runtime.stop.check()
-        path = Path(self._folder, MANIFEST_PATH)
-        with self._writing:
-            if not path.exists():
+        for head in self._heads:
+            head.result()
+        if self.ahead.is_over:
+            raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
+        folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
+        path = Path(folder, MANIFEST_PATH)
+        path.parent.mkdir(parents=True)
+        with self._writing, path.open("w", encoding="ascii") as stream:
+            # Others' headers were asked for before a late one has read.
+            if (self.is_unproven or is_late) and self.runtime.settings.audit:
                 self._look_again()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.with_suffix(".new").open("w", encoding="ascii") as stream:
-                    for each in self.catalog.rows():
-                        stream.write(f"{manifest_line(each)}\n")
-                        self._moved += 1
-                path.with_suffix(".new").rename(path)
-        return f"{self._folder}/./{MANIFEST_PATH}"
+            for each in self.catalog.rows():
+                if each.key not in vanished:
+                    stream.write(f"{manifest_line(each)}\n")
+                    self._moved += 1
+        return f"{folder}/./{MANIFEST_PATH}"
 
     def _look_again(self) -> None:
         """Lists the source once more, where objects were read whose headers have not been asked for since."""
-        if not (self._unproven and self.runtime.settings.audit):
-            return
         for entry in self._client.list_objects(self._prefix):
             self._moved += 1
             key = entry.key[len(self._prefix) :]
             each = self.catalog.find(key) if key else None
-            if each and each.is_shown and (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
-                now = self.is_overwritten(each, dataclasses.replace(entry, key=key))
+            if not each or not each.is_shown or (entry.etag and not each.etag):  # that was noted before
+                continue
+            if (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
+                now = self._overwritten(each, dataclasses.replace(entry, key=key))
                 self.catalog.add([dataclasses.replace(now, facts=None)])
 
 
@@ -6644,7 +6663,7 @@ class Fed:
         self.read_end, self._write_end = os.pipe()
         self.files = 0  # that its archive is to hold
         self.lacks = Findings()
-        self.vanished: list[str] = []
+        self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
         self.has_manifest = False
         self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
@@ -6688,7 +6707,10 @@ class Fed:
         with self._changed:
             if event["type"] == "fed_status":
                 each = next(entry.each for entry in self._under_way if entry.sent == number)
-                if event["status"] == "E" or not is_folder(each):
+                if event["status"] in "AMC":  # it reads what it should know: another version, perhaps
+                    if each.is_shown and each.last_modified.timestamp() < self._since:
+                        self._feeder.is_unproven = True
+                elif event["status"] == "E" or not is_folder(each):
                     self.files -= not is_folder(each)
                     if len(self._unread) < UNREAD_AT_MOST:
                         self._unread.append(each)
@@ -6711,15 +6733,16 @@ class Fed:
             with open(self._write_end, "wb", buffering=0) as pipe:
                 number = 0
                 for number, each in enumerate(self._feeder.catalog.rows(), 1):
+                    self._note_told(number - 1)
                     self._feeder.ahead.wait_until_near(self._reader, number)
                     if each.is_shown:
                         self._tell(pipe, number, each, self._feeder.path(each))
                     else:
                         self._tell_fetched(pipe, number, [each])
+                self._note_told(number)
                 self._wait_until_done()
-                self._feeder.ahead.done(self._reader, number)
                 self._fetch_unread(pipe, number)
-                self._tell(pipe, number, MANIFEST, self._feeder.manifest())
+                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader, self.vanished))
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
                 for each in self._unread:
@@ -6727,6 +6750,9 @@ class Fed:
                 pipe.write(b"\0")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
+        except OSError as error:
+            words = f"{self._name}: what borg is to read cannot be written: {error.strerror}"
+            self.failure = BackupError(words, DISK_HELP)
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
@@ -6739,6 +6765,14 @@ class Fed:
             self._under_way.append(Told(self._sent, number, each, is_fetched))
             self.files += not is_folder(each)
         pipe.write(os.fsencode(path) + b"\0")
+
+    def _note_told(self, number: int) -> None:
+        """borg was told of all objects up to this one, but for those that are not there."""
+        with self._changed:
+            if not self._under_way:
+                self._feeder.ahead.done(self._reader, number)
+            elif self._under_way[-1].number < number:
+                self._under_way[-1] = dataclasses.replace(self._under_way[-1], number=number)
 
     def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
         """Tells borg of objects that our own client fetches, some at a time."""
@@ -6771,13 +6805,12 @@ class Fed:
         """Notes why an object is not in the archive, in S3's words where these are the reason."""
         status = error.status if isinstance(error, S3Error) else 0
         if status == 404:
-            self.vanished.append(each.key)
-            self._feeder.catalog.remove(each.key)
+            self.vanished[each.key] = None
         elif status in REFUSALS:
             self._refusals += 1
             self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
         else:
-            self.lacks.add(each.key, UNREAD)
+            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
 
     def _wait_until_done(self) -> None:
         """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
@@ -6833,7 +6866,8 @@ def back_up_batch(
     Returns those that are to be tried once more.
     """
     readers = [Reader() for _ in batch]
-    feeder = Feeder(runtime, found, mount, catalog, readers)
+    with full_disk_told(runtime.settings.source):
+        feeder = Feeder(runtime, found, mount, catalog, readers)
     try:
         futures = [
             in_background(
@@ -6843,8 +6877,10 @@ def back_up_batch(
             )
             for (outcome, check), reader in zip(batch, readers, strict=True)
         ]
-        while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
-            pass  # each sees stop signals by itself, and has its own deadlines
+        # Each sees stop signals by itself, and has its own deadlines.
+        while concurrent.futures.wait(futures, timeout=PROGRESS_SECONDS).not_done:
+            with contextlib.suppress(OSError):
+                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
     finally:
         feeder.close()
     return [each for each, future in zip(batch, futures, strict=True) if future.result()]
@@ -7027,7 +7063,7 @@ def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Finding
         outcome.warn(f"the archive lacks {count(lacks, 'object')}")
     if fed.vanished:
         more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
-        names = f"{', '.join(map(repr, fed.vanished[:5]))}{more}"
+        names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
         runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
     if not fed.lacks.explains_all:
         note_failure(
@@ -7623,536 +7659,6 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
         return repository.borg.hand_over(arguments)
 
 
-# --------------------------------------------------------------------------------------------- Verification
-
-# Is an archive good? What the source lists now, what it listed then, by the archive's manifest, and what the
-# archive holds become tables beside each other, and each comparison is a query. A sample leaves borg as a tar
-# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
-# memory grows neither with the bucket, nor with the sample, nor with an object's size.
-
-DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
-SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
-PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
-FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
-CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
-
-VERIFICATION_TABLES = """
-CREATE TABLE manifest ( -- as `objects`, when the archive was made
-    key BLOB PRIMARY KEY, size INTEGER, modified INTEGER, etag TEXT, is_shown INTEGER, facts TEXT
-) WITHOUT ROWID;
-CREATE TABLE held ( -- the archive's entries in their order, with the path where the key does not tell it
-    place INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, modified INTEGER, is_folder INTEGER
-);
-CREATE TABLE content ( -- the archived objects in the archive's order, but folders last
-    number INTEGER PRIMARY KEY, key BLOB, path TEXT, size INTEGER, is_folder INTEGER, since TEXT
-);
-CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER);
-CREATE INDEX held_path ON held (path) WHERE path IS NOT NULL
-"""
-HELD_KEYS = """
-CREATE INDEX held_key ON held (key);
-UPDATE held SET key = manifest.key FROM manifest WHERE held.path = odd_path(manifest.key);
-DELETE FROM held WHERE path IS NULL AND key IN (SELECT key FROM held WHERE path IS NOT NULL)
-"""
-# Of an archive without a manifest its own entries are all that is known.
-HELD_AS_MANIFEST = """
-INSERT OR REPLACE INTO manifest SELECT key, size, modified, '', 1, NULL FROM held
-WHERE key IS NOT NULL AND NOT is_folder
-"""
-# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
-# seconds, as HTTP and tar have them. What was overwritten before it was read is not what the manifest tells.
-COMPARE_CONTENT = """
-INSERT INTO content SELECT NULL, held.key, path, held.size, is_folder, CASE
-    WHEN objects.key IS NULL THEN 'deleted'
-    WHEN objects.size = held.size AND CASE
-        WHEN manifest.size <> held.size THEN objects.modified / 1000000 = held.modified / 1000000
-        WHEN '' IN (manifest.etag, objects.etag) THEN objects.modified / 1000000 = manifest.modified / 1000000
-        ELSE objects.etag = manifest.etag END THEN 'unchanged'
-    ELSE 'changed' END
-FROM held CROSS JOIN manifest USING (key) LEFT JOIN objects USING (key) ORDER BY is_folder, place
-"""
-WITHOUT_CONTENT = "manifest WHERE NOT EXISTS (SELECT 1 FROM held WHERE held.key = manifest.key)"
-ONLY_OTHERS = """
-SELECT 1 FROM held WHERE path NOT LIKE 'data/s3borgbackup/%' AND NOT is_folder
-AND NOT EXISTS (SELECT 1 FROM held WHERE path IS NULL) LIMIT 1
-"""
-NOT_THEN = "objects WHERE NOT EXISTS (SELECT 1 FROM manifest WHERE manifest.key = objects.key)"
-LOST_OR_LATE = """
-'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
-|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
-"""
-WHY_HIDDEN = f"""
-CASE WHEN {IS_COVERED} THEN 'it is hidden by objects below the same name'
-ELSE 'no file can have this name' END
-"""
-SAMPLED = """
-SELECT sample.number, content.key, path, content.size, since = 'unchanged', objects.etag,
-    objects.modified / 1000000, objects.modified / 1000000 = manifest.modified / 1000000, manifest.facts
-FROM sample JOIN content ON content.number = sample.content JOIN manifest USING (key)
-LEFT JOIN objects USING (key) WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
-"""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """How many objects of an archive are proved: a number of them, or a share of all."""
-
-    number: int = 0
-    share: float = 0.0  # 0: it is the number that counts
-
-    @classmethod
-    def parse(cls, text: str) -> Sample | None:
-        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
-        if text == "all":
-            return cls(share=1.0)
-        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
-        if not found:
-            return None
-        number, share = int(found[1] or 0), float(found[2] or 0) / 100
-        return cls(number, share) if number or 0 < share <= 1 else None
-
-    def choose(self, total: int, seed: int) -> Iterator[int]:
-        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
-
-        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
-        """
-        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
-        for number in range(1, total + 1):
-            if chance.random() * (total - number + 1) < wanted:
-                wanted -= 1
-                yield number
-
-
-@dataclass
-class Verification:
-    """What is found about an archive."""
-
-    target: str
-    seed: int
-    archive: str = ""
-    as_of: datetime | None = None  # what the source had before is expected in the archive
-    archived: int = 0
-    listed: int = 0
-    new: int = 0  # in the source since
-    missing: Findings = field(default_factory=Findings)
-    appeared: Findings = field(default_factory=Findings)  # since, with an older time
-    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
-    deleted: Findings = field(default_factory=Findings)  # since
-    changed: Findings = field(default_factory=Findings)  # since
-    sampled: int = 0
-    sampled_bytes: int = 0
-    equal: int = 0  # of the sample: as in the source, byte for byte
-    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
-    differing: Findings = field(default_factory=Findings)
-    headers_changed: Findings = field(default_factory=Findings)
-    unreadable: Findings = field(default_factory=Findings)  # in the source
-    error: str = ""  # why it could not be verified to the end
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the archive is good. What changed in the source since says nothing about that."""
-        if self.error or self.missing.count or self.differing.count:
-            return Verdict.FAILURE
-        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
-        return Verdict.WARNING if doubts else Verdict.OK
-
-    def as_json(self) -> str:
-        """For programs."""
-        fields = {name: value_for_json(getattr(self, name)) for name in VERIFICATION_FIELDS}
-        sample = {name: value_for_json(getattr(self, name)) for name in SAMPLE_FIELDS}
-        return json.dumps({**fields, "sample": sample, "result": self.verdict.value, "error": self.error})
-
-    def as_text(self) -> str:
-        """For people."""
-        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
-        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
-        rows = [
-            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
-            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
-            ("missing", f"{self.missing.count:,} that the source had before"),
-            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
-            ("since then", since),
-            ("", f"{self.appeared.count:,} appeared with an older time"),
-            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
-            ("", f"{self.equal:,} equal the source byte for byte"),
-            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
-            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
-            ("", f"{self.unreadable.count:,} could not be read in the source"),
-            ("result", self.verdict.value),
-        ]
-        named = [
-            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name in NAMED_FINDINGS
-            for key, reason in getattr(self, name).named
-        ]
-        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
-
-
-VERIFICATION_FIELDS = (
-    *("target", "archive", "as_of", "archived", "listed", "new"),
-    *("missing", "appeared", "unarchivable", "changed", "deleted"),
-)
-NAMED_FINDINGS = (
-    *("missing", "differing", "headers_changed", "unreadable", "unarchivable"),
-    *("appeared", "changed", "deleted"),
-)
-SAMPLE_FIELDS = (
-    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
-    *("differing", "headers_changed", "unreadable"),
-)
-
-
-def value_for_json(value: object) -> object:
-    """Findings and times as JSON has them; all else as it is."""
-    if isinstance(value, Findings):
-        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
-        return {"count": value.count, "objects": named}
-    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
-
-
-def run_verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
-) -> int:
-    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
-    found = Verification(target.name, seed)
-    try:
-        verify(runtime, target, archive, sample, found)
-    except (Stopped, ConfigurationError):
-        raise
-    except BackupError as error:
-        found.error = str(error)
-        runtime.console.error(target.store.name, found.error)
-    emit(found.as_json() if as_json else found.as_text())
-    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
-    return codes.get(found.verdict, EXIT_FAILURE)
-
-
-def verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
-) -> None:
-    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
-    source, name = runtime.settings.source, target.store.name
-    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
-    with (
-        opened_for_reading(runtime, target, "`verify`") as repository,
-        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
-        contextlib.closing(Catalog(Path(folder, "catalog"))) as catalog,
-    ):
-        verifier = Verifier(runtime, client, repository, catalog, found)
-        verifier.find_archive(archive)
-        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
-        verifier.take_archive()
-        verifier.list_source()
-        verifier.compare()
-        number = verifier.choose(sample)
-        runtime.console.info(name, f"{count(number, 'object')} are proved")
-        if sample.share == 1.0:
-            verifier.prove(0, number, None)
-        else:
-            for first in range(0, number, PATHS_AT_ONCE):
-                verifier.prove(first, min(first + PATHS_AT_ONCE, number), Path(folder, "chosen"))
-        if found.unreadable.count:  # some objects, or are the keys revoked?
-            examine(client, write=False)
-
-
-def path_prefix(settings: Settings) -> str:
-    """What the paths of a source's objects begin with in an archive: `data/source/`."""
-    return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
-
-
-def source_as_of(comment: str, start: str) -> datetime:
-    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
-    with contextlib.suppress(ValueError):
-        if comment.startswith(SOURCE_AS_OF):
-            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
-            return datetime.fromisoformat(time).astimezone(UTC)
-    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
-
-
-def entries_held(lines: Iterable[bytes], prefix: str) -> Iterator[tuple[Any, ...]]:
-    """Rows for the table `held` from an archive's list."""
-    for entry in map(json.loads, lines):
-        path, is_folder = entry["path"], entry["type"] == "d"
-        key = encode_key(path.removeprefix(prefix)) + b"/" * is_folder if path.startswith(prefix) else None
-        modified = (borg_time(entry["mtime"]) - EPOCH) // timedelta(microseconds=1)
-        if entry["type"] in "-d":
-            yield None, key, path if key is None else None, entry["size"], modified, is_folder
-
-
-# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
-OTHER_NOW = frozenset({404, 416, 200, 206})
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """An object of a sample."""
-
-    number: int
-    key: str
-    path: str  # in the archive
-    size_bytes: int
-    is_unchanged: bool
-    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
-    modified: int
-    is_same_time: bool  # as when the archive was made
-    facts: Mapping[str, Any]  # as the archive has them
-
-
-Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
-
-
-class Verifier:
-    """Compares one archive with the source, and writes down in `found` what it finds."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        client: S3Client,
-        repository: Repository,
-        catalog: Catalog,
-        found: Verification,
-    ) -> None:
-        """Nothing is compared yet; `client` is the source's."""
-        self._runtime, self._client, self._repository = runtime, client, repository
-        self._catalog, self._found = catalog, found
-        self._prefix = path_prefix(runtime.settings)
-        self._has_manifest = False
-        self._current = ""  # the object that is being read
-        self._waits = False  # for the source
-        for statement in VERIFICATION_TABLES.split(";"):
-            catalog.execute(statement)
-
-    def find_archive(self, name: str | None) -> None:
-        """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
-
-        Where it does not say so itself, that is its start by a clock of which little is known.
-        """
-        label, borg, store = (
-            self._runtime.settings.label,
-            self._repository.borg,
-            self._repository.target.store,
-        )
-        pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-        archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
-        if not archives:
-            what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
-            raise BackupError(
-                f"{store.name}: {store.location} holds {what}",
-                f"`backup.py borg {self._repository.target.name} list` shows what it holds.",
-            )
-        self._found.archive = archives[0]["name"]
-        self._found.as_of = source_as_of(archives[0]["comment"], archives[0]["start"])
-
-    def take_archive(self) -> None:
-        """Takes in what the archive holds, and its manifest. Raises BackupError."""
-        borg, name, archive = self._repository.borg, self._repository.target.store.name, self._found.archive
-        execute = self._catalog.execute
-
-        def take_manifest(lines: IO[bytes]) -> None:
-            try:
-                self._catalog.add((parse_manifest_line(line.decode()) for line in lines), "manifest")
-            except ValueError as error:
-                hint = DAMAGE_HELP.format(name=self._repository.target.name)
-                raise BackupError(f"{name}: the manifest of {archive} is damaged: {error}", hint) from error
-
-        borg.run(
-            borg_items(borg.repository, archive),
-            consume=lambda lines: self._catalog.insert("held", entries_held(lines, self._prefix)),
-        )
-        self._has_manifest = bool(execute("SELECT 1 FROM held WHERE path = ?", [MANIFEST_PATH]))
-        if self._has_manifest:
-            borg.run(borg_read(borg.repository, archive, MANIFEST_PATH), consume=take_manifest)
-        for statement in HELD_KEYS.split(";") if self._has_manifest else [HELD_AS_MANIFEST]:
-            execute(statement)
-        if execute(ONLY_OTHERS):
-            raise BackupError(
-                f"{name}: {archive} holds nothing below {self._prefix}",
-                "Set DATA_DIR to what it was when the archive was made.",
-            )
-
-    def list_source(self) -> None:
-        """Takes in what the source lists now. Raises S3Error, Stopped.
-
-        An archive without a manifest does not tell the empty objects that stand for folders.
-        """
-        prefix = self._client.store.key_prefix
-
-        def objects() -> Iterator[S3Object]:
-            for entry in self._client.list_objects(prefix):
-                key = entry.key[len(prefix) :]
-                if key and (self._has_manifest or entry.size_bytes or not key.endswith("/")):
-                    yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
-
-        take = functools.partial(self._catalog.add, objects())
-        within(LIST_SECONDS, "source: listing it", take, self._runtime.stop)
-
-    def compare(self) -> None:
-        """Finds what the archive lacks, and what has changed since."""
-        execute, found = self._catalog.execute, self._found
-        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
-        older = f"{NOT_THEN} AND modified < {before}"
-
-        def name(findings: Findings, where: str, reason: str = "''") -> None:
-            findings.count = execute(f"SELECT count(*) FROM {where}")[0][0]
-            rows = execute(f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}")
-            findings.named = [(decode_key(key), text) for key, text in rows]
-
-        execute(COMPARE_CONTENT)
-        name(found.changed, "content WHERE since = 'changed'")
-        name(found.deleted, "content WHERE since = 'deleted'")
-        if self._has_manifest:
-            name(found.missing, WITHOUT_CONTENT, "'its content is not in the archive'")
-            name(found.appeared, older, "'the source did not list it when the archive was made'")
-        else:
-            self._catalog.hide([])
-            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
-            name(found.unarchivable, f"{older} AND NOT is_shown", WHY_HIDDEN)
-        [[found.archived]] = execute("SELECT count(*) FROM content")
-        [[found.listed]] = execute("SELECT count(*) FROM objects")
-        [[found.new]] = execute(f"SELECT count(*) FROM {NOT_THEN} AND modified >= {before}")
-
-    def choose(self, sample: Sample) -> int:
-        """Chooses a sample; returns how many objects it has."""
-        [[files]] = self._catalog.execute("SELECT count(*) FROM content WHERE NOT is_folder")
-        self._catalog.insert("sample", ((None, number) for number in sample.choose(files, self._found.seed)))
-        return self._catalog.execute("SELECT count(*) FROM sample")[0][0]
-
-    def prove(self, first: int, last: int, paths: Path | None) -> None:
-        """Has borg export the objects of the sample behind number `first` up to `last`, and compares them.
-
-        Their paths go to a file `paths` for it; without that it exports all. Raises BackupError where borg
-        finds damage, or leaves out an object.
-        """
-        borg, target, before = self._repository.borg, self._repository.target, self._found.sampled
-        if paths:
-            with paths.open("wb") as file:
-                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
-
-        def moved() -> float:  # borg would, if the source answered
-            return time.monotonic() if self._waits else 0.0
-
-        try:
-            borg.run(
-                borg_export(borg.repository, self._found.archive, Path("-")),
-                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
-                own={"S3BORGBACKUP_EXPORTED": str(paths)} if paths else None,
-                meters=[moved],
-            )
-        except BackupError as error:
-            if self._current and not isinstance(error, Stopped):
-                error.message += f" (while {self._current!r} was read)"
-            raise
-        if (got := self._found.sampled - before) != last - first:
-            words = f"borg exported {got:,} of {count(last - first, 'object')}"
-            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
-
-    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
-        while page := self._catalog.execute(SAMPLED, (first, last, CATALOG_PAGE)):
-            for number, key, path, *rest, facts in page:
-                name = decode_key(key)
-                yield Chosen(number, name, path or f"{self._prefix}{name}", *rest, json.loads(facts or "{}"))
-            first = page[-1][0]
-
-    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
-        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
-        asked = (
-            (each, self._ask(each, first))
-            for each in chosen
-            for first in (range(0, each.size_bytes or 1, FETCHED_BYTES) if each.is_unchanged else [0])
-        )
-        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
-        while ahead:
-            yield ahead.popleft()
-            ahead.extend(itertools.islice(asked, 1))
-
-    def _ask(self, each: Chosen, first: int) -> Fetched:
-        client, key = self._client, f"{self._client.store.key_prefix}{each.key}"
-        last = min(first + FETCHED_BYTES, each.size_bytes) - 1
-        if not each.is_unchanged:
-            return None
-        if not each.size_bytes:
-            return in_background(lambda: client.request("HEAD", key))
-        return in_background(lambda: client.get_span(key, first, last))
-
-    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
-        """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        found = self._found
-        try:
-            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
-                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
-                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
-                        tar.members.clear()  # or it would keep them all
-                    if not member:
-                        break
-                    self._current, archived = each.key, tar.extractfile(member)
-                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
-                    drain(archived)  # so that all of it is verified
-                    found.sampled += 1
-                    found.sampled_bytes += member.size
-                    found.equal += verdict == "equal"
-                    found.extracted += verdict == "extracted"
-                    if reason:
-                        getattr(found, verdict).add(each.key, reason)
-                    self._current = ""
-            drain(stream)
-        except tarfile.ReadError:
-            pass
-
-    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
-        """What an archived object turns out to be, which is a field of Verification, and why."""
-        offset = 0
-        for fetched in pieces:
-            if not fetched:
-                return "extracted", ""
-            try:
-                answer = self._wait(fetched)
-            except S3Error as error:
-                if error.status in OTHER_NOW:
-                    return "extracted", ""
-                if not error.status:  # the source does not answer at all
-                    raise
-                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
-            ours = archived.read(len(answer.body))
-            if ours != answer.body:
-                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
-                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
-                    return "extracted", ""
-                place = next(
-                    place
-                    for place, pair in enumerate(zip(ours, answer.body, strict=False))
-                    if pair[0] != pair[1]
-                )
-                return "differing", f"its content differs from byte {offset + place:,} on"
-            offset += len(ours)
-        self._compare_headers(each, answer)
-        return "equal", ""
-
-    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
-        """Compares what the archive has of an object's headers and tags, if it has them."""
-        if "headers" not in each.facts:
-            return
-        then, now = each.facts["headers"], headers_of(answer)
-        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
-        if int(answer.headers.get("x-amz-tagging-count") or 0):
-            key = f"{self._client.store.key_prefix}{each.key}"
-            with contextlib.suppress(S3Error):  # the key may not read tags
-                tags = self._wait(in_background(lambda: self._client.tags(key)))
-                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
-        if other and each.is_same_time:
-            self._found.headers_changed.add(each.key, ", ".join(other))
-        elif other:
-            self._found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
-
-    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
-        """What the source answers. It has its own deadline, and borg waits meanwhile."""
-        self._waits = True
-        try:
-            return asked.result()
-        finally:
-            self._waits = False
-
-
 # -------------------------------------------------------------------------------------------------- Restore
 
 # `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
@@ -8379,6 +7885,7 @@ class Plan(Catalog):
         """Holds nothing yet."""
         super().__init__(path)
         self.prefix = ""  # what stands before the keys in the archive
+        self.has_manifest = False
         with self._told():
             self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)).encode())
             self._db.executescript(PLAN_TABLES)
@@ -8389,7 +7896,10 @@ class Plan(Catalog):
         borg.run(
             borg_items(borg.repository, archive), consume=lambda lines: self.take(map(parse_entry, lines))
         )
-        if self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()]):
+        self.has_manifest = bool(
+            self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()])
+        )
+        if self.has_manifest:
             try:
                 borg.run(
                     borg_read(borg.repository, archive, MANIFEST_PATH),
@@ -8405,8 +7915,7 @@ class Plan(Catalog):
     def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
         """Takes in the archive's list."""
         rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
-        for page in pages(rows):
-            self.change("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)", page)
+        self.insert("entries", rows)
 
     def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Executes a statement for each of these rows."""
@@ -8846,7 +8355,7 @@ class BucketPlace:
 
     def _leave_out(self, item: Item, error: S3Error) -> None:
         """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
-        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS:
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
             raise error
         self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
 
@@ -8933,7 +8442,8 @@ class BucketPlace:
             etag = xml_text(answer.body, "ETag").strip('"')
         except S3Error as error:
             if error.code != "NoSuchUpload":
-                raise
+                self._leave_out(item, error)
+                return
             there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
             etag = there.get("etag", "").strip('"')
             if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
@@ -9332,6 +8842,456 @@ def opened_metadata(order: Order) -> IO[str]:
     except OSError as error:
         hint = "Correct --metadata."
         raise BackupError(f"cannot write {order.metadata}: {error.strerror}", hint) from None
+
+
+# --------------------------------------------------------------------------------------------- Verification
+
+# Is an archive good? What the source lists now comes into a table beside the plan, which has what the archive
+# holds and what its manifest says of that, and each comparison is a query. A sample leaves borg as a tar
+# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
+# memory grows neither with the bucket, nor with the sample, nor with an object's size.
+
+DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
+SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
+PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
+FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
+CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+# `content` has the archived objects in the archive's order, but first those whose content borg can give.
+VERIFICATION_TABLES = (
+    "CREATE TABLE content (number INTEGER PRIMARY KEY, key BLOB, since TEXT)",
+    "CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER)",
+)
+IS_FILE = "(path IS NOT NULL AND fate = 'unknown')"
+# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
+# seconds, as HTTP and tar have them.
+COMPARE_CONTENT = f"""
+INSERT INTO content SELECT NULL, items.key, CASE
+    WHEN now.key IS NULL THEN 'deleted'
+    WHEN now.size = items.size AND CASE WHEN '' IN (items.etag, now.etag)
+        THEN now.modified / 1000000 = items.modified ELSE now.etag = items.etag END THEN 'unchanged'
+    ELSE 'changed' END
+FROM items LEFT JOIN source.objects AS now USING (key)
+WHERE {COUNTED} AND (path IS NOT NULL OR items.size = 0) ORDER BY NOT {IS_FILE}, place
+"""
+# An archive without a manifest does not tell the empty objects that stand for folders.
+LISTED = "source.objects AS now WHERE NOT (:old AND now.size = 0 AND substr(key, -1) = X'2F')"
+NOT_THEN = f"{LISTED} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+LOST_OR_LATE = """
+'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
+|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
+"""
+SAMPLED = """
+SELECT sample.number, items.key, path, items.size, since = 'unchanged', now.etag, now.modified / 1000000,
+    now.modified / 1000000 = items.modified, main.objects.facts
+FROM sample JOIN content ON content.number = sample.content JOIN items USING (key)
+LEFT JOIN source.objects AS now USING (key) LEFT JOIN main.objects USING (key)
+WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How many objects of an archive are proved: a number of them, or a share of all."""
+
+    number: int = 0
+    share: float = 0.0  # 0: it is the number that counts
+
+    @classmethod
+    def parse(cls, text: str) -> Sample | None:
+        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
+        if text == "all":
+            return cls(share=1.0)
+        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+        if not found:
+            return None
+        number, share = int(found[1] or 0), float(found[2] or 0) / 100
+        return cls(number, share) if number or 0 < share <= 1 else None
+
+    def choose(self, total: int, seed: int) -> Iterator[int]:
+        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
+
+        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
+        """
+        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
+        for number in range(1, total + 1):
+            if chance.random() * (total - number + 1) < wanted:
+                wanted -= 1
+                yield number
+
+
+@dataclass
+class Verification:
+    """What is found about an archive."""
+
+    target: str
+    seed: int
+    archive: str = ""
+    as_of: datetime | None = None  # what the source had before is expected in the archive
+    archived: int = 0
+    listed: int = 0
+    new: int = 0  # in the source since
+    missing: Findings = field(default_factory=Findings)
+    differing: Findings = field(
+        default_factory=Findings
+    )  # of the sample; so are headers_changed and unreadable
+    headers_changed: Findings = field(default_factory=Findings)
+    unreadable: Findings = field(default_factory=Findings)  # in the source
+    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
+    appeared: Findings = field(default_factory=Findings)  # since, with an older time
+    changed: Findings = field(default_factory=Findings)  # since
+    deleted: Findings = field(default_factory=Findings)  # since
+    sampled: int = 0
+    sampled_bytes: int = 0
+    equal: int = 0  # of the sample: as in the source, byte for byte
+    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
+    error: str = ""  # why it could not be verified to the end
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the archive is good. What changed in the source since says nothing about that."""
+        if self.error or self.missing.count or self.differing.count:
+            return Verdict.FAILURE
+        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
+        return Verdict.WARNING if doubts else Verdict.OK
+
+    def as_json(self) -> str:
+        """For programs."""
+        fields = {name: value_for_json(value) for name, value in vars(self).items()}
+        sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
+        return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
+
+    def as_text(self) -> str:
+        """For people."""
+        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
+        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
+        rows = [
+            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
+            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
+            ("missing", f"{self.missing.count:,} that the source had before"),
+            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
+            ("since then", since),
+            ("", f"{self.appeared.count:,} appeared with an older time"),
+            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
+            ("", f"{self.equal:,} equal the source byte for byte"),
+            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
+            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
+            ("", f"{self.unreadable.count:,} could not be read in the source"),
+            ("result", self.verdict.value),
+        ]
+        named = [
+            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            for name, findings in vars(self).items()
+            if isinstance(findings, Findings)
+            for key, reason in findings.named
+        ]
+        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
+
+
+SAMPLE_FIELDS = (
+    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
+    *("differing", "headers_changed", "unreadable"),
+)
+
+
+def value_for_json(value: object) -> object:
+    """Findings and times as JSON has them; all else as it is."""
+    if isinstance(value, Findings):
+        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
+        return {"count": value.count, "objects": named}
+    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
+
+
+def run_verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
+) -> int:
+    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
+    found = Verification(target.name, seed)
+    try:
+        verify(runtime, target, archive, sample, found)
+    except (Stopped, ConfigurationError):
+        raise
+    except BackupError as error:
+        found.error = str(error)
+        runtime.console.error(target.store.name, found.error)
+    emit(found.as_json() if as_json else found.as_text())
+    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
+    return codes.get(found.verdict, EXIT_FAILURE)
+
+
+def verify(
+    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
+) -> None:
+    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
+    source, name = runtime.settings.source, target.store.name
+    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
+    with (
+        opened_for_reading(runtime, target, "`verify`") as repository,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
+    ):
+        found.archive, found.as_of = find_archive(runtime, repository, archive)
+        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
+        listing = Path(folder, "source")
+        within(LIST_SECONDS, "source: listing it", lambda: list_into(client, listing), runtime.stop)
+        with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
+            plan.execute("ATTACH ? AS source", [str(listing)])
+            plan.read(repository, found.archive, runtime.settings.mount_point(source))
+            verifier = Verifier(runtime, client, repository, plan, found)
+            within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
+            verifier.prove(sample, Path(folder, "chosen"))
+        if found.unreadable.count:  # some objects, or are the keys revoked?
+            examine(client, write=False)
+
+
+def source_as_of(comment: str, start: str) -> datetime:
+    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
+    with contextlib.suppress(ValueError):
+        if comment.startswith(SOURCE_AS_OF):
+            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
+            return datetime.fromisoformat(time).astimezone(UTC)
+    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
+
+
+def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> tuple[str, datetime]:
+    """The archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
+
+    Where it does not say so itself, that is its start by a clock of which little is known.
+    """
+    label, borg, store = runtime.settings.label, repository.borg, repository.target.store
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
+    archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
+    if not archives:
+        what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
+        raise BackupError(
+            f"{store.name}: {store.location} holds {what}",
+            f"`backup.py borg {repository.target.name} list` shows what it holds.",
+        )
+    return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
+
+
+def list_into(client: S3Client, path: Path) -> None:
+    """Makes a catalog of what a store lists. Raises S3Error."""
+    prefix = client.store.key_prefix
+    with contextlib.closing(Catalog(path)) as catalog:
+        catalog.add(
+            dataclasses.replace(each, key=key, is_shown=is_showable(key, each.size_bytes))
+            for each in client.list_objects(prefix)
+            if (key := each.key[len(prefix) :])
+        )
+        catalog.hide([])
+
+
+# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
+OTHER_NOW = frozenset({404, 416, 200, 206})
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """An object of a sample."""
+
+    number: int
+    key: str
+    path: str  # in the archive
+    size_bytes: int
+    is_unchanged: bool
+    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
+    modified: int
+    is_same_time: bool  # as when the archive was made
+    facts: Mapping[str, Any]  # as the archive has them
+
+
+Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
+
+
+@dataclass
+class Verifier:
+    """Compares one archive with the source, and writes down in `found` what it finds."""
+
+    runtime: Runtime
+    client: S3Client  # the source's
+    repository: Repository
+    plan: Plan
+    found: Verification
+    current: str = ""  # the object that is being read
+    waits: bool = False  # for the source
+
+    def compare(self) -> None:
+        """Finds what the archive lacks, and what has changed since."""
+        found, is_old = self.found, not self.plan.has_manifest
+        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        values = {"old": is_old, "before": before}
+
+        def number(where: str) -> int:
+            return self.plan.execute(f"SELECT count(*) FROM {where}", values)[0][0]
+
+        def name(findings: Findings, where: str, reason: str = "''") -> None:
+            findings.count = number(where)
+            sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
+            findings.named = [(decode_key(key), text) for key, text in self.plan.execute(sql, values)]
+
+        for statement in (*VERIFICATION_TABLES, COMPARE_CONTENT):
+            self.plan.execute(statement)
+        name(found.changed, "content WHERE since = 'changed'")
+        name(found.deleted, "content WHERE since = 'deleted'")
+        older = f"{NOT_THEN} AND modified < :before"
+        if is_old:
+            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
+            name(found.unarchivable, f"{older} AND NOT is_shown")
+            reasons = {
+                True: "it is hidden by objects below the same name",
+                False: "no file can have this name",
+            }
+            keys = [key for key, _ in found.unarchivable.named]
+            found.unarchivable.named = [(key, reasons[is_showable(key, 1)]) for key in keys]
+        else:
+            name(
+                found.missing, "items WHERE path IS NULL AND size > 0", "'its content is not in the archive'"
+            )
+            name(found.appeared, older, "'the source did not list it when the archive was made'")
+        found.archived, found.listed = number("content"), number(LISTED)
+        found.new = number(f"{NOT_THEN} AND modified >= :before")
+
+    def prove(self, sample: Sample, chosen: Path) -> None:
+        """Chooses a sample, and compares it; what borg is to export goes to a file `chosen` for it."""
+        [[files]] = self.plan.execute("SELECT count(*) FROM items WHERE " + IS_FILE)
+        self.plan.insert("sample", ((None, number) for number in sample.choose(files, self.found.seed)))
+        [[number]] = self.plan.execute("SELECT count(*) FROM sample")
+        self.runtime.console.info(self.repository.target.store.name, f"{count(number, 'object')} are proved")
+        if sample.share == 1.0:
+            self._prove_part(0, number, {})
+            return
+        for first in range(0, number, PATHS_AT_ONCE):
+            last = min(first + PATHS_AT_ONCE, number)
+            with chosen.open("wb") as file:
+                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+            self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
+
+    def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:
+        """Has borg export the objects of the sample behind number `first` up to `last`, or more of them.
+
+        Raises BackupError where borg finds damage, or leaves out an object.
+        """
+        borg, target, before = self.repository.borg, self.repository.target, self.found.sampled
+
+        try:
+            borg.run(
+                borg_export(borg.repository, self.found.archive, Path("-")),
+                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
+                own=own,
+                waits=lambda: time.monotonic() if self.waits else 0.0,
+            )
+        except BackupError as error:
+            if self.current and not isinstance(error, Stopped):
+                error.message += f" (while {self.current!r} was read)"
+            raise
+        if (got := self.found.sampled - before) != last - first:
+            words = f"borg exported {got:,} of {count(last - first, 'object')}"
+            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
+
+    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
+        while page := self.plan.execute(SAMPLED, (first, last, CATALOG_PAGE)):
+            for number, key, path, *rest, facts in page:
+                yield Chosen(number, decode_key(key), decode_key(path), *rest, json.loads(facts or "{}"))
+            first = page[-1][0]
+
+    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
+        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
+        client = self.client
+
+        def ask(each: Chosen, first: int) -> Fetched:
+            key, last = (
+                f"{client.store.key_prefix}{each.key}",
+                min(first + FETCHED_BYTES, each.size_bytes) - 1,
+            )
+            if not each.is_unchanged:
+                return None
+            if not each.size_bytes:
+                return in_background(lambda: client.request("HEAD", key))
+            return in_background(lambda: client.get_span(key, first, last))
+
+        firsts = (
+            (each, range(0, each.size_bytes * each.is_unchanged or 1, FETCHED_BYTES)) for each in chosen
+        )
+        asked = ((each, ask(each, first)) for each, pieces in firsts for first in pieces)
+        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
+        while ahead:
+            yield ahead.popleft()
+            ahead.extend(itertools.islice(asked, 1))
+
+    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
+        """Takes borg's tar stream. Where that ends too early, borg tells why."""
+        found = self.found
+        try:
+            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
+                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
+                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
+                        tar.members.clear()  # or it would keep them all
+                    if not member:
+                        break
+                    self.current, archived = each.key, tar.extractfile(member)
+                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
+                    drain(archived)  # so that all of it is verified
+                    found.sampled += 1
+                    found.sampled_bytes += member.size
+                    found.equal += verdict == "equal"
+                    found.extracted += verdict == "extracted"
+                    if reason:
+                        getattr(found, verdict).add(each.key, reason)
+                    self.current = ""
+            drain(stream)
+        except tarfile.ReadError:
+            pass
+
+    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
+        """What an archived object turns out to be, which is a field of Verification, and why."""
+        offset = 0
+        for fetched in pieces:
+            if not fetched:
+                return "extracted", ""
+            try:
+                answer = self._wait(fetched)
+            except S3Error as error:
+                if error.status in OTHER_NOW:
+                    return "extracted", ""
+                if not error.status:  # the source does not answer at all
+                    raise
+                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
+            ours = archived.read(len(answer.body))
+            if ours != answer.body:
+                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
+                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
+                    return "extracted", ""
+                unlike = map(int.__ne__, ours, answer.body)
+                place = next(itertools.compress(itertools.count(offset), unlike))
+                return "differing", f"its content differs from byte {place:,} on"
+            offset += len(ours)
+        self._compare_headers(each, answer)
+        return "equal", ""
+
+    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
+        """Compares what the archive has of an object's headers and tags, if it has them."""
+        if "headers" not in each.facts:
+            return
+        then, now = each.facts["headers"], headers_of(answer)
+        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if int(answer.headers.get("x-amz-tagging-count") or 0):
+            key = f"{self.client.store.key_prefix}{each.key}"
+            with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+                tags = self._wait(in_background(lambda: self.client.tags(key)))
+                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
+        if other and each.is_same_time:
+            self.found.headers_changed.add(each.key, ", ".join(other))
+        elif other:
+            self.found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
+
+    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
+        """What the source answers. It has its own deadline, and borg waits meanwhile."""
+        self.waits = True
+        try:
+            return asked.result()
+        finally:
+            self.waits = False
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
