@@ -5021,8 +5021,6 @@ RESULTS = {
 
 @dataclass(frozen=True)
 class Message:
-    """A request that tells somebody how a run goes."""
-
     variable: str  # where a user finds the address
     method: str
     url: str = field(repr=False)
@@ -5145,13 +5143,11 @@ def result_name(code: int) -> tuple[str, str]:
 
 def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
     """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
-    targets = []
-    for target in report.targets:
-        store = [f"target-{target['name']}"]
-        found = {f"{level}s": troubles.about(level, store) for level in ("error", "warning")}
-        targets.append({**target, **found})
-    stores = {f"target-{target['name']}" for target in report.targets}
-    others = [name for name in troubles.names() if name not in stores]
+
+    def told(names: Sequence[str]) -> dict[str, list[str]]:
+        return {"errors": troubles.about("error", names), "warnings": troubles.about("warning", names)}
+
+    stores = {f"target-{target['name']}": target for target in report.targets}
     return {
         "run_id": report.run_id,
         "command": report.command,
@@ -5163,9 +5159,8 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
         "seconds": round((finished - report.started).total_seconds(), 3),
         "exit_code": code,
         "result": result_name(code)[0],
-        "targets": targets,
-        "errors": troubles.about("error", others),
-        "warnings": troubles.about("warning", others),
+        "targets": [{**target, **told([store])} for store, target in stores.items()],
+        **told([name for name in troubles.names() if name not in stores]),
         "more": troubles.more,
         "text": run_text(report, code, troubles),
     }
@@ -5373,6 +5368,8 @@ OWN_NAMES = re.compile(
     r"README|(config|nonce)(-\w{8}\.tmp)?|(data|hints|index|integrity|lock)[./].*", re.DOTALL | re.ASCII
 )
 SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
+CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+PROBED_OBJECTS = 10  # each may be in cold storage, or just deleted
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
@@ -5420,9 +5417,6 @@ def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
     return found
 
 
-PROBED_OBJECTS = 10
-
-
 def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
     """Reads the first byte of one of these objects.
 
@@ -5444,10 +5438,7 @@ def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
 
 
 def probe_write(client: S3Client) -> None:
-    """Writes a small object below the store's prefix, reads it back and deletes it.
-
-    Does so again when it is gone: another run removes what it takes for a leftover.
-    """
+    """Writes a small object below the store's prefix, reads it back and deletes it."""
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     for last in (False, False, True):
         client.put(key, body)
@@ -5457,7 +5448,7 @@ def probe_write(client: S3Client) -> None:
             what = f"{client.store.name}: an object that was just written reads back differently"
             raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
         except S3Error as error:
-            if error.status != 404 or last:
+            if error.status != 404 or last:  # another run removes what it takes for a leftover
                 raise
         finally:
             client.delete(key)
@@ -5485,9 +5476,6 @@ def held(
     waits = settings.lease_wait_seconds
     with leased(client, holder, waits, patience_seconds, notice or warn, runtime.stop.wait, switch) as lease:
         yield lease
-
-
-CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
 
 
 def repository_id(runtime: Runtime, mount: Mount) -> str:
@@ -5622,11 +5610,8 @@ def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
 
 
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
-
-    Where borg has seen the repository before, it refuses another mode itself. Else it is asked.
-    """
-    mode = seen_encryption(runtime.environ, repository.identity)
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
+    mode = seen_encryption(runtime.environ, repository.identity)  # borg itself refuses another one then
     if not mode:
         listed = repository.borg.run(borg_newest(repository.borg.repository, repository.is_ours_alone))
         mode = json.loads(listed.output)["encryption"]["mode"]
@@ -5702,10 +5687,7 @@ def writable(
 
 @contextlib.contextmanager
 def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterator[Repository]:
-    """An existing repository under its lease, which names `purpose`, for commands that may change it.
-
-    On leaving, everything is uploaded and compared. Raises BackupError.
-    """
+    """An existing repository under its lease, for `purpose`; on leaving, all is uploaded and compared."""
     found = preflight_one(runtime, target.store, write=True)
     client = S3Client(target.store, found.region, PROVEN, runtime.stop)
     with held(runtime, client, purpose) as lease:
@@ -5846,8 +5828,6 @@ EARLY = 0.9  # a nightly run must not skip its week because it began a minute ea
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """What is known of the checks of a repository."""
-
     repository: str = ""  # its id: what is said of another one counts for nothing
     checked: datetime | None = None  # when the last complete pass ended that found no damage
     checked_from: datetime | None = None  # when that one began: what was written before was checked since
@@ -7335,10 +7315,7 @@ def describe(store: Store, result: Preflight) -> str:
 
 
 def emit(text: str) -> None:
-    """Prints a command's answer on standard output; that nobody reads it any more is no error.
-
-    Raises BackupError where it cannot be written.
-    """
+    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
     try:
         for line in text.splitlines():
             print(printable(line), flush=True)
@@ -7392,8 +7369,6 @@ class Archive:
 
 @dataclass(frozen=True)
 class Contents:
-    """What borg says about a repository."""
-
     encryption: str
     archives: tuple[Archive, ...]  # oldest first
 
@@ -7441,16 +7416,12 @@ def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) ->
     found, document, code = ask_each(runtime, targets, ask)
     rows = [("target", "archive", "time", "objects", "size")]
     for target, known in found.items():
-        rows += [
-            (
-                target.name,
-                archive.name,
-                local_time(archive.start),
-                "-" if archive.objects is None else f"{archive.objects:,}",
-                "-" if archive.archived_bytes is None else size(archive.archived_bytes),
-            )
-            for archive in known.archives
-        ] or [(target.name, "-", "-", "-", "-")]
+        for archive in known.archives:
+            objects = "-" if archive.objects is None else f"{archive.objects:,}"
+            archived = "-" if archive.archived_bytes is None else size(archive.archived_bytes)
+            rows.append((target.name, archive.name, local_time(archive.start), objects, archived))
+        if not known.archives:
+            rows.append((target.name, "-", "-", "-", "-"))
     text = "\n".join(table(rows)) if found else ""
     emit(json.dumps(document, indent=2) if as_json else text)
     return code
@@ -7458,8 +7429,6 @@ def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) ->
 
 @dataclass(frozen=True)
 class Facts:
-    """What `info` tells about a target."""
-
     target: Target
     label: str
     identity: str
@@ -7597,17 +7566,10 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
     rows = [("target", "result", "archives", "duration")]
-    rows += [
-        (
-            outcome.target.name,
-            outcome.verdict.value,
-            "{archives_after:,} of {archives_before:,}".format(**outcome.archives)
-            if outcome.archives
-            else "-",
-            duration(outcome.seconds),
-        )
-        for outcome in outcomes
-    ]
+    for outcome in outcomes:
+        counts = outcome.archives
+        archives = "{archives_after:,} of {archives_before:,}".format(**counts) if counts else "-"
+        rows.append((outcome.target.name, outcome.verdict.value, archives, duration(outcome.seconds)))
     return "\n".join([*table(rows), *reasons(outcomes)])
 
 
@@ -9583,6 +9545,8 @@ def tell_end(runtime: Runtime, store: Store) -> int:
 # --------------------------------------------------------------------------------------------- Command line
 
 KEEP_COMMAND = "_keep"
+SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
+DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
 
 
 NOTHING = (0, 0, "no names")
@@ -9685,15 +9649,11 @@ def command(
     run: Callable[[Runtime, argparse.Namespace], int],
     options: Mapping[str, str] | None = None,
     alternatives: bool = False,
-    needs_source: bool = False,
-    prints_data: bool = False,
 ) -> None:
     """Declares what can be typed, and what is done then.
 
     `takes` is how many words that are no options, at least and at most, and what these are; `options` tell
-    what follows them, and their help; `alternatives` exclude each other. A command that `needs_source` does
-    nothing without its configuration; one that `prints_data` does so on standard output, so that all else
-    goes to standard error.
+    what follows them, and their help; `alternatives` exclude each other.
     """
     parser, name = OptionParser(), usage.partition(" ")[0]
     parser.prog, parser.usage, parser.description = name, usage, about
@@ -9708,7 +9668,6 @@ def command(
         else:
             group.add_argument(word, action="store_true", help=text)
     parser.set_defaults(command=name, takes=takes, run=run, known=known)
-    parser.set_defaults(needs_source=needs_source, prints_data=prints_data)
     PARSERS[name] = parser
 
 
@@ -9719,14 +9678,12 @@ command(
     "back up to all targets, or to the named ones (this is what no command at all does)",
     TARGETS,
     lambda runtime, given: run_backup(runtime, chosen_targets(runtime.settings, given.names)),
-    needs_source=True,
 )
 command(
     "check-config",
     "check the configuration and ask every store whether it is usable; changes nothing",
     NOTHING,
     lambda runtime, _: check_config(runtime),
-    needs_source=True,
 )
 command(
     "list [NAME...] [--json]",
@@ -9734,7 +9691,6 @@ command(
     TARGETS,
     lambda runtime, given: list_archives(runtime, chosen_targets(runtime.settings, given.names), given.json),
     JSON,
-    prints_data=True,
 )
 command(
     "info [NAME...] [--json]",
@@ -9742,7 +9698,6 @@ command(
     TARGETS,
     lambda runtime, given: show_info(runtime, chosen_targets(runtime.settings, given.names), given.json),
     JSON,
-    prints_data=True,
 )
 command(
     "maintain [NAME...]",
@@ -9757,7 +9712,6 @@ command(
     command_key_export,
     {"--paper": "to print, and to type in again", "--qr-html": "as HTML with a QR code"},
     alternatives=True,
-    prints_data=True,
 )
 command(
     "verify NAME",
@@ -9771,8 +9725,6 @@ command(
         "--seed SEED": "choose the same sample as when this seed was printed",
         "--json": "print the result as JSON",
     },
-    needs_source=True,
-    prints_data=True,
 )
 command(
     "check NAME",
@@ -9792,7 +9744,6 @@ command(
     lambda runtime, given: run_borg(
         runtime, chosen_target(runtime.settings, given.names[0]), given.names[1:]
     ),
-    prints_data=True,
 )
 command(
     "restore NAME [PATH...]",
@@ -10075,11 +10026,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         given = parse_arguments(argv)
         name = given.command
-        if given.prints_data:
+        if name in DATA_COMMANDS:
             console.leave_standard_output()
         if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
             console.plain(GREETING)
-        settings = checked_settings(values, mistakes, given.needs_source)
+        settings = checked_settings(values, mistakes, name in SOURCE_COMMANDS)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
