@@ -9348,8 +9348,9 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
     deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            other = code == EXIT_BUSY and not lines
-            return await_other_mount(runtime, store, read_write) if other else code or EXIT_FAILURE
+            if code == EXIT_BUSY and not lines:  # another one was quicker
+                return await_other_mount(runtime, store, read_write)
+            return code or EXIT_FAILURE
         if runtime.stop.requested or time.monotonic() > deadline:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
