@@ -9571,6 +9571,19 @@ def value_of(parse: Callable[[str], Result], hint: str) -> Callable[[str], Resul
     return parsed
 
 
+def chosen_destination(settings: Settings, location: str) -> Destination:
+    """The bucket to restore into. Raises ConfigurationError."""
+    bucket, _, prefix = location.partition(":")
+    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
+    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistakes += missing_settings(store) if bucket else []
+    for target in settings.targets:
+        mistakes += overlap_mistakes([target.store, store])
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return store
+
+
 def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
     settings, (name, *paths) = runtime.settings, given.names
     order = Order(
@@ -9795,19 +9808,6 @@ def usage_mistake(given: argparse.Namespace) -> str:
     except (ValueError, OverflowError):
         return f"--at: {given.at!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
     return ""
-
-
-def chosen_destination(settings: Settings, location: str) -> Destination:
-    """The bucket to restore into. Raises ConfigurationError."""
-    bucket, _, prefix = location.partition(":")
-    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
-    mistakes += missing_settings(store) if bucket else []
-    for target in settings.targets:
-        mistakes += overlap_mistakes([target.store, store])
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return store
 
 
 GREETING = """\
