@@ -1233,13 +1233,15 @@ class S3Client:
         except ValueError as error:
             raise self._error(answer.status, "BadListing", str(error)) from error
 
-    def list_objects(self, prefix: str, start_after: str = "") -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key; one request for each 1,000.
+    def list_objects(
+        self, prefix: str, start_after: str = "", where: tuple[str, str] | None = None
+    ) -> Iterator[S3Object]:
+        """All objects below `prefix`, or those after a key or from a page on; one request for each 1,000.
 
         They are in key order, unless the server has another one (S3's directory buckets). Some servers ignore
         where a listing is to start.
         """
-        where, last = ("start-after", start_after) if start_after else None, None
+        where, last = ("start-after", start_after) if start_after else where, None
         empty = 0
         while True:
             objects, following = self.list_page(prefix, where)
@@ -5337,8 +5339,13 @@ class Preflight:
 
     region: str
     keys: tuple[S3Object, ...]  # the first page of its listing
-    complete: bool  # that page is all there is
+    following: tuple[str, str] | None  # what asks for the next page
     clock: datetime  # the server's
+
+    @property
+    def complete(self) -> bool:
+        """Whether the first page is all there is."""
+        return self.following is None
 
     def repository_state(self, store: Store) -> RepositoryState:
         return repository_state(
@@ -5396,7 +5403,7 @@ def look(client: S3Client) -> Preflight:
     entries, more = client.list_page(client.store.key_prefix)
     if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
-    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
+    return Preflight(client.region, tuple(entries), more, client.clock or datetime.now(UTC))
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
@@ -6290,7 +6297,8 @@ def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Pa
     client = S3Client(source, found.region, PROVEN, runtime.stop)
 
     def objects() -> Iterator[S3Object]:
-        for number, entry in enumerate(client.list_objects(source.key_prefix), 1):
+        rest = client.list_objects(source.key_prefix, where=found.following) if found.following else ()
+        for number, entry in enumerate(itertools.chain(found.keys, rest), 1):
             if not number % CATALOG_PAGE:
                 console.progress("source", f"listing: {count(number, 'object')}")
             key = entry.key[len(source.key_prefix) :]

@@ -197,7 +197,8 @@ class Benchmark:
                 continue
             latency_ms = None if contender.is_local else group.latency_ms
             described = Measurement(contender.name, group.dataset.name, latency_ms, phase)
-            self._say(f"{group.dataset.name}, {group.latency_ms} ms: {contender.name}, {PHASES.get(phase, phase)} ...")
+            what = f"{contender.name}, {PHASES.get(phase, phase)}"
+            self._say(f"{group.dataset.name}, {group.latency_ms} ms: {what} ...")
             if any(one.failure and one.series == described.series for one in earlier):
                 self._keep(replace(described, failure="not run, as an earlier run failed"))
             else:

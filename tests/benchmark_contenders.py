@@ -169,9 +169,7 @@ class Contender:
     is_asked_for: bool = False  # and this one nowhere
 
 
-def _run_s3borgbackup(
-    place: Place, processes: Processes, phase: str, program: str | Path = BACKUP
-) -> None:
+def _run_s3borgbackup(place: Place, processes: Processes, phase: str, program: str | Path = BACKUP) -> None:
     targets = {bucket: {"path": bucket, "endpoint": place.endpoint} for bucket in place.targets}
     restore = {
         "RESTORE_ENDPOINT": place.endpoint,

@@ -5,8 +5,8 @@ mistake there must not hide itself.
 """
 
 import contextlib
-import io
 import hashlib
+import io
 import json
 import os
 import random

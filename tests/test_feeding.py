@@ -1,16 +1,11 @@
 """What a run archives: every key, every header, and what happens to objects while it reads."""
 
-import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import backup
-from helpers import Bucket, Repository, Result, run_backup, settings
+from helpers import Bucket, Repository, run_backup, settings
 from servers import Moto, SeaweedFS
 
 ODD_KEYS = (
@@ -29,7 +24,17 @@ ODD_KEYS = (
     ),
     *("del\x7f", "lone%", "100%25", "+ &=?#;'\"<>", "tab\there", "é" * 300, "k/" + "l" * 600, "z" * 1024),
 )
-PLAIN_KEYS = ("a/b", "folder/beside", "folder/deeper/still", "plain", "Straße/日本語", "x/y", "marker/", "y/in place", "y/in/place")
+PLAIN_KEYS = (
+    "a/b",
+    "folder/beside",
+    "folder/deeper/still",
+    "plain",
+    "Straße/日本語",
+    "x/y",
+    "marker/",
+    "y/in place",
+    "y/in/place",
+)
 HEADERS = {
     "CacheControl": "max-age=31536000, immutable",
     "ContentDisposition": "attachment; filename*=UTF-8''%E2%82%AC.txt",
@@ -42,11 +47,11 @@ HEADERS = {
 
 
 @pytest.fixture
-def odd_source(moto: Moto) -> Iterator[Bucket]:
+def odd_source(moto: Moto) -> Bucket:
     """A bucket on the server that keeps every key."""
     name = f"odd-{os.urandom(6).hex()}"
     moto.client().create_bucket(Bucket=name)
-    yield Bucket(moto, name)
+    return Bucket(moto, name)
 
 
 def newest(target: Bucket, folder: Path) -> tuple[Repository, str]:
