@@ -1565,15 +1565,19 @@ class Catalog:
             encode_key(after),
         )
         while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
-            for key, size_bytes, modified, etag, is_shown, facts in page:
-                when = EPOCH + timedelta(microseconds=modified)
-                known = None if facts is None else json.loads(facts)
-                yield S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
+            yield from itertools.starmap(self._object, page)
             last = page[-1][0]
+
+    @staticmethod
+    def _object(key: bytes, size_bytes: int, modified: int, etag: str, is_shown: int, facts: str) -> S3Object:
+        when = EPOCH + timedelta(microseconds=modified)
+        known = None if facts is None else json.loads(facts)
+        return S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
 
     def find(self, key: str) -> S3Object | None:
         """An object; None where there is none."""
-        return next(self.rows("key = ?", [encode_key(key)]), None)
+        found = self.execute("SELECT * FROM objects WHERE key = ?", [encode_key(key)])
+        return self._object(*found[0]) if found else None
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
