@@ -5991,22 +5991,26 @@ def remove_old_folders(kept: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
+    """What a store lists, by the keys behind its prefix; `found` knows the beginning. Raises S3Error."""
+    prefix, first = client.store.key_prefix, found.keys if found else ()
+    following = found.following if found else None
+    rest = client.list_objects(prefix, where=following) if following or not found else ()
+    for number, each in enumerate(itertools.chain(first, rest), 1):
+        if not number % CATALOG_PAGE:
+            console.progress(client.store.name, f"listing: {count(number, 'object')}")
+        if key := each.key[len(prefix) :]:
+            is_shown = is_showable(key, each.size_bytes)
+            yield S3Object(key, each.size_bytes, each.last_modified, each.etag, is_shown)
+
+
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
     """Lists the source into a new catalog in `folder`; `kept` is the last one."""
     source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
     client = S3Client(source, found.region, PROVEN, runtime.stop)
 
-    def objects() -> Iterator[S3Object]:
-        rest = client.list_objects(source.key_prefix, where=found.following) if found.following else ()
-        for number, entry in enumerate(itertools.chain(found.keys, rest), 1):
-            if not number % CATALOG_PAGE:
-                console.progress("source", f"listing: {count(number, 'object')}")
-            key = entry.key[len(source.key_prefix) :]
-            if key:
-                yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
-
     def work() -> Collection[str]:
-        catalog.add(objects())
+        catalog.add(objects_of(client, console, found))
         unlistable = catalog.unlistable()
         catalog.hide(unlistable)
         if kept and kept.exists():
@@ -8711,10 +8715,12 @@ def verify(
     ):
         found.archive, found.as_of = find_archive(runtime, repository, archive)
         runtime.console.info(name, f"{found.archive} is compared with {source.location}")
-        listing = Path(folder, "source")
-        within(LIST_SECONDS, "source: listing it", lambda: list_into(client, listing), runtime.stop)
+        with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
+            take = functools.partial(catalog.add, objects_of(client, runtime.console))
+            within(LIST_SECONDS, "source: listing it", take, runtime.stop)
+            catalog.hide([])
         with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
-            plan.execute("ATTACH ? AS source", [str(listing)])
+            plan.execute("ATTACH ? AS source", [str(catalog.path)])
             plan.read(repository, found.archive, runtime.settings.mount_point(source))
             verifier = Verifier(runtime, client, repository, plan, found)
             within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
@@ -8747,18 +8753,6 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> 
             f"`backup.py borg {repository.target.name} list` shows what it holds.",
         )
     return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
-
-
-def list_into(client: S3Client, path: Path) -> None:
-    """Makes a catalog of what a store lists. Raises S3Error."""
-    prefix = client.store.key_prefix
-    with contextlib.closing(Catalog(path)) as catalog:
-        catalog.add(
-            dataclasses.replace(each, key=key, is_shown=is_showable(key, each.size_bytes))
-            for each in client.list_objects(prefix)
-            if (key := each.key[len(prefix) :])
-        )
-        catalog.hide([])
 
 
 # What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
