@@ -6194,7 +6194,7 @@ class Feeder:
                 return
             self.is_unproven, self._refusals = True, self._refusals + 1
             if self._refusals == MAX_NAMED:
-                words = "the archives lack the headers of some new and changed objects"
+                words = "headers cannot be asked for, the archives lack those of new and changed objects"
                 self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
