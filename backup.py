@@ -6717,7 +6717,7 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
     record_archive(runtime, outcome, created, fed)
     if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
         examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
-    judge_emptiness(runtime, outcome, feeder.listed - len(fed.vanished))
+    judge_emptiness(runtime, outcome, feeder.listed)
     report_findings(runtime, outcome, fed, feeder.mixed)
     if feeder.doubt:
         words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
