@@ -49,6 +49,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import email.header
 import email.utils
 import enum
 import errno
@@ -3052,7 +3053,6 @@ class Mount:
     is_by_hand: bool = False  # what a person wrote is worth waiting for
     is_shared: bool = False  # by several borgs
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
-    ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
         """Begins to note when tigrisfs has moved something, and be it in vain."""
@@ -3111,7 +3111,7 @@ class Mount:
         Raises S3Error when the keys or the bucket are gone.
         """
         try:
-            self.ask(self.client)
+            self.client.list_page(self.store.key_prefix, limit=1)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
@@ -8417,8 +8417,8 @@ class Restoration:
         """Notes and shows what is done."""
         with self.lock:
             self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
-            words = f"{self.objects:,} objects, {size(self.bytes)} of {self.goal}"
-            self.console.progress("restore", words)
+            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
+            self.console.progress("restore", f"{done} {self.goal}")
 
     def for_each(self, where: str, work: Callable[..., None], *more: Any) -> None:
         """Has threads do `work` about each object for which `where` holds."""
@@ -8426,7 +8426,7 @@ class Restoration:
             for item in self.plan.items(where):
                 threads.start(0, functools.partial(work, item, *more, threads))
 
-    def export(self, repository: Repository, archive: str, where: str, handle: Handler) -> None:
+    def export(self, repository: Repository, archive: str, verb: str, where: str, handle: Handler) -> None:
         """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
 
         Raises BackupError, also where the archive does not give all of them.
@@ -8434,7 +8434,7 @@ class Restoration:
         where, borg, target = f"place IS NOT NULL AND ({where})", repository.borg, repository.target
         if not self.plan.sums(where)[0]:
             return
-        self.goal, self.objects, self.bytes = self.plan.summary(where), 0, 0
+        self.goal, self.objects, self.bytes = f"{verb}, of {self.plan.summary(where)}", 0, 0
 
         def take(item: Item, *rest: Any) -> None:
             handle(item, *rest)
@@ -8487,7 +8487,7 @@ class Restoration:
                 plan.note(item, first_fate(item))
         for is_last in (False, True):
             handle = functools.partial(self.compare_content, is_last)
-            self.export(repository, archive, "fate = 'unknown'", handle)
+            self.export(repository, archive, "compared", "fate = 'unknown'", handle)
         self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
 
     def tell(self, overwrite: bool) -> int:
@@ -8532,7 +8532,7 @@ class Restoration:
         mistakes: list[str] = []
         for _ in range(2):
             self.for_each("fate = 'write' AND place IS NULL", self.write, io.BytesIO(), {})
-            self.export(repository, archive, "fate = 'write'", self.write)
+            self.export(repository, archive, "restored", "fate = 'write'", self.write)
             mistakes = self.finish()
             if not mistakes:
                 return
@@ -8849,20 +8849,20 @@ class ToBucket(Restoration):
         self._write_note()
         self.plan.note(item, Fate.DONE, etag)
 
-    def _write_note(self) -> None:
+    def _write_note(self, patience: Patience = PROVEN) -> None:
         """Says which uploads are under way."""
         with self._writing_note:
             with self.lock:
                 uploads = [[key, upload] for upload, key in self._uploads.items()]
             if not self._over.is_set():
-                self._client.put(self._note, json.dumps(uploads).encode())
+                self._client.with_patience(patience).put(self._note, json.dumps(uploads).encode())
                 self._beats += 1
 
     def _beat(self) -> None:
         while not self._over.wait(NOTE_SECONDS):
             if self._beats:
                 with contextlib.suppress(BackupError):
-                    self._write_note()
+                    self._write_note(HASTY)
 
     def finish(self) -> list[str]:
         deadline = time.monotonic() + LISTING_SECONDS
