@@ -47,6 +47,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import email.header
 import email.utils
 import enum
 import errno
@@ -2883,7 +2884,6 @@ class Mount:
     is_shared: bool = False  # by several borgs
     unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
-    ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
@@ -2937,7 +2937,7 @@ class Mount:
     def answers(self) -> bool:
         """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
         try:
-            self.ask(self.client)
+            self.client.list_page(self.store.key_prefix, limit=1)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
@@ -7377,14 +7377,12 @@ RESTORED_HEADERS = dict(
         "x-amz-website-redirect-location: /",
     )
 )
-METADATA = "x-amz-meta-"
-TAGGING = "x-amz-tagging"
+METADATA, TAGGING = "x-amz-meta-", "x-amz-tagging"
 
 # A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
 # ends these uploads. Nobody else's are touched.
 RESTORING_NAME = f"{OWN_PREFIX}restoring-"
-NOTE_SECONDS = 5
-NOTE_LIFETIME_SECONDS = 4 * NOTE_SECONDS
+NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
 
 
 @dataclass(frozen=True)
@@ -7484,12 +7482,6 @@ class Item:
     there_modified: int | None = None  # of a file
     fate: Fate = Fate.UNKNOWN
 
-    def object(self) -> S3Object:
-        """As a manifest has it."""
-        when = EPOCH + timedelta(seconds=self.modified)
-        is_shown = not self.path.startswith(OWN_FOLDER)
-        return S3Object(self.key, self.size_bytes, when, self.etag, is_shown, self.facts)
-
 
 OWN_FOLDER = MANIFEST_PATH.removesuffix("manifest.jsonl")
 PLAN_TABLES = """
@@ -7499,7 +7491,7 @@ CREATE TABLE entries (
 CREATE TABLE items (
     key BLOB PRIMARY KEY, path BLOB, place INTEGER, size INTEGER, modified INTEGER, etag TEXT DEFAULT '',
     fate TEXT DEFAULT 'unknown', warning TEXT, there_size INTEGER, there_etag TEXT DEFAULT '',
-    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0, is_told INTEGER DEFAULT 0
+    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX in_order ON items (place);
 """
@@ -7539,12 +7531,9 @@ PLAN_ITEMS = (
     )
     """,
 )
-ITEM_COLUMNS = (
-    "items.path, items.size, items.modified, items.etag, facts, there_size, there_etag, there_modified, fate"
-)
 # What is in a bucket: not a folder that an older archive has because nothing is in it.
 COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
-CLASHES = "fate IN ('different', 'headers')"
+CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
 
 
 def pages(rows: Iterator[Result]) -> Iterator[list[Result]]:
@@ -7654,25 +7643,27 @@ class Plan(Catalog):
             keys = [decode_key(key) for (key,) in self.execute("SELECT key FROM items LIMIT 20000")]
             names = {name for key in keys for name in itertools.accumulate(key.split("/"), "{}/{}".format)}
             close = difflib.get_close_matches(unmet[0].strip("/"), names, n=1)
-            hint = (
-                f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
+            hint = "A PATH is an object's key or a folder of keys."
+            raise BackupError(
+                f"the archive holds nothing at {', '.join(map(repr, unmet))}",
+                f"Did you mean {close[0]!r}?" if close else hint,
             )
-            raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
         if paths:
             self.execute("DELETE FROM items WHERE NOT is_chosen")
 
     def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
         """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
         sql = f"""
-            SELECT items.{by}, items.key, {ITEM_COLUMNS} FROM items LEFT JOIN objects USING (key)
+            SELECT items.{by}, items.key, items.path, items.size, items.modified, items.etag, facts,
+                there_size, there_etag, there_modified, fate
+            FROM items LEFT JOIN objects USING (key)
             WHERE items.{by} > ? AND ({where}) ORDER BY items.{by} LIMIT {CATALOG_PAGE}
         """
         last: object = b"" if by == "key" else -1
         while page := self.execute(sql, [last]):
-            for last, key, path, size_bytes, modified, etag, facts, *there, fate in page:  # noqa: B007
-                known = None if facts is None else json.loads(facts)
-                where_from = decode_key(path or b"")
-                yield Item(decode_key(key), where_from, size_bytes, modified, etag, known, *there, Fate(fate))
+            for last, key, path, *archived, facts, there_bytes, etag, modified, fate in page:  # noqa: B007
+                there = None if facts is None else json.loads(facts), there_bytes, etag, modified
+                yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
 
     def sums(self, where: str) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -7685,14 +7676,8 @@ class Plan(Catalog):
 
     def note(self, item: Item, fate: Fate, sent: str = "") -> None:
         """Notes what is to be done about an object, or that it is written, and with which ETag."""
-        self.change(
-            "UPDATE items SET fate = ?, sent = ? WHERE key = ?", [(fate.value, sent, encode_key(item.key))]
-        )
-
-    def leave_out(self, item: Item, reason: str) -> None:
-        """Notes that an object cannot be restored."""
-        values = (f"could not be restored: {reason}", encode_key(item.key))
-        self.change("UPDATE items SET fate = 'left out', warning = ? WHERE key = ?", [values])
+        values = fate.value, sent.strip('"'), encode_key(item.key)
+        self.execute("UPDATE items SET fate = ?, sent = ? WHERE key = ?", values)
 
 
 def first_fate(item: Item) -> Fate:
@@ -7798,493 +7783,6 @@ class Threads:
             raise self._failures[0]
 
 
-class FolderPlace:
-    """A folder of the machine that is restored into."""
-
-    small_bytes, is_patient = 256 * 1024, False  # what a thread writes; larger files are written as they come
-
-    def __init__(self, plan: Plan, root: Path) -> None:
-        """Nothing was written yet."""
-        self.title, self.losses, self.progress = str(root), Counter[str](), Progress()
-        self._plan, self._root, self._folders = plan, root, set[str]()
-
-    def mistake(self, item: Item) -> str:
-        """Why an object cannot be restored; empty where it may be tried."""
-        name = item.key if item.size_bytes else item.key.removesuffix("/")
-        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
-
-    def find(self) -> None:
-        """Notes what lies already where objects are to be written. What is no file cannot be overwritten."""
-        for page in pages(self._plan.items()):
-            found = []
-            for item in page:
-                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
-                    status = os.lstat(f"{self._root}/{item.key}")
-                    if stat.S_ISREG(status.st_mode) or (item.key.endswith("/") and not self.mistake(item)):
-                        size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
-            self._plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
-
-    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        """Notes what is to be done about an object whose size and time do not tell."""
-        if is_last:
-            try:
-                with open(f"{self._root}/{item.key}", "rb") as there:
-                    blocks = iter(lambda: there.read(READ_BYTES), b"")
-                    self._plan.note(item, fate_by_content(blocks, stream))
-            except OSError as error:
-                words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
-                raise BackupError(words, TRY_AGAIN) from error
-
-    def prepare(self) -> None:
-        """Raises BackupError where the disk is certain to be too small.
-
-        What is complete, but has not got its time, as a restore was killed, gets it.
-        """
-        wanted = "fate = 'write'"
-        [(needed,)] = self._plan.execute(
-            f"SELECT coalesce(sum(max(0, size - coalesce(there_size, 0))), 0) FROM items WHERE {wanted}"
-        )
-        disk = os.statvfs(self._root)
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free and disk.f_blocks:
-            raise BackupError(
-                f"{self.title} has {size(free)} free, and {size(needed)} are to be added;"
-                " nothing was written",
-                "Make room, restore a part of it, or restore to another place.",
-            )
-        for item in self._plan.items("fate = 'there' AND there_modified != items.modified"):
-            if not item.key.endswith("/"):
-                try:
-                    times = (item.modified, item.modified)
-                    os.utime(f"{self._root}/{item.key}", times, follow_symlinks=False)
-                except OSError as error:
-                    self._plan.leave_out(item, f"its time cannot be set: {error.strerror}")
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
-        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
-        path = f"{self._root}/{item.key}"
-        try:
-            folder = os.path.dirname(path)
-            if folder not in self._folders:
-                os.makedirs(folder, exist_ok=True)
-                self._folders.add(folder)
-            if not path.endswith("/"):
-                self._fill(item, path, stream, metadata)
-            self._plan.note(item, Fate.DONE)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
-                raise BackupError(
-                    f"cannot write {item.key!r} to {self.title}: {error.strerror}",
-                    f"{hint}: it goes on where it was.",
-                ) from error
-            self._plan.leave_out(item, error.strerror or str(error))
-
-    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
-        try:
-            while data := stream.read(READ_BYTES):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-                self.progress.add(0, len(data))
-            for name, value in metadata.items():
-                try:
-                    os.setxattr(fd, f"user.{name}", value.encode("utf-8", "surrogateescape"))
-                except OSError as error:
-                    if error.errno not in NO_METADATA:
-                        raise
-                    self.losses["user metadata"] += 1
-            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
-        finally:
-            os.close(fd)
-
-    def finish(self) -> list[str]:
-        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
-        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if LIBC.syncfs(fd):
-                words = f"{self.title}: the disk could not take what was written"
-                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
-        finally:
-            os.close(fd)
-        return []
-
-
-def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
-    """Those of an object's headers that can be given to another one."""
-    headers = (facts or {}).get("headers", {}).items()
-    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
-
-
-def readable(value: str) -> str:
-    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
-    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
-        value = str(email.header.make_header(email.header.decode_header(value)))
-    return " ".join(value.split())
-
-
-class BucketPlace:
-    """A bucket that is restored into, by requests of our own."""
-
-    small_bytes, is_patient = PART_BYTES, True  # while it waits for S3, which has an end
-
-    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
-        """Nothing was written yet. Raises S3Error."""
-        self.losses, self.progress = Counter[str](), Progress()
-        self.title = f"{client.store.location} at {client.store.endpoint}"
-        self._runtime, self._plan, self._client, self._prefix = runtime, plan, client, client.store.key_prefix
-        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
-        self._beats, self._over, self._lock = 0, threading.Event(), threading.Lock()
-        self._writing_note = threading.Lock()
-        self._etags_are_md5, self._kept = (False, None) if is_dry else self._try_out()
-        self._notes, self._looked_at = {} if is_dry else self._notes_there(), time.monotonic()
-
-    def _try_out(self) -> tuple[bool, set[str]]:
-        """Whether the ETag of an object is its MD5, as it is not with some kinds of encryption; what is kept.
-
-        Old probes are removed.
-        """
-        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
-        for entry in client.list_objects(start):
-            client.delete(entry.key)
-        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
-        try:
-            try:
-                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
-                kept = {TAGGING} if self._tags(key) else set()
-            except S3Error as error:
-                if error.status not in REFUSALS + UNTAKEN_STATUSES + (501,):
-                    raise
-                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
-            kept |= self._headers(key).keys()
-            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), kept
-        finally:
-            client.delete(key)
-
-    def _headers(self, key: str) -> dict[str, str]:
-        answer = self._client.request("HEAD", key)
-        headers = {
-            name: value.encode("latin-1").decode("utf-8", "surrogateescape")
-            for name, value in answer.headers.items()
-        }
-        return restorable({"headers": headers})
-
-    def _tags(self, key: str) -> dict[str, str]:
-        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
-        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
-        return dict(zip(texts[::2], texts[1::2], strict=True))
-
-    def mistake(self, item: Item) -> str:
-        """Why an object cannot be restored; empty where it may be tried."""
-        length = len(encode_key(self._prefix + item.key))
-        if length > MAX_KEY_BYTES:
-            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
-        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
-
-    def find(self) -> None:
-        """Notes what lies already where objects are to be written. Raises S3Error, Stopped."""
-        [ends] = self._plan.execute("SELECT min(key), max(key) FROM items")
-        low, high = (decode_key(key or b"") for key in ends)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", zip(low, high, strict=False))
-        common = "".join(first for first, _ in same)
-        self._plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
-        listed = (
-            (entry.size_bytes, entry.etag, encode_key(entry.key[len(self._prefix) :]))
-            for entry in self._client.list_objects(self._prefix + common)
-        )
-
-        def take() -> None:
-            for page in pages(listed):
-                self._plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", page)
-
-        if ends[0] is not None:
-            within(LIST_SECONDS, f"{self._client.store.name}: listing it", take, self._runtime.stop)
-
-    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        """Notes what is to be done about an object whose size and time do not tell."""
-        if not is_last:
-            self._plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
-            return
-        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
-        there = (
-            self._client.get(self._prefix + item.key, (start, min(start + step, size_bytes) - 1))
-            for start in range(0, size_bytes, step)
-        )
-        self._plan.note(item, fate_by_content(there, stream))
-
-    def compare_headers(self, item: Item) -> None:
-        """Notes an object that is there with the same content, and with other headers or tags."""
-        key, wanted = self._prefix + item.key, restorable(item.facts)
-        try:
-            found, tags = self._headers(key), (item.facts or {}).get("tags")
-            ignored = {"content-type"} - wanted.keys()  # whatever the server calls what has none
-            if self._kept is not None:
-                ignored |= RESTORED_HEADERS.keys() - self._kept
-            differ = [
-                name
-                for name in sorted((wanted.keys() | found.keys()) - ignored)
-                if readable(wanted.get(name, "")) != readable(found.get(name, ""))
-            ]
-            if tags and (self._kept is None or TAGGING in self._kept) and self._tags(key) != tags:
-                differ.append("tags")
-        except S3Error as error:
-            self._leave_out(item, error)
-            return
-        if differ:
-            self._plan.note(item, Fate.HEADERS)
-
-    def _leave_out(self, item: Item, error: S3Error) -> None:
-        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
-        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
-            raise error
-        self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
-
-    def prepare(self) -> None:
-        """Gives objects that have the right content their headers, by copies onto themselves.
-
-        Where that is refused, they are written.
-        """
-        in_background(self._beat)
-        with Threads(memory_bytes(self._runtime)) as threads:
-            for item in self._plan.items("fate = 'headers'"):
-                threads.start(0, functools.partial(self._copy, item))
-
-    def _copy(self, item: Item) -> None:
-        key = self._prefix + item.key
-        headers = self._headers_for(item, {})
-        directives = {"x-amz-metadata-directive": "REPLACE"}
-        directives |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
-        source = {"x-amz-copy-source": uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")}
-        try:
-            answer = self._client.request("PUT", key, headers={**headers, **directives, **source})
-        except S3Error as error:
-            if error.status not in (*UNTAKEN_STATUSES, 501):
-                raise
-            self._plan.note(item, Fate.WRITE)
-            return
-        self._plan.note(item, Fate.DONE, xml_text(answer.body, "ETag").strip('"'))
-
-    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
-        """What an object is written with; `metadata` is what older archives have of it."""
-        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
-        if tags := (item.facts or {}).get("tags"):
-            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
-        for name in headers.keys() & {*RESTORED_HEADERS, TAGGING} - (self._kept or set()):
-            with self._lock:
-                self.losses[name.replace(TAGGING, "tags")] += 1
-            del headers[name]
-        return headers
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
-        """Writes one object; a large one is written when `threads` have ended. Raises S3Error."""
-        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
-        try:
-            if item.size_bytes > PART_BYTES:
-                self._upload(item, key, headers, stream, threads)
-                return
-            answer = self._client.put(key, stream.read(), headers)
-            self.progress.add(0, item.size_bytes)
-            self._plan.note(item, Fate.DONE, answer.headers.get("etag", "").strip('"'))
-        except S3Error as error:
-            self._leave_out(item, error)
-
-    def _upload(
-        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
-    ) -> None:
-        """Begins an upload, and has threads send its parts and end it."""
-        begun = self._client.request("POST", key, [("uploads", "")], headers)
-        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
-        with self._lock:
-            self._uploads[upload] = key
-        self._note()
-
-        def send(number: int, body: bytes) -> str:
-            query = [("partNumber", str(number)), ("uploadId", upload)]
-            answer = self._client.put(key, body, query=query)
-            self.progress.add(0, len(body))
-            return answer.headers.get("etag", "").strip('"')
-
-        parts = [
-            threads.start(step, functools.partial(send, number, stream.read(step)))
-            for number in range(1, -(-item.size_bytes // step) + 1)
-        ]
-        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
-
-    def _complete(self, item: Item, key: str, upload: str, etags: Sequence[str | None]) -> None:
-        parts = "".join(
-            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
-            for number, etag in enumerate(etags, 1)
-        )
-        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
-        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
-        try:
-            answer = client.request("POST", key, [("uploadId", upload)], body=body)
-            etag = xml_text(answer.body, "ETag").strip('"')
-        except S3Error as error:
-            if error.code != "NoSuchUpload":
-                self._leave_out(item, error)
-                return
-            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
-            etag = there.get("etag", "").strip('"')
-            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
-                raise
-        with self._lock:
-            del self._uploads[upload]
-        self._note()
-        self._plan.note(item, Fate.DONE, etag)
-
-    def _note(self) -> None:
-        """Says which uploads are under way: in a note that changes each time."""
-        with self._writing_note:
-            self._beats += 1
-            with self._lock:
-                uploads = [[key, upload] for upload, key in self._uploads.items()]
-            if not self._over.is_set():
-                body = json.dumps({"beat": self._beats, "uploads": uploads}).encode()
-                self._client.put(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", body)
-
-    def _beat(self) -> None:
-        while not self._over.wait(NOTE_SECONDS):
-            if self._beats:
-                with contextlib.suppress(BackupError):
-                    self._note()
-
-    def _notes_there(self) -> dict[str, str]:
-        listed = self._client.list_objects(f"{self._prefix}{RESTORING_NAME}")
-        return {entry.key: entry.etag for entry in listed}
-
-    def finish(self) -> list[str]:
-        """What the bucket lacks of what was restored, or has otherwise: that is to be written once more."""
-        deadline = time.monotonic() + LISTING_SECONDS
-        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
-        where = f"fate IN ('restored', 'there') AND {wrong}"
-        self.find()
-        while self._plan.sums(where)[0] and time.monotonic() < deadline:
-            self._runtime.stop.wait(1)
-            self.find()
-        mistakes = []
-        for item in itertools.islice(self._plan.items(where), PREVIOUS_NAMED):
-            found = "is missing" if item.there_bytes is None else "has other content"
-            if item.there_bytes not in (None, item.size_bytes):
-                found = f"has {item.there_bytes:,} of {item.size_bytes:,} bytes"
-            mistakes.append(f"{item.key!r} {found}")
-        self._plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
-        return mistakes
-
-    def close(self) -> None:
-        """Ends the uploads that are under way."""
-        self._over.set()
-        with self._writing_note, contextlib.suppress(BackupError):
-            if self._beats:
-                self._clear(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", self._uploads)
-
-    def clear(self) -> None:
-        """Ends the uploads of restores that did not live to: their notes are as they were for a while."""
-        while True:
-            there = self._notes_there()
-            left = [key for key, etag in self._notes.items() if there.get(key) == etag]
-            if not left or time.monotonic() > self._looked_at + NOTE_LIFETIME_SECONDS:
-                break
-            self._runtime.console.progress("restore", "waiting to see whether another restore is alive")
-            self._runtime.stop.wait(1)
-        for note in left:
-            uploads = json.loads(self._client.get(note))["uploads"]
-            self._clear(note, {upload: key for key, upload in uploads})
-
-    def _clear(self, note: str, uploads: Mapping[str, str]) -> None:
-        """Ends uploads, and deletes their note."""
-        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
-
-        def end(upload: str, key: str) -> None:
-            try:
-                client.request("DELETE", key, [("uploadId", upload)])
-            except S3Error as error:
-                if error.status != 404:
-                    raise
-
-        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
-            list(pool.map(end, uploads.keys(), uploads.values()))
-        client.delete(note)
-
-
-def memory_bytes(runtime: Runtime) -> int:
-    """How much of objects may be in memory: two parts at least, one that is read and one that is sent."""
-    return min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
-
-
-@contextlib.contextmanager
-def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[FolderPlace | BucketPlace]:
-    """Where `order` has objects restored to, ready to be written to, unless it only asks what would be done.
-
-    Raises BackupError, within seconds where a permission is missing.
-    """
-    if order.folder:
-        yield FolderPlace(plan, opened_folder(runtime, order.folder, order.dry_run))
-        return
-    assert order.bucket
-    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
-    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
-    [place] = side_by_side([lambda: BucketPlace(runtime, plan, client, order.dry_run)], runtime.stop)
-    if isinstance(place, BackupError):
-        raise place
-    try:
-        yield place
-    finally:
-        place.close()
-
-
-def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
-    """A folder to restore into, which is made where it is not there. Raises BackupError."""
-    try:
-        if not dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        root = folder.resolve()
-        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
-    except FileNotFoundError:
-        return folder
-    except OSError as error:
-        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
-    if is_inside:
-        runtime.console.warning(
-            "restore",
-            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
-            f' there: docker run -v "$PWD/restored:{root}"',
-        )
-    return root
-
-
-class Progress:
-    """How many objects and bytes of all are done. Safe to use from several threads."""
-
-    def __init__(
-        self, console: Console | None = None, verb: str = "", all_of: tuple[int, int] = (0, 0)
-    ) -> None:
-        """None are."""
-        self.bytes = self.objects = 0
-        self._console, self._verb, self._all_of = console, verb, all_of
-        self._lock, self._shown_at = threading.Lock(), 0.0
-
-    def add(self, objects: int, more_bytes: int) -> None:
-        """Takes in what is done."""
-        with self._lock:
-            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
-            now = time.monotonic()
-            if not self._console or now - self._shown_at < POLL_SECONDS:
-                return
-            self._shown_at = now
-        objects, all_bytes = self._all_of
-        self._console.progress(
-            "restore",
-            f"{self._verb} {self.objects:,} of {count(objects, 'object')},"
-            f" {size(self.bytes)} of {size(all_bytes)}",
-        )
-
-
 Handler = Callable[[Item, IO[bytes], Mapping[str, str], Threads], None]  # the third: user metadata
 TAR_METADATA = "SCHILY.xattr.user."
 
@@ -8320,171 +7818,577 @@ def take_out(
     return item
 
 
-@dataclass
 class Restoration:
-    """What belongs to a restore."""
+    """A restore of a plan's objects.
 
-    runtime: Runtime
-    repository: Repository
-    archive: str
-    plan: Plan
-    place: FolderPlace | BucketPlace
+    Subclasses know the place: whether it takes an object (`mistake`), what is there (`find`, `compare_...`),
+    how to write (`prepare`, `write`) and what is wrong with what was written (`finish`).
+    """
 
-    def export(self, verb: str, where: str, handle: Handler) -> None:
+    def __init__(self, runtime: Runtime, plan: Plan, title: str, small_bytes: int) -> None:
+        """Nothing was looked at yet; `small_bytes` is what a thread takes, what is larger `write` sees to."""
+        self.title, self.small_bytes = title, small_bytes
+        self.runtime, self.plan, self.console = runtime, plan, runtime.console
+        # Two parts at least: one that is read, and one that is sent.
+        self.memory_bytes = min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
+        self.lock, self.losses, self.warnings = threading.Lock(), Counter[str](), 0
+        self.goal, self.objects, self.bytes = "", 0, 0  # what is done, of what
+
+    def warn(self, text: str) -> None:
+        """Tells what is not restored, or not as it was."""
+        with self.lock:
+            self.warnings += 1
+        if self.warnings <= MAX_NAMED:
+            self.console.warning("restore", text)
+
+    def leave_out(self, item: Item, reason: str) -> None:
+        """Notes and tells that an object cannot be restored."""
+        self.plan.note(item, Fate.LEFT_OUT)
+        self.warn(f"{item.key!r} could not be restored: {reason}")
+
+    def add(self, objects: int, more_bytes: int) -> None:
+        """Notes and shows what is done."""
+        with self.lock:
+            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
+            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
+            self.console.progress("restore", f"{done} {self.goal}")
+
+    def for_each(self, where: str, work: Callable[..., None], *more: Any) -> None:
+        """Has threads do `work` about each object for which `where` holds."""
+        with Threads(self.memory_bytes) as threads:
+            for item in self.plan.items(where):
+                threads.start(0, functools.partial(work, item, *more, threads))
+
+    def export(self, repository: Repository, archive: str, verb: str, where: str, handle: Handler) -> None:
         """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
 
         Raises BackupError, also where the archive does not give all of them.
         """
-        runtime, place, borg = self.runtime, self.place, self.repository.borg
-        where = f"place IS NOT NULL AND ({where})"
+        where, borg, target = f"place IS NOT NULL AND ({where})", repository.borg, repository.target
         if not self.plan.sums(where)[0]:
             return
-        progress = place.progress = Progress(runtime.console, verb, self.plan.sums(where))
+        self.goal, self.objects, self.bytes = f"{verb}, of {self.plan.summary(where)}", 0, 0
 
         def take(item: Item, *rest: Any) -> None:
             handle(item, *rest)
-            progress.add(1, 0)
+            self.add(1, 0)
 
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
             chosen = Path(folder, "chosen")
             with chosen.open("w", encoding="ascii") as lines:
                 lines.writelines(f"{json.dumps(item.path)}\n" for item in self.plan.items(where, "place"))
             reading, writing = os.pipe()
-            output, threads = os.fdopen(writing, "wb"), Threads(memory_bytes(runtime))
+            output, threads = os.fdopen(writing, "wb"), Threads(self.memory_bytes)
             items = self.plan.items(where, "place")
-            work = in_background(lambda: take_out(reading, items, place.small_bytes, threads, take))
+            work = in_background(lambda: take_out(reading, items, self.small_bytes, threads, take))
             try:
                 borg.run(
-                    borg_export(borg.repository, self.archive, Path(f"/dev/fd/{writing}")),
+                    borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
                     on_start=lambda _: output.close(),
                     own={"S3BORGBACKUP_EXPORTED": str(chosen)},
                     pass_fds=[writing],
-                    waits=lambda: time.monotonic() if place.is_patient and threads.is_busy else 0,
+                    waits=lambda: time.monotonic() if self.is_patient and threads.is_busy else 0,
                 )
             except BackupError as error:
                 output.close()
                 concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-                failure = work.exception() if work.done() else None
-                if isinstance(failure, BackupError | OSError) and not isinstance(
-                    error, Stopped | Stuck | S3Error
-                ):
+                failure, final = work.exception() if work.done() else None, Stopped | Stuck | S3Error
+                if isinstance(failure, BackupError | OSError) and not isinstance(error, final):
                     raise failure from error
                 raise
-            moved = lambda: progress.objects + io_bytes(os.getpid())  # noqa: E731
-            lost = until_done(runtime, [], f"writing to {place.title}", work, moved)
+            meters = [lambda: self.objects, lambda: io_bytes(os.getpid())]
+            lost = until_done(self.runtime, [], f"writing to {self.title}", work, *meters)
         if lost:
             raise BackupError(
-                f"{self.repository.target.store.name}: the archive did not give {lost.path!r}",
-                f"Check the repository: backup.py borg {self.repository.target.name} check.",
+                f"{target.store.name}: the archive did not give {lost.path!r}",
+                f"Check the repository: backup.py borg {target.name} check.",
             )
 
-    def compare(self) -> None:
-        """Finds out what is to be done about each object.
+    def compare(self, repository: Repository, archive: str) -> None:
+        """Finds out what is to be done about each object, and tells what cannot be restored.
 
         Where size and time do not tell, content is compared: by ETag in a bucket, and by reading it there.
         """
-        plan, place = self.plan, self.place
-        place.find()
-        for page in pages(plan.items("fate = 'unknown'")):
-            plan.change(
-                "UPDATE items SET fate = ? WHERE key = ?",
-                [(first_fate(item).value, encode_key(item.key)) for item in page],
-            )
-            for item in page:
-                if mistake := place.mistake(item):
-                    plan.leave_out(item, mistake)
+        plan = self.plan
+        for key, warning in plan.execute("SELECT key, warning FROM items WHERE warning IS NOT NULL"):
+            self.warn(f"{decode_key(key)!r} {warning}")
+        self.find()
+        for item in plan.items("fate = 'unknown'"):
+            if mistake := self.mistake(item):
+                self.leave_out(item, mistake)
+            else:
+                plan.note(item, first_fate(item))
         for is_last in (False, True):
-            self.export("compared", "fate = 'unknown'", functools.partial(place.compare, is_last))
-        if isinstance(place, BucketPlace):
-            with Threads(memory_bytes(self.runtime)) as threads:
-                for item in plan.items("fate = 'there' AND facts IS NOT NULL"):
-                    threads.start(0, functools.partial(place.compare_headers, item))
+            handle = functools.partial(self.compare_content, is_last)
+            self.export(repository, archive, "compared", "fate = 'unknown'", handle)
+        self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
 
     def tell(self, overwrite: bool) -> int:
         """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
-        console, refused = self.runtime.console, "overwrite" if overwrite else "refuse"
+        refused = "overwrite" if overwrite else "refuse"
         words = {fate: (fate.value, "") for fate in Fate}
         words |= {Fate.DIFFERENT: (refused, ""), Fate.HEADERS: (refused, " (other headers)")}
         for item in self.plan.items(f"{COUNTED} OR fate = 'different'"):
             word, why = words[item.fate]
-            console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
+            self.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
         for fate, (word, why) in words.items():
-            if self.plan.sums(f"fate = '{fate.value}'")[0]:
-                text = self.plan.summary(f"fate = '{fate.value}'")
-                console.info("restore", f"dry run to {self.place.title}: {word}{why}: {text}")
-        code = self.warn()
-        return EXIT_FAILURE if self.plan.sums(CLASHES)[0] and not overwrite else code
+            if self.plan.sums(where := f"fate = '{fate.value}'")[0]:
+                text = f"{word}{why}: {self.plan.summary(where)}"
+                self.console.info("restore", f"dry run to {self.title}: {text}")
+        if self.plan.sums(CLASHES)[0] and not overwrite:
+            return EXIT_FAILURE
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
 
     def confirm(self, overwrite: bool) -> None:
         """Says what will be written. Raises BackupError where that would overwrite what must not be."""
-        plan, console, title = self.plan, self.runtime.console, self.place.title
-        self.warn()
-        number = plan.sums(CLASHES)[0]
+        number = self.plan.sums(CLASHES)[0]
         if number and not overwrite:
-            for item in itertools.islice(plan.items(CLASHES), PREVIOUS_NAMED):
+            for item in itertools.islice(self.plan.items(CLASHES), PREVIOUS_NAMED):
                 what = "headers or tags" if item.fate is Fate.HEADERS else "content"
-                console.error("restore", f"{item.key!r} is there with other {what}")
+                self.console.error("restore", f"{item.key!r} is there with other {what}")
             raise BackupError(
-                f"{count(number, 'object')} in {title} would be overwritten; nothing was written",
+                f"{count(number, 'object')} in {self.title} would be overwritten; nothing was written",
                 "Restore to another place, or say --overwrite.",
             )
-        plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
-        kept = plan.sums(f"fate = 'there' AND {COUNTED}")[0]
+        self.plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
+        kept = self.plan.sums(KEPT)[0]
         there = f"; {count(kept, 'object')} there already" if kept else ""
-        summary = plan.summary("fate IN ('write', 'headers')")
-        console.info("restore", f"to {title}: {summary}{there}")
+        summary = self.plan.summary("fate IN ('write', 'headers')")
+        self.console.info("restore", f"to {self.title}: {summary}{there}")
 
-    def write(self) -> None:
-        """Writes what is to be written, and proves it; what a store has lost is written once more.
+    def write_all(self, repository: Repository, archive: str) -> None:
+        """Writes what is to be written, and what the place has lost of it once more.
 
         Raises BackupError unless all of it is there.
         """
-        place, plan = self.place, self.plan
-        place.prepare()
+        self.prepare()
         mistakes: list[str] = []
         for _ in range(2):
-            with Threads(memory_bytes(self.runtime)) as threads:
-                for item in plan.items("fate = 'write' AND place IS NULL"):
-                    threads.start(0, functools.partial(place.write, item, io.BytesIO(), {}, threads))
-            self.export("restored", "fate = 'write'", place.write)
-            mistakes = place.finish()
+            self.for_each("fate = 'write' AND place IS NULL", self.write, io.BytesIO(), {})
+            self.export(repository, archive, "restored", "fate = 'write'", self.write)
+            mistakes = self.finish()
             if not mistakes:
                 return
-        number = plan.sums("fate = 'write'")[0]
+        more = self.plan.sums("fate = 'write'")[0] - 5
         raise BackupError(
-            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
-            f"{f' and {number - 5:,} more' if number > 5 else ''}",
+            f"{self.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
+            f"{f' and {more:,} more' if more > 0 else ''}",
             "Run it again: it goes on where it was.",
         )
 
-    def warn(self) -> int:
-        """Names what is not restored, or not as it was, unless it was named before; returns the exit code."""
-        plan, console = self.plan, self.runtime.console
-        untold = "warning IS NOT NULL AND NOT is_told"
-        rows = plan.execute(f"SELECT key, warning FROM items WHERE {untold} ORDER BY key LIMIT {MAX_NAMED}")
-        for key, warning in rows:
-            console.warning("restore", f"{decode_key(key)!r} {warning}")
-        if (more := plan.sums(untold)[0]) > MAX_NAMED:
-            console.warning("restore", f"{more - MAX_NAMED:,} more warnings")
-        plan.execute(f"UPDATE items SET is_told = 1 WHERE {untold}")
-        return EXIT_WARNINGS if plan.sums("warning IS NOT NULL")[0] else EXIT_OK
-
     def report(self, seconds: float) -> int:
-        """Says what was restored and names what was not; returns the exit code."""
-        plan, place, console = self.plan, self.place, self.runtime.console
-        code = self.warn()
-        for what, number in sorted(place.losses.items()):
-            console.warning("restore", f"{place.title} takes no {what}: {count(number, 'object')} lost it")
-        if is_empty := not plan.sums("place IS NOT NULL")[0]:
-            words = "this archive holds no objects; --at and --archive choose another (see `list`)"
-            console.warning("restore", words)
-        kept, done = plan.sums(f"fate = 'there' AND {COUNTED}")[0], plan.summary("fate = 'restored'")
-        console.info(
+        """Says what was restored, and what was lost of it; returns the exit code."""
+        for what, number in sorted(self.losses.items()):
+            self.warn(f"{self.title} takes no {what}: {count(number, 'object')} lost it")
+        if not self.plan.sums("place IS NOT NULL")[0]:
+            self.warn("this archive holds no objects; --at and --archive choose another (see `list`)")
+        if self.warnings > MAX_NAMED:
+            self.console.warning("restore", f"{self.warnings - MAX_NAMED:,} more warnings")
+        kept, done = self.plan.sums(KEPT)[0], self.plan.summary("fate = 'restored'")
+        there = f"; {kept:,} were there already" if kept else ""
+        words = f"restored {done}, to {self.title} in {duration(seconds)}{there}"
+        self.console.info("restore", words)
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
+
+
+class ToFolder(Restoration):
+    """Into a folder of the machine."""
+
+    is_patient = False
+
+    def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
+        """Nothing was looked at yet."""
+        super().__init__(runtime, plan, str(root), 256 * 1024)
+        self._root, self._folders = root, set[str]()
+
+    def mistake(self, item: Item) -> str:
+        name = item.key if item.size_bytes else item.key.removesuffix("/")
+        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
+
+    def find(self) -> None:  # what is no file cannot be overwritten
+        for page in pages(self.plan.items()):
+            found = []
+            for item in page:
+                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
+                    status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
+                    if is_folder or stat.S_ISREG(status.st_mode):
+                        size_bytes = 0 if is_folder else status.st_size
+                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
+            self.plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            return
+        try:
+            with open(f"{self._root}/{item.key}", "rb") as there:
+                blocks = iter(lambda: there.read(READ_BYTES), b"")
+                self.plan.note(item, fate_by_content(blocks, stream))
+        except OSError as error:
+            words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
+            raise BackupError(words, TRY_AGAIN) from error
+
+    def compare_headers(self, *_: object) -> None:
+        """Files have none."""
+
+    def prepare(self) -> None:
+        """Raises BackupError where the disk is certain to be too small.
+
+        What is complete, but has not got its time, as a restore was killed, gets it.
+        """
+        growth = "sum(max(0, size - coalesce(there_size, 0)))"
+        [(needed,)] = self.plan.execute(f"SELECT coalesce({growth}, 0) FROM items WHERE fate = 'write'")
+        disk = os.statvfs(self._root)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free and disk.f_blocks:
+            words = f"{self.title} has {size(free)} free, and {size(needed)} are to be added"
+            hint = "Make room, restore a part of it, or restore to another place."
+            raise BackupError(f"{words}; nothing was written", hint)
+        old = "fate = 'there' AND there_modified != items.modified"
+        for item in self.plan.items(f"{old} AND place IS NOT NULL"):
+            try:
+                path, times = f"{self._root}/{item.key}", (item.modified, item.modified)
+                os.utime(path, times, follow_symlinks=False)
+            except OSError as error:
+                self.leave_out(item, f"its time cannot be set: {error.strerror}")
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
+        """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
+        path = f"{self._root}/{item.key}"
+        try:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                os.makedirs(folder, exist_ok=True)
+                self._folders.add(folder)
+            if not path.endswith("/"):
+                self._fill(item, path, stream, metadata)
+            self.plan.note(item, Fate.DONE)
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                self.leave_out(item, error.strerror or str(error))
+                return
+            hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
+            words = f"cannot write {item.key!r} to {self.title}: {error.strerror}"
+            raise BackupError(words, f"{hint}: it goes on where it was.") from error
+
+    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
+        with open(fd, "wb", buffering=0) as file:
+            while data := stream.read(READ_BYTES):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                self.add(0, len(data))
+            for name, value in metadata.items():
+                try:
+                    os.setxattr(fd, f"user.{name}", encode_key(value))
+                except OSError as error:
+                    if error.errno not in NO_METADATA:
+                        raise
+                    self.losses["user metadata"] += 1
+            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+
+    def finish(self) -> list[str]:
+        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if LIBC.syncfs(fd):
+                words = f"{self.title}: the disk could not take what was written"
+                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
+        finally:
+            os.close(fd)
+        return []
+
+
+def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
+    """Those of an object's headers that can be given to another one."""
+    headers = (facts or {}).get("headers", {}).items()
+    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
+
+
+def readable(value: str) -> str:
+    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    return " ".join(value.split())
+
+
+class ToBucket(Restoration):
+    """Into a bucket, by requests of our own."""
+
+    is_patient = True  # while it waits for S3, which has an end
+
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
+        """Tries out what the store keeps, unless it `is_dry`. Raises S3Error."""
+        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}", PART_BYTES)
+        self._client, self._prefix = client, client.store.key_prefix
+        self._note = f"{self._prefix}{RESTORING_NAME}{runtime.run_id}"
+        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
+        self._beats, self._over, self._writing_note = 0, threading.Event(), threading.Lock()
+        self._etags_are_md5, self._dropped = (False, set[str]()) if is_dry else self._try_out()
+
+    def _try_out(self) -> tuple[bool, set[str]]:
+        """Whether an ETag is an MD5, which it is not with some kinds of encryption; what is dropped."""
+        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
+        for entry in client.list_objects(start):  # what a restore that was killed left
+            client.delete(entry.key)
+        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
+        try:
+            try:
+                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
+                kept = {TAGGING} if self._tags(key) else set()
+            except S3Error as error:
+                if error.status not in (*REFUSALS, *UNTAKEN_STATUSES, 501):
+                    raise
+                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
+            dropped = {*RESTORED_HEADERS, TAGGING} - kept - self._headers(key).keys()
+            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), dropped
+        finally:
+            client.delete(key)
+
+    def _headers(self, key: str) -> dict[str, str]:
+        headers = self._client.request("HEAD", key).headers.items()
+        return restorable({"headers": {name: decode_key(text.encode("latin-1")) for name, text in headers}})
+
+    def _tags(self, key: str) -> dict[str, str]:
+        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
+        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def mistake(self, item: Item) -> str:
+        length = len(encode_key(self._prefix + item.key))
+        if length > MAX_KEY_BYTES:
+            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
+        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
+
+    def find(self) -> None:
+        [ends] = self.plan.execute("SELECT coalesce(min(key), ''), coalesce(max(key), '') FROM items")
+        pairs = zip(*(decode_key(bytes(key)) if key else "" for key in ends), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", pairs)
+        prefix = self._prefix + "".join(first for first, _ in same)
+        self.plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
+        for page in pages(self._client.list_objects(prefix)):
+            rows = [(each.size_bytes, each.etag, encode_key(each.key[len(self._prefix) :])) for each in page]
+            self.plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", rows)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
+            return
+        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
+        spans = [(start, min(start + step, size_bytes) - 1) for start in range(0, size_bytes, step)]
+        there = (self._client.get(self._prefix + item.key, span) for span in spans)
+        self.plan.note(item, fate_by_content(there, stream))
+
+    def compare_headers(self, item: Item, _: Threads) -> None:
+        """Notes an object that is there with the same content, and with other headers or tags."""
+        facts, key, wanted = item.facts or {}, self._prefix + item.key, restorable(item.facts)
+        if "headers" not in facts:
+            return
+        try:
+            found, tags = self._headers(key), facts.get("tags")
+            names = (wanted.keys() | found.keys()) - self._dropped
+            names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
+            differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
+            if differ or (tags and TAGGING not in self._dropped and self._tags(key) != tags):
+                self.plan.note(item, Fate.HEADERS)
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _leave_out(self, item: Item, error: S3Error) -> None:
+        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
+            raise error
+        self.leave_out(item, error.message.partition("): ")[2] or error.message)
+
+    def prepare(self) -> None:
+        """Gives objects with the right content their headers, by copies onto themselves."""
+        in_background(self._beat)
+        self.for_each("fate = 'headers'", self._copy)
+
+    def _copy(self, item: Item, _: Threads) -> None:
+        key, headers = self._prefix + item.key, self._headers_for(item, {})
+        headers |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
+        headers["x-amz-metadata-directive"] = "REPLACE"
+        headers["x-amz-copy-source"] = uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")
+        try:
+            answer = self._client.request("PUT", key, headers=headers)
+            self.plan.note(item, Fate.DONE, xml_text(answer.body, "ETag"))
+        except S3Error as error:
+            if not 400 <= error.status <= 501:
+                raise
+            self.plan.note(item, Fate.WRITE)
+
+    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What an object is written with; `metadata` is what older archives have of it."""
+        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
+        if tags := (item.facts or {}).get("tags"):
+            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
+        with self.lock:
+            self.losses.update(headers.keys() & self._dropped)
+        return {name: value for name, value in headers.items() if name not in self._dropped}
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
+        """Writes one object; a large one is there when `threads` have ended. Raises S3Error."""
+        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
+        try:
+            if item.size_bytes > PART_BYTES:
+                self._upload(item, key, headers, stream, threads)
+                return
+            answer = self._client.put(key, stream.read(), headers)
+            self.add(0, item.size_bytes)
+            self.plan.note(item, Fate.DONE, answer.headers.get("etag", ""))
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _upload(
+        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
+    ) -> None:
+        """Begins an upload, and has threads send its parts and end it."""
+        begun = self._client.request("POST", key, [("uploads", "")], headers)
+        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
+        with self.lock:
+            self._uploads[upload] = key
+        self._write_note()
+
+        def send(number: int, body: bytes) -> str:
+            query = [("partNumber", str(number)), ("uploadId", upload)]
+            etag = self._client.put(key, body, query=query).headers.get("etag", "").strip('"')
+            self.add(0, len(body))
+            return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+
+        parts = [
+            threads.start(step, functools.partial(send, number, stream.read(step)))
+            for number in range(1, -(-item.size_bytes // step) + 1)
+        ]
+        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
+
+    def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str | None]) -> None:
+        body = f"<CompleteMultipartUpload>{''.join(map(str, parts))}</CompleteMultipartUpload>".encode()
+        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
+        try:
+            answer = client.request("POST", key, [("uploadId", upload)], body=body)
+            etag = xml_text(answer.body, "ETag")
+        except S3Error as error:
+            if error.code != "NoSuchUpload":
+                self._leave_out(item, error)
+                return
+            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
+            etag = there.get("etag", "").strip('"')
+            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+                raise
+        with self.lock:
+            del self._uploads[upload]
+        self._write_note()
+        self.plan.note(item, Fate.DONE, etag)
+
+    def _write_note(self, patience: Patience = PROVEN) -> None:
+        """Says which uploads are under way."""
+        with self._writing_note:
+            with self.lock:
+                uploads = [[key, upload] for upload, key in self._uploads.items()]
+            if not self._over.is_set():
+                self._client.with_patience(patience).put(self._note, json.dumps(uploads).encode())
+                self._beats += 1
+
+    def _beat(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            if self._beats:
+                with contextlib.suppress(BackupError):
+                    self._write_note(HASTY)
+
+    def finish(self) -> list[str]:
+        deadline = time.monotonic() + LISTING_SECONDS
+        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
+        where = f"fate IN ('restored', 'there') AND {wrong}"
+        self.find()
+        while self.plan.sums(where)[0] and time.monotonic() < deadline:
+            self.runtime.stop.wait(1)
+            self.find()
+        mistakes = [
+            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
+            for item in itertools.islice(self.plan.items(where), PREVIOUS_NAMED)
+        ]
+        self.plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
+        return mistakes
+
+    def close(self, is_done: bool) -> None:
+        """Ends uploads that are under way, and when all `is_done` those of restores that did not live to.
+
+        Theirs are in notes that nobody has written for a while.
+        """
+        self._over.set()
+        with self._writing_note, contextlib.suppress(BackupError):
+            if self._beats:
+                self._end_uploads(self._note, [(key, upload) for upload, key in self._uploads.items()])
+        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
+        while is_done:
+            notes = list(self._client.list_objects(f"{self._prefix}{RESTORING_NAME}"))
+            now = self._client.clock or datetime.now(UTC)
+            for note in notes:
+                if now - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
+                    self._end_uploads(note.key, json.loads(self._client.get(note.key)))
+            if not notes or time.monotonic() > deadline:
+                break
+            self.console.progress("restore", "waiting to see whether another restore is alive")
+            self.runtime.stop.wait(1)
+
+    def _end_uploads(self, note: str, uploads: Sequence[Sequence[str]]) -> None:
+        """Ends uploads, and deletes the note with them."""
+        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+
+        def end(key: str, upload: str) -> None:
+            try:
+                client.request("DELETE", key, [("uploadId", upload)])
+            except S3Error as error:
+                if error.status != 404:
+                    raise
+
+        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
+            list(pool.map(lambda pair: end(*pair), uploads))
+        client.delete(note)
+
+
+@contextlib.contextmanager
+def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[ToFolder | ToBucket]:
+    """What restores to where `order` says, which is ready to be written to, unless it only asks.
+
+    Raises BackupError, within seconds where a permission is missing.
+    """
+    if order.folder:
+        yield ToFolder(runtime, plan, opened_folder(runtime, order.folder, order.dry_run))
+        return
+    assert order.bucket
+    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
+    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
+    place, is_done = ToBucket(runtime, plan, client, order.dry_run), False
+    try:
+        yield place
+        is_done = not order.dry_run
+    finally:
+        place.close(is_done)
+
+
+def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
+    """A folder to restore into, which is made where it is not there. Raises BackupError."""
+    try:
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        root = folder.resolve()
+        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
+    if is_inside:
+        runtime.console.warning(
             "restore",
-            f"restored {done}, to {place.title} in {duration(seconds)}"
-            f"{f'; {kept:,} were there already' if kept else ''}",
+            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
+            f' there: docker run -v "$PWD/restored:{root}"',
         )
-        return EXIT_WARNINGS if place.losses or is_empty else code
+    return root
 
 
 def restore(runtime: Runtime, target: Target, order: Order) -> int:
@@ -8494,37 +8398,33 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX))
         plan = Plan(Path(folder, "plan"))
         undo.callback(plan.close)
-        place = undo.enter_context(opened_place(runtime, order, plan))
         metadata = undo.enter_context(opened_metadata(order))
-        with opened_for_reading(runtime, target, "a restore") as repository:
+        reading = opened_for_reading(runtime, target, "a restore")
+        with opened_place(runtime, order, plan) as place, reading as repository:
             archives = archive_times(repository)
             archive, why = choose_archive(archives, settings.label, order.archive, order.until)
-            made = local_time(archives[archive])
-            runtime.console.info("restore", f"archive {archive} of target {target.name} ({why}), of {made}")
+            what = f"archive {archive} of target {target.name} ({why})"
+            runtime.console.info("restore", f"{what}, of {local_time(archives[archive])}")
             plan.read(repository, archive, settings.mount_point(settings.source))
             plan.select(order.paths)
-            restoration = Restoration(runtime, repository, archive, plan, place)
-            restoration.compare()
+            place.compare(repository, archive)
             if order.dry_run:
-                return restoration.tell(order.overwrite)
-            restoration.confirm(order.overwrite)
-            restoration.write()
-        if isinstance(place, BucketPlace):
-            place.clear()
+                return place.tell(order.overwrite)
+            place.confirm(order.overwrite)
+            place.write_all(repository, archive)
         for item in plan.items("fate IN ('restored', 'there')"):
-            print(manifest_line(plan.find(item.key) or item.object()), file=metadata)
-        return restoration.report(time.monotonic() - start)
+            if known := plan.find(item.key):
+                print(manifest_line(known), file=metadata)
+        return place.report(time.monotonic() - start)
 
 
 def opened_metadata(order: Order) -> IO[str]:
     """The file for what is known of the objects. Raises BackupError."""
+    path = order.metadata if order.metadata and not order.dry_run else os.devnull
     try:
-        return open(
-            order.metadata if order.metadata and not order.dry_run else os.devnull, "w", encoding="ascii"
-        )
+        return open(path, "w", encoding="ascii")
     except OSError as error:
-        hint = "Correct --metadata."
-        raise BackupError(f"cannot write {order.metadata}: {error.strerror}", hint) from None
+        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
 
 
 # --------------------------------------------------------------------------------------------- Verification
