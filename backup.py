@@ -47,6 +47,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import email.header
 import email.utils
 import enum
 import errno
@@ -1565,15 +1566,19 @@ class Catalog:
             encode_key(after),
         )
         while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
-            for key, size_bytes, modified, etag, is_shown, facts in page:
-                when = EPOCH + timedelta(microseconds=modified)
-                known = None if facts is None else json.loads(facts)
-                yield S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
+            yield from itertools.starmap(self._object, page)
             last = page[-1][0]
+
+    @staticmethod
+    def _object(key: bytes, size_bytes: int, modified: int, etag: str, is_shown: int, facts: str) -> S3Object:
+        when = EPOCH + timedelta(microseconds=modified)
+        known = None if facts is None else json.loads(facts)
+        return S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
 
     def find(self, key: str) -> S3Object | None:
         """An object; None where there is none."""
-        return next(self.rows("key = ?", [encode_key(key)]), None)
+        found = self.execute("SELECT * FROM objects WHERE key = ?", [encode_key(key)])
+        return self._object(*found[0]) if found else None
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -2859,7 +2864,6 @@ class Mount:
     is_shared: bool = False  # by several borgs
     unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
-    ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
@@ -2913,7 +2917,7 @@ class Mount:
     def answers(self) -> bool:
         """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
         try:
-            self.ask(self.client)
+            self.client.list_page(self.store.key_prefix, limit=1)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
@@ -3642,7 +3646,6 @@ def archive_pattern(label: str) -> str:
 
 
 def borg_init(target: Target, repository: Path) -> list[str]:
-    """Makes a repository."""
     return ["init", "--encryption", target.encryption, str(repository)]
 
 
@@ -3662,17 +3665,6 @@ def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
     return ["info", "--json", "--last", "2", *options, str(repository)]
 
 
-def borg_archives(repository: Path) -> list[str]:
-    """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
-    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]
-    return ["list", "--json", *options, str(repository)]
-
-
-def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
-    """Shows the key, in the form that `form`, an option, asks for."""
-    return ["key export", *form, str(repository)]
-
-
 def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
     """Archives what it is told of (FED).
 
@@ -3687,7 +3679,6 @@ def borg_create(target: Target, label: str, repository: Path, comment: str = "")
 
 
 def borg_names(repository: Path) -> list[str]:
-    """Shows all archives' names and times."""
     return ["list", "--json", str(repository)]
 
 
@@ -3707,25 +3698,11 @@ def borg_read(repository: Path, archive: str, path: str) -> list[str]:
 
 
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
-    """Deletes old archives of this label."""
     return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
 
 
 def borg_compact(target: Target, repository: Path) -> list[str]:
-    """Frees the space of deleted archives."""
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
-
-
-def borg_check_slice(repository: Path, seconds: float) -> list[str]:
-    """Checks segments for some seconds, from where the last slice stopped, which borg keeps in its config."""
-    slice_options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
-    return ["check", "--info", "--progress", *slice_options, str(repository)]
-
-
-def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
-    """Checks all segments, the index and the archives, and with `verify_data` each piece of data."""
-    options = ["--verify-data"] if verify_data else []
-    return ["check", "--info", "--progress", *options, str(repository)]
 
 
 def borg_find_archive(repository: Path, pattern: str) -> list[str]:
@@ -4723,8 +4700,6 @@ RESULTS = {
 
 @dataclass(frozen=True)
 class Message:
-    """A request that tells somebody how a run goes."""
-
     variable: str  # where a user finds the address
     method: str
     url: str = field(repr=False)
@@ -4738,10 +4713,9 @@ class Message:
 
 
 class NotTaken(Exception):
-    """A message was not taken; `may_pass` tells whether it is worth another try."""
+    """A message was not taken; the reason has nothing of the URL. `may_pass`: it is worth another try."""
 
     def __init__(self, reason: str, may_pass: bool) -> None:
-        """Takes the reason in a few words, without anything of the URL."""
         super().__init__(reason)
         self.may_pass = may_pass
 
@@ -4749,11 +4723,16 @@ class NotTaken(Exception):
 def send_once(message: Message, seconds: float) -> None:
     """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
     url = urllib.parse.urlsplit(message.url)
+    headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
+    if message.body:
+        headers["Content-Type"] = message.content_type
+    if url.username is not None:  # basic authentication (RFC 7617)
+        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     connection = connection_to(url)
     connection.timeout = seconds
     try:
-        own = message_headers(message, url)
-        connection.request(message.method, request_target(url), message.body or None, own)
+        connection.request(message.method, request_target(url), message.body or None, headers)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException, ValueError) as fault:
         # A broken answer is not quoted: it may repeat what was asked for.
@@ -4771,17 +4750,6 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     path = urllib.parse.quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
     query = urllib.parse.quote(url.query, safe="/%:@!$&'()*+,;=~?")
     return f"{path}?{query}" if query else path
-
-
-def message_headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
-    """The request's headers; a user and password in the URL become basic authentication (RFC 7617)."""
-    found = {"User-Agent": f"s3borgbackup/{VERSION}"}
-    if message.body:
-        found["Content-Type"] = message.content_type
-    if url.username is not None:
-        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-        found["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return found
 
 
 def deliver(message: Message, deadline: float, over: threading.Event) -> None:
@@ -4841,7 +4809,6 @@ def end_signal(code: int) -> str:
 
 
 def is_to_be_notified(code: int, notify_on: str) -> bool:
-    """Whether NOTIFY_ON asks for a message about a run that ended with `code`."""
     quiet = {"always": (), "warning": (EXIT_OK,)}.get(notify_on, (EXIT_OK, EXIT_WARNINGS, EXIT_BUSY))
     return code not in quiet
 
@@ -4855,16 +4822,11 @@ def result_name(code: int) -> tuple[str, str]:
 
 def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
     """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
-    stores = {f"target-{target['name']}" for target in report.targets}
-    others = [name for name in troubles.names() if name not in stores]
-    targets = [
-        {
-            **target,
-            "errors": troubles.about("error", [f"target-{target['name']}"]),
-            "warnings": troubles.about("warning", [f"target-{target['name']}"]),
-        }
-        for target in report.targets
-    ]
+
+    def told(names: Sequence[str]) -> dict[str, list[str]]:
+        return {"errors": troubles.about("error", names), "warnings": troubles.about("warning", names)}
+
+    stores = {f"target-{target['name']}": target for target in report.targets}
     return {
         "run_id": report.run_id,
         "command": report.command,
@@ -4876,9 +4838,8 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
         "seconds": round((finished - report.started).total_seconds(), 3),
         "exit_code": code,
         "result": result_name(code)[0],
-        "targets": targets,
-        "errors": troubles.about("error", others),
-        "warnings": troubles.about("warning", others),
+        "targets": [{**target, **told([store])} for store, target in stores.items()],
+        **told([name for name in troubles.names() if name not in stores]),
         "more": troubles.more,
         "text": run_text(report, code, troubles),
     }
@@ -4899,10 +4860,9 @@ def run_text(report: Report, code: int, troubles: Troubles) -> str:
 
 
 class Reporter:
-    """Tells those that the configuration names of a run's start and end."""
+    """Tells those that the configuration names of a run's start and end; `report` is filled in meanwhile."""
 
     def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
-        """Tells nothing yet; `report` is filled in while the run goes on."""
         self.console, self.stop, self.report = console, stop, report
         self._reporting = reporting
         self._start_is_over = threading.Event()
@@ -4926,41 +4886,20 @@ class Reporter:
             # A failure that arrives before a start still is one: after a stop signal there is no time.
             seconds = POLL_SECONDS if self.stop.requested else 2 * TELL_TRY_SECONDS
             concurrent.futures.wait([self._start], timeout=seconds)
-        jobs = {
-            str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
-            for message in self._end_messages(document)
-        }
-        if (path := self._reporting.metrics_file) and self.report.command == "run":
-            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(Path(path), code, finished))
-        self._wait(jobs)
+        reporting, jobs = self._reporting, {}
 
-    def _end_messages(self, document: Mapping[str, Any]) -> Iterator[Message]:
-        """What is sent at the end of a run."""
-        reporting, code, seconds = self._reporting, document["exit_code"], document["seconds"]
+        def tell(message: Message) -> None:
+            jobs[str(message)] = in_background(lambda: self._tell(message, threading.Event()))
+
         if url := reporting.healthcheck_url:
-            message = healthcheck_message(url, end_signal(code), document["text"], seconds)
-            yield from [message] if message else []
+            text, seconds = document["text"], document["seconds"]
+            if message := healthcheck_message(url, end_signal(code), text, seconds):
+                tell(message)
         if reporting.notify_url and is_to_be_notified(code, reporting.notify_on):
             body = json.dumps(document).encode()
-            yield Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json")
-
-    def _tell(self, message: Message, over: threading.Event) -> None:
-        """Sends a message, and says so where that fails."""
-        try:
-            deliver(message, time.monotonic() + TELL_SECONDS, over)
-            self.console.debug("run", f"{message} was told how the run goes")
-        except BackupError as error:
-            self.console.warning("run", str(error))
-
-    def _write_metrics(self, path: Path, code: int, finished: datetime) -> None:
-        """Writes METRICS_FILE, and says so where that fails."""
-        try:
-            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
-        except OSError as error:
-            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
-
-    def _wait(self, jobs: Mapping[str, concurrent.futures.Future[None]]) -> None:
-        """Waits until all are done, not for long where the run is stopped, and names those that are not."""
+            tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
+        if reporting.metrics_file and self.report.command == "run":
+            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(code, finished))
         start = time.monotonic()
         while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
             # A try that ends at its deadline has something to say about it.
@@ -4973,8 +4912,25 @@ class Reporter:
             elif error := job.exception():
                 self.console.warning("run", f"{name}: a defect of the program, please report it: {error!r}")
 
+    def _tell(self, message: Message, over: threading.Event) -> None:
+        try:
+            deliver(message, time.monotonic() + TELL_SECONDS, over)
+            self.console.debug("run", f"{message} was told how the run goes")
+        except BackupError as error:
+            self.console.warning("run", str(error))
+
+    def _write_metrics(self, code: int, finished: datetime) -> None:
+        path = Path(self._reporting.metrics_file)
+        try:
+            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
+        except OSError as error:
+            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
+
 
 METRICS = {
+    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
+    "run_duration_seconds": "How long the last run took.",
+    "run_exit_code": "The exit code of the last run.",
     "last_run_timestamp_seconds": "When the last run ended, as Unix time.",
     "last_run_duration_seconds": "How long the last run took for this target.",
     "last_run_exit_code": "How the last run went for this target: 0 well, 1 warnings, 2 failed, 75 busy.",
@@ -4983,18 +4939,8 @@ METRICS = {
     "last_archive_bytes": "Bytes of the objects in the last archive.",
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
 }
-RUN_METRICS = {
-    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
-    "run_duration_seconds": "How long the last run took.",
-    "run_exit_code": "The exit code of the last run.",
-}
 METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
-TARGET_CODES = {
-    Verdict.OK.value: EXIT_OK,
-    Verdict.WARNING.value: EXIT_WARNINGS,
-    Verdict.FAILURE.value: EXIT_FAILURE,
-    Verdict.BUSY.value: EXIT_BUSY,
-}
+TARGET_CODES = {name: code for code, (name, _) in RESULTS.items()}  # a target's result is called like a run's
 
 
 def read_metrics(path: Path) -> dict[str, str]:
@@ -5016,46 +4962,32 @@ def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str
     seconds = (finished - report.started).total_seconds()
     new[metric("run_duration_seconds", report.label)] = round(seconds, 3)
     for target in report.targets:
-        for name, value in target_metrics(target, now).items():
-            new[metric(name, report.label, target["name"])] = value
+        target_code, name = TARGET_CODES[target["result"]], target["name"]
+        new[metric("last_run_timestamp_seconds", report.label, name)] = now
+        new[metric("last_run_duration_seconds", report.label, name)] = target["seconds"]
+        new[metric("last_run_exit_code", report.label, name)] = target_code
+        if target_code in (EXIT_OK, EXIT_WARNINGS):
+            new[metric("last_success_timestamp_seconds", report.label, name)] = now
+        for number in ("objects", "bytes", "new_bytes") if target["archive"] else ():
+            new[metric(f"last_archive_{number}", report.label, name)] = target[number]
     known = report.configured
     lines = []
-    for name, text in {**RUN_METRICS, **METRICS}.items():
+    for name, text in METRICS.items():
         start = f"s3borgbackup_{name}{{"
-        wanted = None if known is None else {metric(name, report.label, target) for target in known}
-        kept = [key for key in old if key.startswith(start) and (wanted is None or key in wanted)]
+        wanted = old if known is None else {metric(name, report.label, target) for target in known}
+        kept = [key for key in old if key.startswith(start) and key in wanted]
         found = dict.fromkeys([*kept, *(key for key in new if key.startswith(start))])
         lines += [f"# HELP s3borgbackup_{name} {text}", f"# TYPE s3borgbackup_{name} gauge"]
         lines += [f"{key} {new.get(key, old.get(key))}" for key in found]
     return "\n".join(lines) + "\n"
 
 
-def target_metrics(target: Mapping[str, Any], now: float) -> dict[str, float]:
-    """What a run has to tell of one target."""
-    code = TARGET_CODES[target["result"]]
-    found = {
-        "last_run_timestamp_seconds": now,
-        "last_run_duration_seconds": target["seconds"],
-        "last_run_exit_code": code,
-    }
-    if code in (EXIT_OK, EXIT_WARNINGS):
-        found["last_success_timestamp_seconds"] = now
-    if target["archive"]:
-        found |= {f"last_archive_{name}": target[name] for name in ("objects", "bytes", "new_bytes")}
-    return found
-
-
 def metric(name: str, label: str, target: str | None = None) -> str:
     """A sample's name and labels, as the format wants them."""
     labels = {"label": label} if target is None else {"label": label, "target": target}
-    pairs = ",".join(f'{key}="{escape_label(value)}"' for key, value in labels.items())
-    return f"s3borgbackup_{name}{{{pairs}}}"
-
-
-def escape_label(value: str) -> str:
-    """A label's value, in which backslash, double quote and line feed are escaped."""
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return escaped.encode("utf-8", "replace").decode()
+    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
+    return f"s3borgbackup_{name}{{{pairs}}}".encode("utf-8", "replace").decode()
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -5093,7 +5025,6 @@ class Preflight:
         return self.following is None
 
     def repository_state(self, store: Store) -> RepositoryState:
-        """Whether a borg repository lies in the store."""
         return repository_state(
             {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
         )
@@ -5110,8 +5041,6 @@ class Preflight:
 
 
 class RepositoryState(enum.Enum):
-    """What lies where a repository is expected."""
-
     EMPTY = "nothing"
     READY = "a repository"
     UNFINISHED = "what an interrupted `borg init` left"
@@ -5123,6 +5052,8 @@ OWN_NAMES = re.compile(
     r"README|(config|nonce)(-\w{8}\.tmp)?|(data|hints|index|integrity|lock)[./].*", re.DOTALL | re.ASCII
 )
 SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
+CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+PROBED_OBJECTS = 10  # each may be in cold storage, or just deleted
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
@@ -5153,10 +5084,7 @@ def look(client: S3Client) -> Preflight:
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
-    """Lists a store, reads from it and, with `write`, writes, reads back and deletes an object.
-
-    Raises S3Error naming what is refused.
-    """
+    """Lists a store, reads from it and, with `write`, writes. Raises S3Error naming what is refused."""
     found = look(client)
     probe_read(client, [entry for entry in found.keys if not entry.key.endswith("/")][:PROBED_OBJECTS])
     if write:
@@ -5171,9 +5099,6 @@ def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
     if isinstance(found, BackupError):
         raise found
     return found
-
-
-PROBED_OBJECTS = 10
 
 
 def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
@@ -5197,10 +5122,7 @@ def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
 
 
 def probe_write(client: S3Client) -> None:
-    """Writes a small object below the store's prefix, reads it back and deletes it.
-
-    Does so again when it is gone: another run removes what it takes for a leftover.
-    """
+    """Writes a small object below the store's prefix, reads it back and deletes it."""
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     for last in (False, False, True):
         client.put(key, body)
@@ -5210,7 +5132,7 @@ def probe_write(client: S3Client) -> None:
             what = f"{client.store.name}: an object that was just written reads back differently"
             raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
         except S3Error as error:
-            if error.status != 404 or last:
+            if error.status != 404 or last:  # another run removes what it takes for a leftover
                 raise
         finally:
             client.delete(key)
@@ -5224,7 +5146,6 @@ def held(
     notice: Callable[[str], None] | None = None,
     switch: DeadMansSwitch | None = None,
 ) -> Iterator[Lease]:
-    """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
     if not client.clock:  # it tells the others since when, by a clock that all share
         look_at_lease(client)
@@ -5244,9 +5165,6 @@ def held(
         lease.release()
 
 
-CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
-
-
 def repository_id(runtime: Runtime, mount: Mount) -> str:
     """The id in a mounted repository's config. Raises BackupError."""
     config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
@@ -5257,14 +5175,10 @@ def repository_id(runtime: Runtime, mount: Mount) -> str:
 
 
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
-    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
-
-    Returns whether it was made. Raises BackupError.
-    """
+    """Makes a repository where there is none, or clears what crashed runs left; returns whether it is new."""
     found = look(client)
-    keys = found.keys
     probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
-    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
+    delete_all(lease, [entry.key for entry in found.keys if entry.key.startswith(probe)])
     state = what_lies_there(client, found)
     if state is RepositoryState.READY:
         if lease.enforced:
@@ -5274,15 +5188,28 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
         others = found.others(target.store)
         runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
         delete_all(lease, others)
-    make_repository(runtime, target, lease)
+    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+    # `borg init` wants an empty place, and the lease lies there already. So it makes a few small local files,
+    # which are copied; the config goes last: what an interruption leaves has none, and is made anew.
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+        repository = Path(folder, "repository")
+        Borg(runtime, target, repository).run(borg_init(target, repository))
+        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
+        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
+        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
+        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
+            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(lambda client, key=key, body=body: client.put(key, body))
     return True
 
 
 def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
     """The state of the place for a repository. Raises BackupError where it holds other objects."""
     store, state = client.store, found.repository_state(client.store)
-    if state is RepositoryState.UNFINISHED and not is_remnant(client):
-        state = RepositoryState.FOREIGN
+    if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
+        readme = client.get(f"{store.key_prefix}README")
+        if not readme.startswith(b"This is a Borg Backup repository"):
+            state = RepositoryState.FOREIGN
     if state is RepositoryState.FOREIGN:
         raise BackupError(
             f"{store.name}: {store.location} holds other objects"
@@ -5293,7 +5220,6 @@ def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
 
 
 def expect_repository(client: S3Client, found: Preflight) -> None:
-    """Raises BackupError where no repository lies in the store."""
     if what_lies_there(client, found) is not RepositoryState.READY:
         raise BackupError(
             f"{client.store.name}: {client.store.location} holds no repository yet",
@@ -5301,53 +5227,30 @@ def expect_repository(client: S3Client, found: Preflight) -> None:
         )
 
 
-def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
-    """Makes a repository in a local folder, and copies its few small files into the bucket.
-
-    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
-    interruption leaves has none, and is made anew.
-    """
-    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        repository = Path(folder, "repository")
-        Borg(runtime, target, repository).run(borg_init(target, repository))
-        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
-        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
-        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
-        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(lambda client, key=key, body=body: client.put(key, body))
-
-
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
-    prefix = client.store.key_prefix
     names = names_after_data(client)
     # Its last holder may just have left.
-    roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
+    roster = client.find(f"{client.store.key_prefix}lock.roster") if "lock.roster" in names else None
     return Leftovers.sort(names, roster.body if roster else b"")
 
 
 def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
     """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
     delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
-    if any(LEFT_LOCK.search(name) for name in left.stale):
+    if any(re.match(r"lock\.exclusive.*/.", name) for name in left.stale):
         runtime.console.info(store.name, "the lock of a run that crashed is removed")
     if any(INDEX_FILE.fullmatch(name) for name in left.stale):
         runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
 
 
 def delete_all(lease: Lease, keys: Iterable[str]) -> None:
-    """Deletes objects, as long as the lease holds."""
     for key in keys:
         lease.write(lambda client, key=key: client.delete(key))
 
 
 def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock, and no index that it cannot use.
-
-    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
-    """
+    """Sees to it that borg finds no lock, and no index that it cannot use."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while (left := find_leftovers(client)).owners:
         if time.monotonic() > deadline:
@@ -5361,15 +5264,9 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
     remove_leftovers(runtime, target.store, lease, left)
 
 
-LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
-
-
 @contextlib.contextmanager
 def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
-    """Keeps others on this machine from borg's cache in `folder`: the lease is that of one place in S3 only.
-
-    Raises BackupError where somebody has it.
-    """
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only."""
     path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -5399,17 +5296,9 @@ def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
             runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
 
 
-def is_remnant(client: S3Client) -> bool:
-    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
-    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
-
-
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
-
-    Where borg has seen the repository before, it refuses another mode itself. Else it is asked.
-    """
-    mode = seen_encryption(runtime.environ, repository.identity)
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
+    mode = seen_encryption(runtime.environ, repository.identity)  # borg itself refuses another one then
     if not mode:
         listed = repository.borg.run(borg_newest(repository.borg.repository, repository.is_ours_alone))
         mode = json.loads(listed.output)["encryption"]["mode"]
@@ -5417,21 +5306,14 @@ def check_encryption(runtime: Runtime, repository: Repository) -> None:
         raise mistake
 
 
-def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
-    """What was noted beside the repository; None where nothing was. Raises S3Error."""
+def read_note(client: S3Client, name: str) -> dict[str, Any]:
+    """What was noted beside the repository; nothing where nothing was. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{name}")
-    if not answer:
-        return None
     try:
-        noted = json.loads(answer.body)
+        noted = json.loads(answer.body) if answer else {}
     except ValueError:
         noted = {}
     return noted if isinstance(noted, dict) else {}
-
-
-def write_note(client: S3Client, name: str, **facts: object) -> None:
-    """Notes something beside the repository. Raises S3Error."""
-    client.put(f"{client.store.key_prefix}{name}", json.dumps(facts).encode())
 
 
 def utc_now(client: S3Client) -> str:
@@ -5492,10 +5374,7 @@ def writable(
 
 @contextlib.contextmanager
 def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterator[Repository]:
-    """An existing repository under its lease, which names `purpose`, for commands that may change it.
-
-    On leaving, everything is uploaded and compared. Raises BackupError.
-    """
+    """An existing repository under its lease, for `purpose`; on leaving, all is uploaded and compared."""
     found = preflight_one(runtime, target.store, write=True)
     client = S3Client(target.store, found.region, PROVEN, runtime.stop)
     with held(runtime, client, purpose) as lease:
@@ -5616,7 +5495,6 @@ def separate_folders(environ: Mapping[str, str], identity: str, view: Path) -> d
 
 
 def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
-    """Whether files of the repository have gone since it was opened."""
     try:
         names = listed_files(runtime, repository.client).keys()
     except S3Error:
@@ -5629,16 +5507,6 @@ def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
 # `borg check --max-duration` reads the segments one after another, compares each object in them with its
 # checksum, and notes in the repository's config how far it came. One such pass over all segments may take
 # many slices. What we know of it is a small JSON object beside the lease, written under the lease:
-#
-#   repository    the repository's id: what is said of another one counts for nothing
-#   checked       when the last complete pass ended that found no damage
-#   checked_from  when that one began: whatever was written before has been checked since
-#   pass_began    when the pass began that is under way
-#   segment       the last segment that it has checked
-#   began         when the last slice or full check began that came to its end
-#   damage        what was found, until a check that sees as much finds everything sound
-#   damaged       when that was found last
-#   kind          the kind of check that found it, see CHECK_KINDS
 
 CHECK_KINDS = ("segments", "archives", "data")  # each sees what those before it see, and more
 ROUND_SECONDS = 300  # borg notes its place only when it ends: so much is lost at most by an interruption
@@ -5647,27 +5515,19 @@ EARLY = 0.9  # a nightly run must not skip its week because it began a minute ea
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """What is known of the checks of a repository; see above for the fields."""
-
-    repository: str = ""
-    checked: datetime | None = None
-    checked_from: datetime | None = None
-    pass_began: datetime | None = None
-    segment: int = -1
-    began: datetime | None = None
-    damage: str = ""
-    damaged: datetime | None = None
-    kind: str = ""
+    repository: str = ""  # its id: what is said of another one counts for nothing
+    checked: datetime | None = None  # when the last complete pass ended that found no damage
+    checked_from: datetime | None = None  # when that one began: what was written before was checked since
+    pass_began: datetime | None = None  # when the pass began that is under way
+    segment: int = -1  # the last segment that it has checked
+    began: datetime | None = None  # when the last slice or full check began that came to its end
+    damage: str = ""  # what was found, until a check that sees as much finds everything sound
+    damaged: datetime | None = None  # when that was found last
+    kind: str = ""  # the kind of check that found it, see CHECK_KINDS
 
     def body(self) -> bytes:
-        """The object's content."""
         fields = dataclasses.asdict(self)
-        return json.dumps(
-            {
-                name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
-                for name, value in fields.items()
-            }
-        ).encode()
+        return json.dumps(fields, default=lambda when: when.isoformat(timespec="seconds")).encode()
 
     @classmethod
     def parse(cls, body: bytes, identity: str) -> CheckRecord:
@@ -5688,7 +5548,6 @@ RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """A time from its ISO form. Raises ValueError or TypeError where it has no zone, or is none."""
     return datetime.fromisoformat(text).astimezone(UTC) if text is not None else None
 
 
@@ -5702,21 +5561,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known after a check."""
-
     record: CheckRecord
     segments: Mapping[int, Segment]  # by their numbers
     clock: datetime  # the server's
 
     @property
-    def unchecked_since(self) -> datetime | None:
-        """Since when the data that is unchecked for the longest time is so; None where there is no data."""
-        return unchecked_since(self.record, self.segments)
-
-    @property
     def age(self) -> str:
         """How old the oldest unchecked data is, in a few words."""
-        since = self.unchecked_since
+        since = unchecked_since(self.record, self.segments)
         if not since:
             return "there is no data to check"
         return f"the oldest unchecked data is {age(max(0.0, (self.clock - since).total_seconds()))} old"
@@ -5724,13 +5576,11 @@ class Checked:
     @property
     def extent(self) -> str:
         """How much has been checked, in a few words."""
-        total = sum(segment.size_bytes for segment in self.segments.values())
+        total = size(sum(segment.size_bytes for segment in self.segments.values()))
         if not self.record.pass_began:
-            return f"all {size(total)}"
-        done = [number for number in self.segments if number <= self.record.segment]
-        return (
-            f"{size(sum(self.segments[number].size_bytes for number in done))} of {size(total)} in this pass"
-        )
+            return f"all {total}"
+        done = [known.size_bytes for number, known in self.segments.items() if number <= self.record.segment]
+        return f"{size(sum(done))} of {total} in this pass"
 
 
 def age(seconds: float) -> str:
@@ -5748,7 +5598,6 @@ def last_check(client: S3Client, identity: str) -> CheckRecord:
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
-    """Whether the next check is to be made, when the last one began at `began`."""
     if not plan.every or not began:
         return True
     return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
@@ -5800,7 +5649,7 @@ def check_repository(
     Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
     where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
     """
-    name, start = repository.target.store.name, time.monotonic()
+    name, path, start = repository.target.store.name, repository.mount.path, time.monotonic()
     record = last_check(repository.client, repository.identity)
     began = repository.client.clock or datetime.now(UTC)
 
@@ -5808,10 +5657,30 @@ def check_repository(
         return began + timedelta(seconds=time.monotonic() - start)
 
     runtime.console.info(name, "borg check begins")
-    if plan.seconds is None:
-        record = check_everything(repository, record, clock, verify_data)
+    if plan.seconds is None:  # a whole pass, with the index and the archives
+        record = dataclasses.replace(record, pass_began=clock(), segment=-1)
+        kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
+        options = ["--verify-data"] if verify_data else []
+        damage = damage_found(repository, ["check", "--info", "--progress", *options, str(path)])
+        record = after_check(record, -1, damage, kind, clock())
     else:
-        record = check_slice(runtime, repository, record, clock, start + plan.seconds)
+        # A slice that ends in time, or with the pass; its place is noted now and then.
+        position, deadline = borgs_position(repository), start + plan.seconds
+        record = before_slice(record, position, clock())
+        if record.segment < position:
+            value = ["last_segment_checked", str(record.segment)]
+            anew = ["--delete", str(path), value[0]]
+            repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+        damage, is_over = missing_segments(runtime, repository), False
+        while not is_over:
+            seconds = max(1, round(min(ROUND_SECONDS, deadline - time.monotonic())))
+            options = ["--repository-only", "--max-duration", str(seconds)]
+            arguments = ["check", "--info", "--progress", *options, str(path)]
+            damage = damage_found(repository, arguments) or damage
+            position = borgs_position(repository)
+            record = after_check(record, position, damage, CHECK_KINDS[0], clock())
+            note_record(repository, record)
+            is_over = position < 0 or time.monotonic() > deadline
     record = dataclasses.replace(record, began=began)
     note_record(repository, record)
     checked = Checked(record, segments_of(runtime, repository), clock())
@@ -5819,41 +5688,6 @@ def check_repository(
     took = duration(time.monotonic() - start)
     runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
     return checked
-
-
-def check_everything(
-    repository: Repository, record: CheckRecord, clock: Callable[[], datetime], verify_data: bool
-) -> CheckRecord:
-    """A whole pass, with the index and the archives."""
-    record = dataclasses.replace(record, pass_began=clock(), segment=-1)
-    kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
-    damage = damage_found(repository, borg_check_all(repository.mount.path, verify_data))
-    return after_check(record, -1, damage, kind, clock())
-
-
-def check_slice(
-    runtime: Runtime,
-    repository: Repository,
-    record: CheckRecord,
-    clock: Callable[[], datetime],
-    deadline: float,
-) -> CheckRecord:
-    """A slice that ends at `deadline` (monotonic), or with the pass; its place is noted now and then."""
-    path, position = repository.mount.path, borgs_position(repository)
-    record = before_slice(record, position, clock())
-    if record.segment < position:
-        value = ["last_segment_checked", str(record.segment)]
-        anew = ["--delete", str(path), value[0]]
-        repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
-    damage = missing_segments(runtime, repository)
-    while True:
-        seconds = min(ROUND_SECONDS, deadline - time.monotonic())
-        damage = damage_found(repository, borg_check_slice(path, seconds)) or damage
-        position = borgs_position(repository)
-        record = after_check(record, position, damage, CHECK_KINDS[0], clock())
-        note_record(repository, record)
-        if position < 0 or time.monotonic() > deadline:
-            return record
 
 
 def damage_found(repository: Repository, arguments: Sequence[str]) -> str:
@@ -5906,30 +5740,23 @@ def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
 
 
 def note_record(repository: Repository, record: CheckRecord) -> None:
-    """Writes the record beside the repository, as long as the lease holds."""
+    """Writes the record beside the repository, which is open for writing, as long as the lease holds."""
     key = f"{repository.target.store.key_prefix}{CHECKED_NAME}"
-    if not repository.lease:
-        raise BackupError(f"{repository.target.store.name}: a repository that is only read cannot be checked")
     repository.lease.write(lambda client: client.put(key, record.body()))
 
 
-def damage_error(repository: Repository, record: CheckRecord) -> BackupError | None:
-    """The error for damage that a check has found, and that no later one has found repaired; else None."""
-    if not record.damage:
-        return None
-    target = repository.target
-    when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
-    return BackupError(
-        f"{target.store.name}: the repository is damaged: {record.damage}{when}",
-        DAMAGE_HELP.format(name=target.name),
-    )
+def expect_sound(repository: Repository, record: CheckRecord) -> None:
+    """Raises BackupError for damage that a check has found, and that no later one has found repaired."""
+    if record.damage:
+        when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
+        raise BackupError(
+            f"{repository.target.store.name}: the repository is damaged: {record.damage}{when}",
+            DAMAGE_HELP.format(name=repository.target.name),
+        )
 
 
 def check_if_due(runtime: Runtime, repository: Repository) -> None:
-    """Checks a repository as its target's `check` says.
-
-    Raises BackupError when it is damaged, be it that an earlier check found it.
-    """
+    """Checks a repository as its target's `check` says. Raises BackupError, also for older damage."""
     plan, client = repository.target.check, repository.client
     if not plan:
         return
@@ -5939,8 +5766,7 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
     else:
         checked = Checked(record, segments_of(runtime, repository), now)
         runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
-    if error := damage_error(repository, record):
-        raise error
+    expect_sound(repository, record)
 
 
 # --------------------------------------------------------------------------------------------------- Backup
@@ -6145,22 +5971,26 @@ def remove_old_folders(kept: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
+    """What a store lists, by the keys behind its prefix; `found` knows the beginning. Raises S3Error."""
+    prefix, first = client.store.key_prefix, found.keys if found else ()
+    following = found.following if found else None
+    rest = client.list_objects(prefix, where=following) if following or not found else ()
+    for number, each in enumerate(itertools.chain(first, rest), 1):
+        if not number % CATALOG_PAGE:
+            console.progress(client.store.name, f"listing: {count(number, 'object')}")
+        if key := each.key[len(prefix) :]:
+            is_shown = is_showable(key, each.size_bytes)
+            yield S3Object(key, each.size_bytes, each.last_modified, each.etag, is_shown)
+
+
 def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
     """Lists the source into a new catalog in `folder`; `kept` is the last one."""
     source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
     client = S3Client(source, found.region, PROVEN, runtime.stop)
 
-    def objects() -> Iterator[S3Object]:
-        rest = client.list_objects(source.key_prefix, where=found.following) if found.following else ()
-        for number, entry in enumerate(itertools.chain(found.keys, rest), 1):
-            if not number % CATALOG_PAGE:
-                console.progress("source", f"listing: {count(number, 'object')}")
-            key = entry.key[len(source.key_prefix) :]
-            if key:
-                yield dataclasses.replace(entry, key=key, is_shown=is_showable(key, entry.size_bytes))
-
     def work() -> Collection[str]:
-        catalog.add(objects())
+        catalog.add(objects_of(client, console, found))
         unlistable = catalog.unlistable()
         catalog.hide(unlistable)
         if kept and kept.exists():
@@ -6251,6 +6081,7 @@ class Feeder:
         Path(self._folder, odd_path("")).parent.mkdir(parents=True)
         self._moved, self._refusals, self._tags_refused = 0, 0, False
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
+        self.doubt = ""  # why that could not be looked at again
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
         self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
@@ -6343,7 +6174,7 @@ class Feeder:
                 return
             self.is_unproven, self._refusals = True, self._refusals + 1
             if self._refusals == MAX_NAMED:
-                words = "the archives lack the headers of some new and changed objects"
+                words = "headers cannot be asked for, the archives lack those of new and changed objects"
                 self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
@@ -6364,8 +6195,10 @@ class Feeder:
         try:
             return self._client.tags(f"{self._prefix}{key}")
         except S3Error as error:
-            if error.status == 403 and not self._tags_refused:
-                self._tags_refused = True
+            with self._lock:
+                is_news = error.status == 403 and not self._tags_refused
+                self._tags_refused |= is_news
+            if is_news:
                 self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
             return {}
 
@@ -6459,7 +6292,10 @@ class Feeder:
         with self._writing, path.open("w", encoding="ascii") as stream:
             # Others' headers were asked for before a late one has read.
             if (self.is_unproven or is_late) and self.runtime.settings.audit:
-                self._look_again()
+                try:
+                    self._look_again()
+                except S3Error as error:
+                    self.doubt = str(error)
             for each in self.catalog.rows():
                 if each.key not in vanished:
                     stream.write(f"{manifest_line(each)}\n")
@@ -6863,6 +6699,9 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
         examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
     judge_emptiness(runtime, outcome, feeder.listed)
     report_findings(runtime, outcome, fed, feeder.mixed)
+    if feeder.doubt:
+        words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
+        note_failure(runtime, outcome, f"{words}: {feeder.doubt}")
     report_shrunk(runtime, outcome, source.mount)
     if created.log.warnings:
         outcome.warn()
@@ -7177,10 +7016,7 @@ def describe(store: Store, result: Preflight) -> str:
 
 
 def emit(text: str) -> None:
-    """Prints a command's answer on standard output; that nobody reads it any more is no error.
-
-    Raises BackupError where it cannot be written.
-    """
+    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
     try:
         for line in text.splitlines():
             print(printable(line), flush=True)
@@ -7223,7 +7059,6 @@ class Archive:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
         return {
             "name": self.name,
             "start": self.start.isoformat(),
@@ -7235,95 +7070,70 @@ class Archive:
 
 @dataclass(frozen=True)
 class Contents:
-    """What borg says about a repository."""
-
     encryption: str
     archives: tuple[Archive, ...]  # oldest first
 
     def newest(self, label: str) -> Archive | None:
-        """The last archive of a label."""
         return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"archives": [archive.as_json() for archive in self.archives]}
 
 
 def contents(repository: Repository) -> Contents:
     """Lists a repository's archives: a request for each. Raises BackupError."""
-    listed = json.loads(repository.borg.run(borg_archives(repository.borg.repository)).output)
+    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]  # the last two: see LIST_SIZES
+    path = str(repository.borg.repository)
+    listed = json.loads(repository.borg.run(["list", "--json", *options, path]).output)
     archives = tuple(Archive.parse(entry) for entry in listed["archives"])
     return Contents(listed["encryption"]["mode"], archives)
 
 
-def for_each(
-    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Result]
-) -> dict[Target, Result | BackupError]:
-    """What `ask` says about each target; an error is printed, and is that target's answer. Raises Stopped."""
-    answers: dict[Target, Result | BackupError] = {}
+def ask_each(
+    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Contents | Facts]
+) -> tuple[dict[Target, Contents | Facts], dict[str, Any], int]:
+    """What `ask` says about each target; the same for programs, with the errors; and the exit code.
+
+    An error is printed, and does not keep the others from their answers. Raises Stopped.
+    """
+    found, document, code = {}, {}, EXIT_OK
     for target in targets:
         try:
-            answers[target] = ask(target)
+            found[target] = ask(target)
+            document[target.name] = found[target].as_json()
         except Stopped:
             raise
         except BackupError as error:
             runtime.console.error(target.store.name, str(error))
-            answers[target] = error
-    return answers
-
-
-def worst_code(answers: Iterable[object]) -> int:
-    """The exit code where some of these answers are errors."""
-    return max((answer.exit_code for answer in answers if isinstance(answer, BackupError)), default=EXIT_OK)
+            document[target.name], code = {"error": str(error)}, max(code, error.exit_code)
+    return found, document, code
 
 
 def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints the archives of some targets; returns the exit code."""
-
     def ask(target: Target) -> Contents:
         with opened_for_reading(runtime, target) as repository:
             return contents(repository)
 
-    answers = for_each(runtime, targets, ask)
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)}
-            if isinstance(answer, BackupError)
-            else {"archives": [archive.as_json() for archive in answer.archives]}
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = {target: answer for target, answer in answers.items() if isinstance(answer, Contents)}
-        emit("\n".join(table(archive_rows(found))) if found else "")
-    return worst_code(answers.values())
-
-
-def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
-    """The rows of the table of archives."""
+    found, document, code = ask_each(runtime, targets, ask)
     rows = [("target", "archive", "time", "objects", "size")]
     for target, known in found.items():
-        rows += [
-            (
-                target.name,
-                archive.name,
-                local_time(archive.start),
-                "-" if archive.objects is None else f"{archive.objects:,}",
-                "-" if archive.archived_bytes is None else size(archive.archived_bytes),
-            )
-            for archive in known.archives
-        ]
+        for archive in known.archives:
+            objects = "-" if archive.objects is None else f"{archive.objects:,}"
+            archived = "-" if archive.archived_bytes is None else size(archive.archived_bytes)
+            rows.append((target.name, archive.name, local_time(archive.start), objects, archived))
         if not known.archives:
             rows.append((target.name, "-", "-", "-", "-"))
-    return rows
+    text = "\n".join(table(rows)) if found else ""
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What `info` tells about a target."""
-
     target: Target
     label: str
     identity: str
-    encryption: str
-    archives: tuple[Archive, ...]
-    newest: Archive | None  # of our label
+    known: Contents
     stored_objects: int
     stored_bytes: int
     key_exported: str  # when; empty: never
@@ -7333,23 +7143,23 @@ class Facts:
     @property
     def archived_bytes(self) -> int:
         """What the archives would take one by one, without deduplication and compression."""
-        return sum(archive.archived_bytes or 0 for archive in self.archives)
+        return sum(archive.archived_bytes or 0 for archive in self.known.archives)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        record, since = self.checked.record, self.checked.unchecked_since
+        record, newest = self.checked.record, self.known.newest(self.label)
+        since = unchecked_since(record, self.checked.segments)
         return {
             "target": self.target.name,
             "endpoint": self.target.store.endpoint,
             "location": self.target.store.location,
             "repository_id": self.identity,
-            "encryption": self.encryption,
+            "encryption": self.known.encryption,
             "key_exported": self.key_exported or None,
-            "archives": len(self.archives),
+            "archives": len(self.known.archives),
             "archived_bytes": self.archived_bytes,
             "stored_objects": self.stored_objects,
             "stored_bytes": self.stored_bytes,
-            "last_archive": self.newest.as_json() if self.newest else None,
+            "last_archive": newest.as_json() if newest else None,
             "last_check": record.checked.isoformat() if record.checked else None,
             "unchecked_since": since.isoformat() if since else None,
             "damage": record.damage or None,
@@ -7357,51 +7167,31 @@ class Facts:
         }
 
     def as_text(self) -> str:
-        """For people."""
+        encryption, archives, record = self.known.encryption, self.known.archives, self.checked.record
+        exported = f"never: backup.py key-export {shlex.quote(self.target.name)}"
+        in_bucket = f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}"
+        if self.archived_bytes > self.stored_bytes:
+            saved = 1 - self.stored_bytes / self.archived_bytes
+            in_bucket += f": deduplication and compression save {saved:.1%}"
+        last_run = "no archive has this label"
+        if newest := self.known.newest(self.label):
+            what = f"{count(newest.objects or 0, 'object')}, {size(newest.archived_bytes or 0)}"
+            took = duration((newest.end - newest.start).total_seconds())
+            last_run = f"{local_time(newest.start)}: {what}, in {took}"
+        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
         rows = [
             ("target", self.target.name),
             ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
             ("repository", self.identity),
-            (
-                "encryption",
-                f"{self.encryption}: {KEY_PLACES.get(self.encryption, 'the key is in the repository')}",
-            ),
-            ("key exported", self.key_exported or self._never_exported()),
-            ("archives", f"{len(self.archives):,}, {size(self.archived_bytes)} in all"),
-            (
-                "in the bucket",
-                f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
-            ),
-            (f"last {self.label}", self._last_run()),
-            ("last check", self._last_check()),
+            ("encryption", f"{encryption}: {KEY_PLACES.get(encryption, 'the key is in the repository')}"),
+            ("key exported", self.key_exported or ("there is none" if encryption == "none" else exported)),
+            ("archives", f"{len(archives):,}, {size(self.archived_bytes)} in all"),
+            ("in the bucket", in_bucket),
+            (f"last {self.label}", last_run),
+            ("last check", f"DAMAGED: {record.damage}" if record.damage else f"{when}; {self.checked.age}"),
             ("in use", self.lease or "no"),
         ]
         return "\n".join(table(rows))
-
-    def _never_exported(self) -> str:
-        if self.encryption == "none":
-            return "there is none"
-        return f"never: backup.py key-export {shlex.quote(self.target.name)}"
-
-    def _last_check(self) -> str:
-        record = self.checked.record
-        if record.damage:
-            return f"DAMAGED: {record.damage}"
-        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
-        return f"{when}; {self.checked.age}"
-
-    def _saved(self) -> str:
-        if self.archived_bytes <= self.stored_bytes:
-            return ""
-        share = 1 - self.stored_bytes / self.archived_bytes
-        return f": deduplication and compression save {share:.1%}"
-
-    def _last_run(self) -> str:
-        if not self.newest:
-            return "no archive has this label"
-        seconds = (self.newest.end - self.newest.start).total_seconds()
-        what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
-        return f"{local_time(self.newest.start)}: {what}, in {duration(seconds)}"
 
 
 KEY_PLACES = {
@@ -7414,7 +7204,6 @@ KEY_PLACES = {
 
 
 def gather_facts(runtime: Runtime, target: Target) -> Facts:
-    """Asks borg and S3 about a target. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
         known, client = contents(repository), repository.client
         lease, record = look_at_lease(client), last_check(client, repository.identity)
@@ -7422,36 +7211,26 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             target,
             runtime.settings.label,
             repository.identity,
-            known.encryption,
-            known.archives,
-            known.newest(runtime.settings.label),
+            known,
             len(repository.files),
             sum(repository.files.values()),
-            str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
+            str(read_note(client, KEY_EXPORTED_NAME).get("exported", "")),
             Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
             str(lease) if lease and not lease.has_expired else "",
         )
 
 
 def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints what is known about some targets; returns the exit code."""
-    answers = for_each(runtime, targets, lambda target: gather_facts(runtime, target))
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)} if isinstance(answer, BackupError) else answer.as_json()
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = [answer.as_text() for answer in answers.values() if isinstance(answer, Facts)]
-        emit("\n\n".join(found))
-    return worst_code(answers.values())
+    found, document, code = ask_each(runtime, targets, lambda target: gather_facts(runtime, target))
+    text = "\n\n".join(facts.as_text() for facts in found.values())
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
     """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
-        exported = repository.borg.run(borg_key_export(repository.borg.repository, form))
+        exported = repository.borg.run(["key export", *form, str(repository.borg.repository)])
         try:
             print(exported.output, flush=True)
         except OSError as error:
@@ -7459,7 +7238,8 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
                 f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
             ) from None
         try:
-            write_note(repository.client, KEY_EXPORTED_NAME, exported=utc_now(repository.client))
+            note = json.dumps({"exported": utc_now(repository.client)})
+            repository.client.put(f"{target.store.key_prefix}{KEY_EXPORTED_NAME}", note.encode())
         except S3Error as error:
             runtime.console.warning(
                 target.store.name,
@@ -7473,10 +7253,7 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
 
 
 def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """Prunes, compacts and checks repositories without their source; returns the exit code.
-
-    Raises Stopped.
-    """
+    """Prunes, compacts and checks repositories without their source; returns the exit code."""
     outcomes = [Outcome(target) for target in targets]
     try:
         for outcome in outcomes:
@@ -7489,29 +7266,26 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 
 def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
-    """The table at a maintenance's end."""
     rows = [("target", "result", "archives", "duration")]
-    rows += [
-        (
-            outcome.target.name,
-            outcome.verdict.value,
-            "{archives_after:,} of {archives_before:,}".format(**outcome.archives)
-            if outcome.archives
-            else "-",
-            duration(outcome.seconds),
-        )
-        for outcome in outcomes
-    ]
+    for outcome in outcomes:
+        counts = outcome.archives
+        archives = "{archives_after:,} of {archives_before:,}".format(**counts) if counts else "-"
+        rows.append((outcome.target.name, outcome.verdict.value, archives, duration(outcome.seconds)))
     return "\n".join([*table(rows), *reasons(outcomes)])
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
-    """Prunes, compacts and checks one repository. Raises BackupError."""
     target, label = outcome.target, runtime.settings.label
     with opened_for_writing(runtime, target, "maintenance") as repository:
         check_encryption(runtime, repository)
         known = contents(repository)
-        if reason := why_not_prune(target, label, known):
+        newest, reason = known.newest(label), ""
+        if target.prune and not newest:
+            reason = f"no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+        elif target.prune and newest.objects == 0:
+            reason = f"the newest archive, {newest.name}, is empty; look at the source first"
+        if reason:
+            reason = f"nothing is pruned: {reason}"
             outcome.warn(reason)
             runtime.console.warning(target.store.name, reason)
         elif target.prune:
@@ -7522,16 +7296,6 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         left = contents(repository)
         outcome.archives = {"archives_before": len(known.archives), "archives_after": len(left.archives)}
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
-
-
-def why_not_prune(target: Target, label: str, known: Contents) -> str:
-    """Why pruning now would be a mistake; empty where it would not."""
-    newest = known.newest(label)
-    if target.prune and not newest:
-        return f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
-    if target.prune and newest and newest.objects == 0:
-        return f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
-    return ""
 
 
 # borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
@@ -7553,21 +7317,9 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
     command = arguments[0]
     if command in REFUSED_COMMANDS:
         raise ConfigurationError([f"`borg {command}`: {REFUSED_COMMANDS[command].format(name=target.name)}"])
-    purpose = f"`borg {command}`"
-    if command in READING_COMMANDS:
-        with opened_for_reading(runtime, target, purpose) as repository:
-            return repository.borg.hand_over(arguments)
-    with opened_for_writing(runtime, target, purpose) as repository:
+    opened = opened_for_reading if command in READING_COMMANDS else opened_for_writing
+    with opened(runtime, target, f"`borg {command}`") as repository:
         return repository.borg.hand_over(arguments)
-
-
-def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bool) -> int:
-    """Checks a target's repository. Raises BackupError, also when it is damaged."""
-    with opened_for_writing(runtime, target, "`check`") as repository:
-        checked = check_repository(runtime, repository, plan, verify_data)
-    if error := damage_error(repository, checked.record):
-        raise error
-    return EXIT_OK
 
 
 # -------------------------------------------------------------------------------------------------- Restore
@@ -7605,14 +7357,12 @@ RESTORED_HEADERS = dict(
         "x-amz-website-redirect-location: /",
     )
 )
-METADATA = "x-amz-meta-"
-TAGGING = "x-amz-tagging"
+METADATA, TAGGING = "x-amz-meta-", "x-amz-tagging"
 
 # A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
 # ends these uploads. Nobody else's are touched.
 RESTORING_NAME = f"{OWN_PREFIX}restoring-"
-NOTE_SECONDS = 5
-NOTE_LIFETIME_SECONDS = 4 * NOTE_SECONDS
+NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
 
 
 @dataclass(frozen=True)
@@ -7712,12 +7462,6 @@ class Item:
     there_modified: int | None = None  # of a file
     fate: Fate = Fate.UNKNOWN
 
-    def object(self) -> S3Object:
-        """As a manifest has it."""
-        when = EPOCH + timedelta(seconds=self.modified)
-        is_shown = not self.path.startswith(OWN_FOLDER)
-        return S3Object(self.key, self.size_bytes, when, self.etag, is_shown, self.facts)
-
 
 OWN_FOLDER = MANIFEST_PATH.removesuffix("manifest.jsonl")
 PLAN_TABLES = """
@@ -7727,7 +7471,7 @@ CREATE TABLE entries (
 CREATE TABLE items (
     key BLOB PRIMARY KEY, path BLOB, place INTEGER, size INTEGER, modified INTEGER, etag TEXT DEFAULT '',
     fate TEXT DEFAULT 'unknown', warning TEXT, there_size INTEGER, there_etag TEXT DEFAULT '',
-    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0, is_told INTEGER DEFAULT 0
+    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX in_order ON items (place);
 """
@@ -7767,12 +7511,9 @@ PLAN_ITEMS = (
     )
     """,
 )
-ITEM_COLUMNS = (
-    "items.path, items.size, items.modified, items.etag, facts, there_size, there_etag, there_modified, fate"
-)
 # What is in a bucket: not a folder that an older archive has because nothing is in it.
 COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
-CLASHES = "fate IN ('different', 'headers')"
+CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
 
 
 def pages(rows: Iterator[Result]) -> Iterator[list[Result]]:
@@ -7882,25 +7623,27 @@ class Plan(Catalog):
             keys = [decode_key(key) for (key,) in self.execute("SELECT key FROM items LIMIT 20000")]
             names = {name for key in keys for name in itertools.accumulate(key.split("/"), "{}/{}".format)}
             close = difflib.get_close_matches(unmet[0].strip("/"), names, n=1)
-            hint = (
-                f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
+            hint = "A PATH is an object's key or a folder of keys."
+            raise BackupError(
+                f"the archive holds nothing at {', '.join(map(repr, unmet))}",
+                f"Did you mean {close[0]!r}?" if close else hint,
             )
-            raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
         if paths:
             self.execute("DELETE FROM items WHERE NOT is_chosen")
 
     def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
         """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
         sql = f"""
-            SELECT items.{by}, items.key, {ITEM_COLUMNS} FROM items LEFT JOIN objects USING (key)
+            SELECT items.{by}, items.key, items.path, items.size, items.modified, items.etag, facts,
+                there_size, there_etag, there_modified, fate
+            FROM items LEFT JOIN objects USING (key)
             WHERE items.{by} > ? AND ({where}) ORDER BY items.{by} LIMIT {CATALOG_PAGE}
         """
         last: object = b"" if by == "key" else -1
         while page := self.execute(sql, [last]):
-            for last, key, path, size_bytes, modified, etag, facts, *there, fate in page:  # noqa: B007
-                known = None if facts is None else json.loads(facts)
-                where_from = decode_key(path or b"")
-                yield Item(decode_key(key), where_from, size_bytes, modified, etag, known, *there, Fate(fate))
+            for last, key, path, *archived, facts, there_bytes, etag, modified, fate in page:  # noqa: B007
+                there = None if facts is None else json.loads(facts), there_bytes, etag, modified
+                yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
 
     def sums(self, where: str) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -7913,14 +7656,8 @@ class Plan(Catalog):
 
     def note(self, item: Item, fate: Fate, sent: str = "") -> None:
         """Notes what is to be done about an object, or that it is written, and with which ETag."""
-        self.change(
-            "UPDATE items SET fate = ?, sent = ? WHERE key = ?", [(fate.value, sent, encode_key(item.key))]
-        )
-
-    def leave_out(self, item: Item, reason: str) -> None:
-        """Notes that an object cannot be restored."""
-        values = (f"could not be restored: {reason}", encode_key(item.key))
-        self.change("UPDATE items SET fate = 'left out', warning = ? WHERE key = ?", [values])
+        values = fate.value, sent.strip('"'), encode_key(item.key)
+        self.execute("UPDATE items SET fate = ?, sent = ? WHERE key = ?", values)
 
 
 def first_fate(item: Item) -> Fate:
@@ -8026,493 +7763,6 @@ class Threads:
             raise self._failures[0]
 
 
-class FolderPlace:
-    """A folder of the machine that is restored into."""
-
-    small_bytes, is_patient = 256 * 1024, False  # what a thread writes; larger files are written as they come
-
-    def __init__(self, plan: Plan, root: Path) -> None:
-        """Nothing was written yet."""
-        self.title, self.losses, self.progress = str(root), Counter[str](), Progress()
-        self._plan, self._root, self._folders = plan, root, set[str]()
-
-    def mistake(self, item: Item) -> str:
-        """Why an object cannot be restored; empty where it may be tried."""
-        name = item.key if item.size_bytes else item.key.removesuffix("/")
-        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
-
-    def find(self) -> None:
-        """Notes what lies already where objects are to be written. What is no file cannot be overwritten."""
-        for page in pages(self._plan.items()):
-            found = []
-            for item in page:
-                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
-                    status = os.lstat(f"{self._root}/{item.key}")
-                    if stat.S_ISREG(status.st_mode) or (item.key.endswith("/") and not self.mistake(item)):
-                        size_bytes = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
-            self._plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
-
-    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        """Notes what is to be done about an object whose size and time do not tell."""
-        if is_last:
-            try:
-                with open(f"{self._root}/{item.key}", "rb") as there:
-                    blocks = iter(lambda: there.read(READ_BYTES), b"")
-                    self._plan.note(item, fate_by_content(blocks, stream))
-            except OSError as error:
-                words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
-                raise BackupError(words, TRY_AGAIN) from error
-
-    def prepare(self) -> None:
-        """Raises BackupError where the disk is certain to be too small.
-
-        What is complete, but has not got its time, as a restore was killed, gets it.
-        """
-        wanted = "fate = 'write'"
-        [(needed,)] = self._plan.execute(
-            f"SELECT coalesce(sum(max(0, size - coalesce(there_size, 0))), 0) FROM items WHERE {wanted}"
-        )
-        disk = os.statvfs(self._root)
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free and disk.f_blocks:
-            raise BackupError(
-                f"{self.title} has {size(free)} free, and {size(needed)} are to be added;"
-                " nothing was written",
-                "Make room, restore a part of it, or restore to another place.",
-            )
-        for item in self._plan.items("fate = 'there' AND there_modified != items.modified"):
-            if not item.key.endswith("/"):
-                try:
-                    times = (item.modified, item.modified)
-                    os.utime(f"{self._root}/{item.key}", times, follow_symlinks=False)
-                except OSError as error:
-                    self._plan.leave_out(item, f"its time cannot be set: {error.strerror}")
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
-        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
-        path = f"{self._root}/{item.key}"
-        try:
-            folder = os.path.dirname(path)
-            if folder not in self._folders:
-                os.makedirs(folder, exist_ok=True)
-                self._folders.add(folder)
-            if not path.endswith("/"):
-                self._fill(item, path, stream, metadata)
-            self._plan.note(item, Fate.DONE)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
-                raise BackupError(
-                    f"cannot write {item.key!r} to {self.title}: {error.strerror}",
-                    f"{hint}: it goes on where it was.",
-                ) from error
-            self._plan.leave_out(item, error.strerror or str(error))
-
-    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
-        try:
-            while data := stream.read(READ_BYTES):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-                self.progress.add(0, len(data))
-            for name, value in metadata.items():
-                try:
-                    os.setxattr(fd, f"user.{name}", value.encode("utf-8", "surrogateescape"))
-                except OSError as error:
-                    if error.errno not in NO_METADATA:
-                        raise
-                    self.losses["user metadata"] += 1
-            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
-        finally:
-            os.close(fd)
-
-    def finish(self) -> list[str]:
-        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
-        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if LIBC.syncfs(fd):
-                words = f"{self.title}: the disk could not take what was written"
-                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
-        finally:
-            os.close(fd)
-        return []
-
-
-def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
-    """Those of an object's headers that can be given to another one."""
-    headers = (facts or {}).get("headers", {}).items()
-    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
-
-
-def readable(value: str) -> str:
-    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
-    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
-        value = str(email.header.make_header(email.header.decode_header(value)))
-    return " ".join(value.split())
-
-
-class BucketPlace:
-    """A bucket that is restored into, by requests of our own."""
-
-    small_bytes, is_patient = PART_BYTES, True  # while it waits for S3, which has an end
-
-    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
-        """Nothing was written yet. Raises S3Error."""
-        self.losses, self.progress = Counter[str](), Progress()
-        self.title = f"{client.store.location} at {client.store.endpoint}"
-        self._runtime, self._plan, self._client, self._prefix = runtime, plan, client, client.store.key_prefix
-        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
-        self._beats, self._over, self._lock = 0, threading.Event(), threading.Lock()
-        self._writing_note = threading.Lock()
-        self._etags_are_md5, self._kept = (False, None) if is_dry else self._try_out()
-        self._notes, self._looked_at = {} if is_dry else self._notes_there(), time.monotonic()
-
-    def _try_out(self) -> tuple[bool, set[str]]:
-        """Whether the ETag of an object is its MD5, as it is not with some kinds of encryption; what is kept.
-
-        Old probes are removed.
-        """
-        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
-        for entry in client.list_objects(start):
-            client.delete(entry.key)
-        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
-        try:
-            try:
-                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
-                kept = {TAGGING} if self._tags(key) else set()
-            except S3Error as error:
-                if error.status not in REFUSALS + UNTAKEN_STATUSES + (501,):
-                    raise
-                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
-            kept |= self._headers(key).keys()
-            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), kept
-        finally:
-            client.delete(key)
-
-    def _headers(self, key: str) -> dict[str, str]:
-        answer = self._client.request("HEAD", key)
-        headers = {
-            name: value.encode("latin-1").decode("utf-8", "surrogateescape")
-            for name, value in answer.headers.items()
-        }
-        return restorable({"headers": headers})
-
-    def _tags(self, key: str) -> dict[str, str]:
-        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
-        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
-        return dict(zip(texts[::2], texts[1::2], strict=True))
-
-    def mistake(self, item: Item) -> str:
-        """Why an object cannot be restored; empty where it may be tried."""
-        length = len(encode_key(self._prefix + item.key))
-        if length > MAX_KEY_BYTES:
-            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
-        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
-
-    def find(self) -> None:
-        """Notes what lies already where objects are to be written. Raises S3Error, Stopped."""
-        [ends] = self._plan.execute("SELECT min(key), max(key) FROM items")
-        low, high = (decode_key(key or b"") for key in ends)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", zip(low, high, strict=False))
-        common = "".join(first for first, _ in same)
-        self._plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
-        listed = (
-            (entry.size_bytes, entry.etag, encode_key(entry.key[len(self._prefix) :]))
-            for entry in self._client.list_objects(self._prefix + common)
-        )
-
-        def take() -> None:
-            for page in pages(listed):
-                self._plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", page)
-
-        if ends[0] is not None:
-            within(LIST_SECONDS, f"{self._client.store.name}: listing it", take, self._runtime.stop)
-
-    def compare(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        """Notes what is to be done about an object whose size and time do not tell."""
-        if not is_last:
-            self._plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
-            return
-        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
-        there = (
-            self._client.get(self._prefix + item.key, (start, min(start + step, size_bytes) - 1))
-            for start in range(0, size_bytes, step)
-        )
-        self._plan.note(item, fate_by_content(there, stream))
-
-    def compare_headers(self, item: Item) -> None:
-        """Notes an object that is there with the same content, and with other headers or tags."""
-        key, wanted = self._prefix + item.key, restorable(item.facts)
-        try:
-            found, tags = self._headers(key), (item.facts or {}).get("tags")
-            ignored = {"content-type"} - wanted.keys()  # whatever the server calls what has none
-            if self._kept is not None:
-                ignored |= RESTORED_HEADERS.keys() - self._kept
-            differ = [
-                name
-                for name in sorted((wanted.keys() | found.keys()) - ignored)
-                if readable(wanted.get(name, "")) != readable(found.get(name, ""))
-            ]
-            if tags and (self._kept is None or TAGGING in self._kept) and self._tags(key) != tags:
-                differ.append("tags")
-        except S3Error as error:
-            self._leave_out(item, error)
-            return
-        if differ:
-            self._plan.note(item, Fate.HEADERS)
-
-    def _leave_out(self, item: Item, error: S3Error) -> None:
-        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
-        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
-            raise error
-        self._plan.leave_out(item, error.message.partition("): ")[2] or error.message)
-
-    def prepare(self) -> None:
-        """Gives objects that have the right content their headers, by copies onto themselves.
-
-        Where that is refused, they are written.
-        """
-        in_background(self._beat)
-        with Threads(memory_bytes(self._runtime)) as threads:
-            for item in self._plan.items("fate = 'headers'"):
-                threads.start(0, functools.partial(self._copy, item))
-
-    def _copy(self, item: Item) -> None:
-        key = self._prefix + item.key
-        headers = self._headers_for(item, {})
-        directives = {"x-amz-metadata-directive": "REPLACE"}
-        directives |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
-        source = {"x-amz-copy-source": uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")}
-        try:
-            answer = self._client.request("PUT", key, headers={**headers, **directives, **source})
-        except S3Error as error:
-            if error.status not in (*UNTAKEN_STATUSES, 501):
-                raise
-            self._plan.note(item, Fate.WRITE)
-            return
-        self._plan.note(item, Fate.DONE, xml_text(answer.body, "ETag").strip('"'))
-
-    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
-        """What an object is written with; `metadata` is what older archives have of it."""
-        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
-        if tags := (item.facts or {}).get("tags"):
-            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
-        for name in headers.keys() & {*RESTORED_HEADERS, TAGGING} - (self._kept or set()):
-            with self._lock:
-                self.losses[name.replace(TAGGING, "tags")] += 1
-            del headers[name]
-        return headers
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
-        """Writes one object; a large one is written when `threads` have ended. Raises S3Error."""
-        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
-        try:
-            if item.size_bytes > PART_BYTES:
-                self._upload(item, key, headers, stream, threads)
-                return
-            answer = self._client.put(key, stream.read(), headers)
-            self.progress.add(0, item.size_bytes)
-            self._plan.note(item, Fate.DONE, answer.headers.get("etag", "").strip('"'))
-        except S3Error as error:
-            self._leave_out(item, error)
-
-    def _upload(
-        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
-    ) -> None:
-        """Begins an upload, and has threads send its parts and end it."""
-        begun = self._client.request("POST", key, [("uploads", "")], headers)
-        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
-        with self._lock:
-            self._uploads[upload] = key
-        self._note()
-
-        def send(number: int, body: bytes) -> str:
-            query = [("partNumber", str(number)), ("uploadId", upload)]
-            answer = self._client.put(key, body, query=query)
-            self.progress.add(0, len(body))
-            return answer.headers.get("etag", "").strip('"')
-
-        parts = [
-            threads.start(step, functools.partial(send, number, stream.read(step)))
-            for number in range(1, -(-item.size_bytes // step) + 1)
-        ]
-        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
-
-    def _complete(self, item: Item, key: str, upload: str, etags: Sequence[str | None]) -> None:
-        parts = "".join(
-            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
-            for number, etag in enumerate(etags, 1)
-        )
-        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
-        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
-        try:
-            answer = client.request("POST", key, [("uploadId", upload)], body=body)
-            etag = xml_text(answer.body, "ETag").strip('"')
-        except S3Error as error:
-            if error.code != "NoSuchUpload":
-                self._leave_out(item, error)
-                return
-            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
-            etag = there.get("etag", "").strip('"')
-            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
-                raise
-        with self._lock:
-            del self._uploads[upload]
-        self._note()
-        self._plan.note(item, Fate.DONE, etag)
-
-    def _note(self) -> None:
-        """Says which uploads are under way: in a note that changes each time."""
-        with self._writing_note:
-            self._beats += 1
-            with self._lock:
-                uploads = [[key, upload] for upload, key in self._uploads.items()]
-            if not self._over.is_set():
-                body = json.dumps({"beat": self._beats, "uploads": uploads}).encode()
-                self._client.put(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", body)
-
-    def _beat(self) -> None:
-        while not self._over.wait(NOTE_SECONDS):
-            if self._beats:
-                with contextlib.suppress(BackupError):
-                    self._note()
-
-    def _notes_there(self) -> dict[str, str]:
-        listed = self._client.list_objects(f"{self._prefix}{RESTORING_NAME}")
-        return {entry.key: entry.etag for entry in listed}
-
-    def finish(self) -> list[str]:
-        """What the bucket lacks of what was restored, or has otherwise: that is to be written once more."""
-        deadline = time.monotonic() + LISTING_SECONDS
-        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
-        where = f"fate IN ('restored', 'there') AND {wrong}"
-        self.find()
-        while self._plan.sums(where)[0] and time.monotonic() < deadline:
-            self._runtime.stop.wait(1)
-            self.find()
-        mistakes = []
-        for item in itertools.islice(self._plan.items(where), PREVIOUS_NAMED):
-            found = "is missing" if item.there_bytes is None else "has other content"
-            if item.there_bytes not in (None, item.size_bytes):
-                found = f"has {item.there_bytes:,} of {item.size_bytes:,} bytes"
-            mistakes.append(f"{item.key!r} {found}")
-        self._plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
-        return mistakes
-
-    def close(self) -> None:
-        """Ends the uploads that are under way."""
-        self._over.set()
-        with self._writing_note, contextlib.suppress(BackupError):
-            if self._beats:
-                self._clear(f"{self._prefix}{RESTORING_NAME}{self._runtime.run_id}", self._uploads)
-
-    def clear(self) -> None:
-        """Ends the uploads of restores that did not live to: their notes are as they were for a while."""
-        while True:
-            there = self._notes_there()
-            left = [key for key, etag in self._notes.items() if there.get(key) == etag]
-            if not left or time.monotonic() > self._looked_at + NOTE_LIFETIME_SECONDS:
-                break
-            self._runtime.console.progress("restore", "waiting to see whether another restore is alive")
-            self._runtime.stop.wait(1)
-        for note in left:
-            uploads = json.loads(self._client.get(note))["uploads"]
-            self._clear(note, {upload: key for key, upload in uploads})
-
-    def _clear(self, note: str, uploads: Mapping[str, str]) -> None:
-        """Ends uploads, and deletes their note."""
-        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
-
-        def end(upload: str, key: str) -> None:
-            try:
-                client.request("DELETE", key, [("uploadId", upload)])
-            except S3Error as error:
-                if error.status != 404:
-                    raise
-
-        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
-            list(pool.map(end, uploads.keys(), uploads.values()))
-        client.delete(note)
-
-
-def memory_bytes(runtime: Runtime) -> int:
-    """How much of objects may be in memory: two parts at least, one that is read and one that is sent."""
-    return min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
-
-
-@contextlib.contextmanager
-def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[FolderPlace | BucketPlace]:
-    """Where `order` has objects restored to, ready to be written to, unless it only asks what would be done.
-
-    Raises BackupError, within seconds where a permission is missing.
-    """
-    if order.folder:
-        yield FolderPlace(plan, opened_folder(runtime, order.folder, order.dry_run))
-        return
-    assert order.bucket
-    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
-    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
-    [place] = side_by_side([lambda: BucketPlace(runtime, plan, client, order.dry_run)], runtime.stop)
-    if isinstance(place, BackupError):
-        raise place
-    try:
-        yield place
-    finally:
-        place.close()
-
-
-def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
-    """A folder to restore into, which is made where it is not there. Raises BackupError."""
-    try:
-        if not dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        root = folder.resolve()
-        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
-    except FileNotFoundError:
-        return folder
-    except OSError as error:
-        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
-    if is_inside:
-        runtime.console.warning(
-            "restore",
-            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
-            f' there: docker run -v "$PWD/restored:{root}"',
-        )
-    return root
-
-
-class Progress:
-    """How many objects and bytes of all are done. Safe to use from several threads."""
-
-    def __init__(
-        self, console: Console | None = None, verb: str = "", all_of: tuple[int, int] = (0, 0)
-    ) -> None:
-        """None are."""
-        self.bytes = self.objects = 0
-        self._console, self._verb, self._all_of = console, verb, all_of
-        self._lock, self._shown_at = threading.Lock(), 0.0
-
-    def add(self, objects: int, more_bytes: int) -> None:
-        """Takes in what is done."""
-        with self._lock:
-            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
-            now = time.monotonic()
-            if not self._console or now - self._shown_at < POLL_SECONDS:
-                return
-            self._shown_at = now
-        objects, all_bytes = self._all_of
-        self._console.progress(
-            "restore",
-            f"{self._verb} {self.objects:,} of {count(objects, 'object')},"
-            f" {size(self.bytes)} of {size(all_bytes)}",
-        )
-
-
 Handler = Callable[[Item, IO[bytes], Mapping[str, str], Threads], None]  # the third: user metadata
 TAR_METADATA = "SCHILY.xattr.user."
 
@@ -8548,171 +7798,577 @@ def take_out(
     return item
 
 
-@dataclass
 class Restoration:
-    """What belongs to a restore."""
+    """A restore of a plan's objects.
 
-    runtime: Runtime
-    repository: Repository
-    archive: str
-    plan: Plan
-    place: FolderPlace | BucketPlace
+    Subclasses know the place: whether it takes an object (`mistake`), what is there (`find`, `compare_...`),
+    how to write (`prepare`, `write`) and what is wrong with what was written (`finish`).
+    """
 
-    def export(self, verb: str, where: str, handle: Handler) -> None:
+    def __init__(self, runtime: Runtime, plan: Plan, title: str, small_bytes: int) -> None:
+        """Nothing was looked at yet; `small_bytes` is what a thread takes, what is larger `write` sees to."""
+        self.title, self.small_bytes = title, small_bytes
+        self.runtime, self.plan, self.console = runtime, plan, runtime.console
+        # Two parts at least: one that is read, and one that is sent.
+        self.memory_bytes = min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
+        self.lock, self.losses, self.warnings = threading.Lock(), Counter[str](), 0
+        self.goal, self.objects, self.bytes = "", 0, 0  # what is done, of what
+
+    def warn(self, text: str) -> None:
+        """Tells what is not restored, or not as it was."""
+        with self.lock:
+            self.warnings += 1
+        if self.warnings <= MAX_NAMED:
+            self.console.warning("restore", text)
+
+    def leave_out(self, item: Item, reason: str) -> None:
+        """Notes and tells that an object cannot be restored."""
+        self.plan.note(item, Fate.LEFT_OUT)
+        self.warn(f"{item.key!r} could not be restored: {reason}")
+
+    def add(self, objects: int, more_bytes: int) -> None:
+        """Notes and shows what is done."""
+        with self.lock:
+            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
+            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
+            self.console.progress("restore", f"{done} {self.goal}")
+
+    def for_each(self, where: str, work: Callable[..., None], *more: Any) -> None:
+        """Has threads do `work` about each object for which `where` holds."""
+        with Threads(self.memory_bytes) as threads:
+            for item in self.plan.items(where):
+                threads.start(0, functools.partial(work, item, *more, threads))
+
+    def export(self, repository: Repository, archive: str, verb: str, where: str, handle: Handler) -> None:
         """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
 
         Raises BackupError, also where the archive does not give all of them.
         """
-        runtime, place, borg = self.runtime, self.place, self.repository.borg
-        where = f"place IS NOT NULL AND ({where})"
+        where, borg, target = f"place IS NOT NULL AND ({where})", repository.borg, repository.target
         if not self.plan.sums(where)[0]:
             return
-        progress = place.progress = Progress(runtime.console, verb, self.plan.sums(where))
+        self.goal, self.objects, self.bytes = f"{verb}, of {self.plan.summary(where)}", 0, 0
 
         def take(item: Item, *rest: Any) -> None:
             handle(item, *rest)
-            progress.add(1, 0)
+            self.add(1, 0)
 
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
             chosen = Path(folder, "chosen")
             with chosen.open("w", encoding="ascii") as lines:
                 lines.writelines(f"{json.dumps(item.path)}\n" for item in self.plan.items(where, "place"))
             reading, writing = os.pipe()
-            output, threads = os.fdopen(writing, "wb"), Threads(memory_bytes(runtime))
+            output, threads = os.fdopen(writing, "wb"), Threads(self.memory_bytes)
             items = self.plan.items(where, "place")
-            work = in_background(lambda: take_out(reading, items, place.small_bytes, threads, take))
+            work = in_background(lambda: take_out(reading, items, self.small_bytes, threads, take))
             try:
                 borg.run(
-                    borg_export(borg.repository, self.archive, Path(f"/dev/fd/{writing}")),
+                    borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
                     on_start=lambda _: output.close(),
                     own={"S3BORGBACKUP_EXPORTED": str(chosen)},
                     pass_fds=[writing],
-                    waits=lambda: time.monotonic() if place.is_patient and threads.is_busy else 0,
+                    waits=lambda: time.monotonic() if self.is_patient and threads.is_busy else 0,
                 )
             except BackupError as error:
                 output.close()
                 concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-                failure = work.exception() if work.done() else None
-                if isinstance(failure, BackupError | OSError) and not isinstance(
-                    error, Stopped | Stuck | S3Error
-                ):
+                failure, final = work.exception() if work.done() else None, Stopped | Stuck | S3Error
+                if isinstance(failure, BackupError | OSError) and not isinstance(error, final):
                     raise failure from error
                 raise
-            moved = lambda: progress.objects + io_bytes(os.getpid())  # noqa: E731
-            lost = until_done(runtime, [], f"writing to {place.title}", work, moved)
+            meters = [lambda: self.objects, lambda: io_bytes(os.getpid())]
+            lost = until_done(self.runtime, [], f"writing to {self.title}", work, *meters)
         if lost:
             raise BackupError(
-                f"{self.repository.target.store.name}: the archive did not give {lost.path!r}",
-                f"Check the repository: backup.py borg {self.repository.target.name} check.",
+                f"{target.store.name}: the archive did not give {lost.path!r}",
+                f"Check the repository: backup.py borg {target.name} check.",
             )
 
-    def compare(self) -> None:
-        """Finds out what is to be done about each object.
+    def compare(self, repository: Repository, archive: str) -> None:
+        """Finds out what is to be done about each object, and tells what cannot be restored.
 
         Where size and time do not tell, content is compared: by ETag in a bucket, and by reading it there.
         """
-        plan, place = self.plan, self.place
-        place.find()
-        for page in pages(plan.items("fate = 'unknown'")):
-            plan.change(
-                "UPDATE items SET fate = ? WHERE key = ?",
-                [(first_fate(item).value, encode_key(item.key)) for item in page],
-            )
-            for item in page:
-                if mistake := place.mistake(item):
-                    plan.leave_out(item, mistake)
+        plan = self.plan
+        for key, warning in plan.execute("SELECT key, warning FROM items WHERE warning IS NOT NULL"):
+            self.warn(f"{decode_key(key)!r} {warning}")
+        self.find()
+        for item in plan.items("fate = 'unknown'"):
+            if mistake := self.mistake(item):
+                self.leave_out(item, mistake)
+            else:
+                plan.note(item, first_fate(item))
         for is_last in (False, True):
-            self.export("compared", "fate = 'unknown'", functools.partial(place.compare, is_last))
-        if isinstance(place, BucketPlace):
-            with Threads(memory_bytes(self.runtime)) as threads:
-                for item in plan.items("fate = 'there' AND facts IS NOT NULL"):
-                    threads.start(0, functools.partial(place.compare_headers, item))
+            handle = functools.partial(self.compare_content, is_last)
+            self.export(repository, archive, "compared", "fate = 'unknown'", handle)
+        self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
 
     def tell(self, overwrite: bool) -> int:
         """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
-        console, refused = self.runtime.console, "overwrite" if overwrite else "refuse"
+        refused = "overwrite" if overwrite else "refuse"
         words = {fate: (fate.value, "") for fate in Fate}
         words |= {Fate.DIFFERENT: (refused, ""), Fate.HEADERS: (refused, " (other headers)")}
         for item in self.plan.items(f"{COUNTED} OR fate = 'different'"):
             word, why = words[item.fate]
-            console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
+            self.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
         for fate, (word, why) in words.items():
-            if self.plan.sums(f"fate = '{fate.value}'")[0]:
-                text = self.plan.summary(f"fate = '{fate.value}'")
-                console.info("restore", f"dry run to {self.place.title}: {word}{why}: {text}")
-        code = self.warn()
-        return EXIT_FAILURE if self.plan.sums(CLASHES)[0] and not overwrite else code
+            if self.plan.sums(where := f"fate = '{fate.value}'")[0]:
+                text = f"{word}{why}: {self.plan.summary(where)}"
+                self.console.info("restore", f"dry run to {self.title}: {text}")
+        if self.plan.sums(CLASHES)[0] and not overwrite:
+            return EXIT_FAILURE
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
 
     def confirm(self, overwrite: bool) -> None:
         """Says what will be written. Raises BackupError where that would overwrite what must not be."""
-        plan, console, title = self.plan, self.runtime.console, self.place.title
-        self.warn()
-        number = plan.sums(CLASHES)[0]
+        number = self.plan.sums(CLASHES)[0]
         if number and not overwrite:
-            for item in itertools.islice(plan.items(CLASHES), PREVIOUS_NAMED):
+            for item in itertools.islice(self.plan.items(CLASHES), PREVIOUS_NAMED):
                 what = "headers or tags" if item.fate is Fate.HEADERS else "content"
-                console.error("restore", f"{item.key!r} is there with other {what}")
+                self.console.error("restore", f"{item.key!r} is there with other {what}")
             raise BackupError(
-                f"{count(number, 'object')} in {title} would be overwritten; nothing was written",
+                f"{count(number, 'object')} in {self.title} would be overwritten; nothing was written",
                 "Restore to another place, or say --overwrite.",
             )
-        plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
-        kept = plan.sums(f"fate = 'there' AND {COUNTED}")[0]
+        self.plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
+        kept = self.plan.sums(KEPT)[0]
         there = f"; {count(kept, 'object')} there already" if kept else ""
-        summary = plan.summary("fate IN ('write', 'headers')")
-        console.info("restore", f"to {title}: {summary}{there}")
+        summary = self.plan.summary("fate IN ('write', 'headers')")
+        self.console.info("restore", f"to {self.title}: {summary}{there}")
 
-    def write(self) -> None:
-        """Writes what is to be written, and proves it; what a store has lost is written once more.
+    def write_all(self, repository: Repository, archive: str) -> None:
+        """Writes what is to be written, and what the place has lost of it once more.
 
         Raises BackupError unless all of it is there.
         """
-        place, plan = self.place, self.plan
-        place.prepare()
+        self.prepare()
         mistakes: list[str] = []
         for _ in range(2):
-            with Threads(memory_bytes(self.runtime)) as threads:
-                for item in plan.items("fate = 'write' AND place IS NULL"):
-                    threads.start(0, functools.partial(place.write, item, io.BytesIO(), {}, threads))
-            self.export("restored", "fate = 'write'", place.write)
-            mistakes = place.finish()
+            self.for_each("fate = 'write' AND place IS NULL", self.write, io.BytesIO(), {})
+            self.export(repository, archive, "restored", "fate = 'write'", self.write)
+            mistakes = self.finish()
             if not mistakes:
                 return
-        number = plan.sums("fate = 'write'")[0]
+        more = self.plan.sums("fate = 'write'")[0] - 5
         raise BackupError(
-            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
-            f"{f' and {number - 5:,} more' if number > 5 else ''}",
+            f"{self.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
+            f"{f' and {more:,} more' if more > 0 else ''}",
             "Run it again: it goes on where it was.",
         )
 
-    def warn(self) -> int:
-        """Names what is not restored, or not as it was, unless it was named before; returns the exit code."""
-        plan, console = self.plan, self.runtime.console
-        untold = "warning IS NOT NULL AND NOT is_told"
-        rows = plan.execute(f"SELECT key, warning FROM items WHERE {untold} ORDER BY key LIMIT {MAX_NAMED}")
-        for key, warning in rows:
-            console.warning("restore", f"{decode_key(key)!r} {warning}")
-        if (more := plan.sums(untold)[0]) > MAX_NAMED:
-            console.warning("restore", f"{more - MAX_NAMED:,} more warnings")
-        plan.execute(f"UPDATE items SET is_told = 1 WHERE {untold}")
-        return EXIT_WARNINGS if plan.sums("warning IS NOT NULL")[0] else EXIT_OK
-
     def report(self, seconds: float) -> int:
-        """Says what was restored and names what was not; returns the exit code."""
-        plan, place, console = self.plan, self.place, self.runtime.console
-        code = self.warn()
-        for what, number in sorted(place.losses.items()):
-            console.warning("restore", f"{place.title} takes no {what}: {count(number, 'object')} lost it")
-        if is_empty := not plan.sums("place IS NOT NULL")[0]:
-            words = "this archive holds no objects; --at and --archive choose another (see `list`)"
-            console.warning("restore", words)
-        kept, done = plan.sums(f"fate = 'there' AND {COUNTED}")[0], plan.summary("fate = 'restored'")
-        console.info(
+        """Says what was restored, and what was lost of it; returns the exit code."""
+        for what, number in sorted(self.losses.items()):
+            self.warn(f"{self.title} takes no {what}: {count(number, 'object')} lost it")
+        if not self.plan.sums("place IS NOT NULL")[0]:
+            self.warn("this archive holds no objects; --at and --archive choose another (see `list`)")
+        if self.warnings > MAX_NAMED:
+            self.console.warning("restore", f"{self.warnings - MAX_NAMED:,} more warnings")
+        kept, done = self.plan.sums(KEPT)[0], self.plan.summary("fate = 'restored'")
+        there = f"; {kept:,} were there already" if kept else ""
+        words = f"restored {done}, to {self.title} in {duration(seconds)}{there}"
+        self.console.info("restore", words)
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
+
+
+class ToFolder(Restoration):
+    """Into a folder of the machine."""
+
+    is_patient = False
+
+    def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
+        """Nothing was looked at yet."""
+        super().__init__(runtime, plan, str(root), 256 * 1024)
+        self._root, self._folders = root, set[str]()
+
+    def mistake(self, item: Item) -> str:
+        name = item.key if item.size_bytes else item.key.removesuffix("/")
+        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
+
+    def find(self) -> None:  # what is no file cannot be overwritten
+        for page in pages(self.plan.items()):
+            found = []
+            for item in page:
+                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
+                    status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
+                    if is_folder or stat.S_ISREG(status.st_mode):
+                        size_bytes = 0 if is_folder else status.st_size
+                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
+            self.plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            return
+        try:
+            with open(f"{self._root}/{item.key}", "rb") as there:
+                blocks = iter(lambda: there.read(READ_BYTES), b"")
+                self.plan.note(item, fate_by_content(blocks, stream))
+        except OSError as error:
+            words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
+            raise BackupError(words, TRY_AGAIN) from error
+
+    def compare_headers(self, *_: object) -> None:
+        """Files have none."""
+
+    def prepare(self) -> None:
+        """Raises BackupError where the disk is certain to be too small.
+
+        What is complete, but has not got its time, as a restore was killed, gets it.
+        """
+        growth = "sum(max(0, size - coalesce(there_size, 0)))"
+        [(needed,)] = self.plan.execute(f"SELECT coalesce({growth}, 0) FROM items WHERE fate = 'write'")
+        disk = os.statvfs(self._root)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free and disk.f_blocks:
+            words = f"{self.title} has {size(free)} free, and {size(needed)} are to be added"
+            hint = "Make room, restore a part of it, or restore to another place."
+            raise BackupError(f"{words}; nothing was written", hint)
+        old = "fate = 'there' AND there_modified != items.modified"
+        for item in self.plan.items(f"{old} AND place IS NOT NULL"):
+            try:
+                path, times = f"{self._root}/{item.key}", (item.modified, item.modified)
+                os.utime(path, times, follow_symlinks=False)
+            except OSError as error:
+                self.leave_out(item, f"its time cannot be set: {error.strerror}")
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
+        """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
+        path = f"{self._root}/{item.key}"
+        try:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                os.makedirs(folder, exist_ok=True)
+                self._folders.add(folder)
+            if not path.endswith("/"):
+                self._fill(item, path, stream, metadata)
+            self.plan.note(item, Fate.DONE)
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                self.leave_out(item, error.strerror or str(error))
+                return
+            hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
+            words = f"cannot write {item.key!r} to {self.title}: {error.strerror}"
+            raise BackupError(words, f"{hint}: it goes on where it was.") from error
+
+    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
+        with open(fd, "wb", buffering=0) as file:
+            while data := stream.read(READ_BYTES):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                self.add(0, len(data))
+            for name, value in metadata.items():
+                try:
+                    os.setxattr(fd, f"user.{name}", encode_key(value))
+                except OSError as error:
+                    if error.errno not in NO_METADATA:
+                        raise
+                    self.losses["user metadata"] += 1
+            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+
+    def finish(self) -> list[str]:
+        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if LIBC.syncfs(fd):
+                words = f"{self.title}: the disk could not take what was written"
+                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
+        finally:
+            os.close(fd)
+        return []
+
+
+def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
+    """Those of an object's headers that can be given to another one."""
+    headers = (facts or {}).get("headers", {}).items()
+    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
+
+
+def readable(value: str) -> str:
+    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    return " ".join(value.split())
+
+
+class ToBucket(Restoration):
+    """Into a bucket, by requests of our own."""
+
+    is_patient = True  # while it waits for S3, which has an end
+
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
+        """Tries out what the store keeps, unless it `is_dry`. Raises S3Error."""
+        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}", PART_BYTES)
+        self._client, self._prefix = client, client.store.key_prefix
+        self._note = f"{self._prefix}{RESTORING_NAME}{runtime.run_id}"
+        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
+        self._beats, self._over, self._writing_note = 0, threading.Event(), threading.Lock()
+        self._etags_are_md5, self._dropped = (False, set[str]()) if is_dry else self._try_out()
+
+    def _try_out(self) -> tuple[bool, set[str]]:
+        """Whether an ETag is an MD5, which it is not with some kinds of encryption; what is dropped."""
+        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
+        for entry in client.list_objects(start):  # what a restore that was killed left
+            client.delete(entry.key)
+        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
+        try:
+            try:
+                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
+                kept = {TAGGING} if self._tags(key) else set()
+            except S3Error as error:
+                if error.status not in (*REFUSALS, *UNTAKEN_STATUSES, 501):
+                    raise
+                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
+            dropped = {*RESTORED_HEADERS, TAGGING} - kept - self._headers(key).keys()
+            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), dropped
+        finally:
+            client.delete(key)
+
+    def _headers(self, key: str) -> dict[str, str]:
+        headers = self._client.request("HEAD", key).headers.items()
+        return restorable({"headers": {name: decode_key(text.encode("latin-1")) for name, text in headers}})
+
+    def _tags(self, key: str) -> dict[str, str]:
+        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
+        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def mistake(self, item: Item) -> str:
+        length = len(encode_key(self._prefix + item.key))
+        if length > MAX_KEY_BYTES:
+            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
+        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
+
+    def find(self) -> None:
+        [ends] = self.plan.execute("SELECT coalesce(min(key), ''), coalesce(max(key), '') FROM items")
+        pairs = zip(*(decode_key(bytes(key)) if key else "" for key in ends), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", pairs)
+        prefix = self._prefix + "".join(first for first, _ in same)
+        self.plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
+        for page in pages(self._client.list_objects(prefix)):
+            rows = [(each.size_bytes, each.etag, encode_key(each.key[len(self._prefix) :])) for each in page]
+            self.plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", rows)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
+            return
+        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
+        spans = [(start, min(start + step, size_bytes) - 1) for start in range(0, size_bytes, step)]
+        there = (self._client.get(self._prefix + item.key, span) for span in spans)
+        self.plan.note(item, fate_by_content(there, stream))
+
+    def compare_headers(self, item: Item, _: Threads) -> None:
+        """Notes an object that is there with the same content, and with other headers or tags."""
+        facts, key, wanted = item.facts or {}, self._prefix + item.key, restorable(item.facts)
+        if "headers" not in facts:
+            return
+        try:
+            found, tags = self._headers(key), facts.get("tags")
+            names = (wanted.keys() | found.keys()) - self._dropped
+            names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
+            differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
+            if differ or (tags and TAGGING not in self._dropped and self._tags(key) != tags):
+                self.plan.note(item, Fate.HEADERS)
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _leave_out(self, item: Item, error: S3Error) -> None:
+        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
+            raise error
+        self.leave_out(item, error.message.partition("): ")[2] or error.message)
+
+    def prepare(self) -> None:
+        """Gives objects with the right content their headers, by copies onto themselves."""
+        in_background(self._beat)
+        self.for_each("fate = 'headers'", self._copy)
+
+    def _copy(self, item: Item, _: Threads) -> None:
+        key, headers = self._prefix + item.key, self._headers_for(item, {})
+        headers |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
+        headers["x-amz-metadata-directive"] = "REPLACE"
+        headers["x-amz-copy-source"] = uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")
+        try:
+            answer = self._client.request("PUT", key, headers=headers)
+            self.plan.note(item, Fate.DONE, xml_text(answer.body, "ETag"))
+        except S3Error as error:
+            if not 400 <= error.status <= 501:
+                raise
+            self.plan.note(item, Fate.WRITE)
+
+    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What an object is written with; `metadata` is what older archives have of it."""
+        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
+        if tags := (item.facts or {}).get("tags"):
+            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
+        with self.lock:
+            self.losses.update(headers.keys() & self._dropped)
+        return {name: value for name, value in headers.items() if name not in self._dropped}
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
+        """Writes one object; a large one is there when `threads` have ended. Raises S3Error."""
+        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
+        try:
+            if item.size_bytes > PART_BYTES:
+                self._upload(item, key, headers, stream, threads)
+                return
+            answer = self._client.put(key, stream.read(), headers)
+            self.add(0, item.size_bytes)
+            self.plan.note(item, Fate.DONE, answer.headers.get("etag", ""))
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _upload(
+        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
+    ) -> None:
+        """Begins an upload, and has threads send its parts and end it."""
+        begun = self._client.request("POST", key, [("uploads", "")], headers)
+        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
+        with self.lock:
+            self._uploads[upload] = key
+        self._write_note()
+
+        def send(number: int, body: bytes) -> str:
+            query = [("partNumber", str(number)), ("uploadId", upload)]
+            etag = self._client.put(key, body, query=query).headers.get("etag", "").strip('"')
+            self.add(0, len(body))
+            return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+
+        parts = [
+            threads.start(step, functools.partial(send, number, stream.read(step)))
+            for number in range(1, -(-item.size_bytes // step) + 1)
+        ]
+        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
+
+    def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str | None]) -> None:
+        body = f"<CompleteMultipartUpload>{''.join(map(str, parts))}</CompleteMultipartUpload>".encode()
+        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
+        try:
+            answer = client.request("POST", key, [("uploadId", upload)], body=body)
+            etag = xml_text(answer.body, "ETag")
+        except S3Error as error:
+            if error.code != "NoSuchUpload":
+                self._leave_out(item, error)
+                return
+            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
+            etag = there.get("etag", "").strip('"')
+            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+                raise
+        with self.lock:
+            del self._uploads[upload]
+        self._write_note()
+        self.plan.note(item, Fate.DONE, etag)
+
+    def _write_note(self, patience: Patience = PROVEN) -> None:
+        """Says which uploads are under way."""
+        with self._writing_note:
+            with self.lock:
+                uploads = [[key, upload] for upload, key in self._uploads.items()]
+            if not self._over.is_set():
+                self._client.with_patience(patience).put(self._note, json.dumps(uploads).encode())
+                self._beats += 1
+
+    def _beat(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            if self._beats:
+                with contextlib.suppress(BackupError):
+                    self._write_note(HASTY)
+
+    def finish(self) -> list[str]:
+        deadline = time.monotonic() + LISTING_SECONDS
+        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
+        where = f"fate IN ('restored', 'there') AND {wrong}"
+        self.find()
+        while self.plan.sums(where)[0] and time.monotonic() < deadline:
+            self.runtime.stop.wait(1)
+            self.find()
+        mistakes = [
+            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
+            for item in itertools.islice(self.plan.items(where), PREVIOUS_NAMED)
+        ]
+        self.plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
+        return mistakes
+
+    def close(self, is_done: bool) -> None:
+        """Ends uploads that are under way, and when all `is_done` those of restores that did not live to.
+
+        Theirs are in notes that nobody has written for a while.
+        """
+        self._over.set()
+        with self._writing_note, contextlib.suppress(BackupError):
+            if self._beats:
+                self._end_uploads(self._note, [(key, upload) for upload, key in self._uploads.items()])
+        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
+        while is_done:
+            notes = list(self._client.list_objects(f"{self._prefix}{RESTORING_NAME}"))
+            now = self._client.clock or datetime.now(UTC)
+            for note in notes:
+                if now - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
+                    self._end_uploads(note.key, json.loads(self._client.get(note.key)))
+            if not notes or time.monotonic() > deadline:
+                break
+            self.console.progress("restore", "waiting to see whether another restore is alive")
+            self.runtime.stop.wait(1)
+
+    def _end_uploads(self, note: str, uploads: Sequence[Sequence[str]]) -> None:
+        """Ends uploads, and deletes the note with them."""
+        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+
+        def end(key: str, upload: str) -> None:
+            try:
+                client.request("DELETE", key, [("uploadId", upload)])
+            except S3Error as error:
+                if error.status != 404:
+                    raise
+
+        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
+            list(pool.map(lambda pair: end(*pair), uploads))
+        client.delete(note)
+
+
+@contextlib.contextmanager
+def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[ToFolder | ToBucket]:
+    """What restores to where `order` says, which is ready to be written to, unless it only asks.
+
+    Raises BackupError, within seconds where a permission is missing.
+    """
+    if order.folder:
+        yield ToFolder(runtime, plan, opened_folder(runtime, order.folder, order.dry_run))
+        return
+    assert order.bucket
+    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
+    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
+    place, is_done = ToBucket(runtime, plan, client, order.dry_run), False
+    try:
+        yield place
+        is_done = not order.dry_run
+    finally:
+        place.close(is_done)
+
+
+def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
+    """A folder to restore into, which is made where it is not there. Raises BackupError."""
+    try:
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        root = folder.resolve()
+        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
+    if is_inside:
+        runtime.console.warning(
             "restore",
-            f"restored {done}, to {place.title} in {duration(seconds)}"
-            f"{f'; {kept:,} were there already' if kept else ''}",
+            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
+            f' there: docker run -v "$PWD/restored:{root}"',
         )
-        return EXIT_WARNINGS if place.losses or is_empty else code
+    return root
 
 
 def restore(runtime: Runtime, target: Target, order: Order) -> int:
@@ -8722,37 +8378,33 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
         folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX))
         plan = Plan(Path(folder, "plan"))
         undo.callback(plan.close)
-        place = undo.enter_context(opened_place(runtime, order, plan))
         metadata = undo.enter_context(opened_metadata(order))
-        with opened_for_reading(runtime, target, "a restore") as repository:
+        reading = opened_for_reading(runtime, target, "a restore")
+        with opened_place(runtime, order, plan) as place, reading as repository:
             archives = archive_times(repository)
             archive, why = choose_archive(archives, settings.label, order.archive, order.until)
-            made = local_time(archives[archive])
-            runtime.console.info("restore", f"archive {archive} of target {target.name} ({why}), of {made}")
+            what = f"archive {archive} of target {target.name} ({why})"
+            runtime.console.info("restore", f"{what}, of {local_time(archives[archive])}")
             plan.read(repository, archive, settings.mount_point(settings.source))
             plan.select(order.paths)
-            restoration = Restoration(runtime, repository, archive, plan, place)
-            restoration.compare()
+            place.compare(repository, archive)
             if order.dry_run:
-                return restoration.tell(order.overwrite)
-            restoration.confirm(order.overwrite)
-            restoration.write()
-        if isinstance(place, BucketPlace):
-            place.clear()
+                return place.tell(order.overwrite)
+            place.confirm(order.overwrite)
+            place.write_all(repository, archive)
         for item in plan.items("fate IN ('restored', 'there')"):
-            print(manifest_line(plan.find(item.key) or item.object()), file=metadata)
-        return restoration.report(time.monotonic() - start)
+            if known := plan.find(item.key):
+                print(manifest_line(known), file=metadata)
+        return place.report(time.monotonic() - start)
 
 
 def opened_metadata(order: Order) -> IO[str]:
     """The file for what is known of the objects. Raises BackupError."""
+    path = order.metadata if order.metadata and not order.dry_run else os.devnull
     try:
-        return open(
-            order.metadata if order.metadata and not order.dry_run else os.devnull, "w", encoding="ascii"
-        )
+        return open(path, "w", encoding="ascii")
     except OSError as error:
-        hint = "Correct --metadata."
-        raise BackupError(f"cannot write {order.metadata}: {error.strerror}", hint) from None
+        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
 
 
 # --------------------------------------------------------------------------------------------- Verification
@@ -8943,10 +8595,12 @@ def verify(
     ):
         found.archive, found.as_of = find_archive(runtime, repository, archive)
         runtime.console.info(name, f"{found.archive} is compared with {source.location}")
-        listing = Path(folder, "source")
-        within(LIST_SECONDS, "source: listing it", lambda: list_into(client, listing), runtime.stop)
+        with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
+            take = functools.partial(catalog.add, objects_of(client, runtime.console))
+            within(LIST_SECONDS, "source: listing it", take, runtime.stop)
+            catalog.hide([])
         with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
-            plan.execute("ATTACH ? AS source", [str(listing)])
+            plan.execute("ATTACH ? AS source", [str(catalog.path)])
             plan.read(repository, found.archive, runtime.settings.mount_point(source))
             verifier = Verifier(runtime, client, repository, plan, found)
             within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
@@ -8979,18 +8633,6 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> 
             f"`backup.py borg {repository.target.name} list` shows what it holds.",
         )
     return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
-
-
-def list_into(client: S3Client, path: Path) -> None:
-    """Makes a catalog of what a store lists. Raises S3Error."""
-    prefix = client.store.key_prefix
-    with contextlib.closing(Catalog(path)) as catalog:
-        catalog.add(
-            dataclasses.replace(each, key=key, is_shown=is_showable(key, each.size_bytes))
-            for each in client.list_objects(prefix)
-            if (key := each.key[len(prefix) :])
-        )
-        catalog.hide([])
 
 
 # What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
@@ -9221,7 +8863,6 @@ MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease nam
 
 
 def state_folder() -> Path:
-    """Where the state files are."""
     return Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
 
 
@@ -9268,7 +8909,6 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(stream: IO[str], facts: Mapping[str, Any]) -> None:
-    """Notes facts in place of those that were there."""
     stream.truncate(0)
     stream.write(json.dumps(facts) if facts else "")
     stream.flush()
@@ -9283,20 +8923,6 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             tell_end(runtime, store)
         except BackupError as error:
             runtime.console.warning(store.name, f"the mount before this one: {error}")
-    words = [store.name, *(["--read-write"] if read_write else [])]
-    code, said_nothing = start_keeper(runtime, store, words)
-    if code == EXIT_OK:
-        runtime.console.plain(advice(store, runtime.settings.mount_point(store), read_write))
-    if code == EXIT_BUSY and said_nothing:
-        return await_other_mount(runtime, store, read_write)
-    return code
-
-
-def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[int, bool]:
-    """Starts a keeper, and waits until its mount is usable: 0, or until it ends: its exit code.
-
-    Also returns whether it said nothing. Raises BackupError when it does neither in time, Stopped.
-    """
     ready, lines = threading.Event(), []
 
     def show(line: str) -> None:
@@ -9306,19 +8932,29 @@ def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[
             lines.append(line)
             print(line, file=sys.stderr, flush=True)
 
-    argv = [sys.executable, os.path.abspath(__file__), KEEP_COMMAND, *words]
+    words = [KEEP_COMMAND, store.name, *(["--read-write"] if read_write else [])]
+    argv = [sys.executable, os.path.abspath(__file__), *words]
     keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
     patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
     deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            return code or EXIT_FAILURE, not lines
+            if code == EXIT_BUSY and not lines:  # another one was quicker
+                return await_other_mount(runtime, store, read_write)
+            return code or EXIT_FAILURE
         if runtime.stop.requested or time.monotonic() > deadline:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
             raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
-    return EXIT_OK, not lines
+    path = runtime.settings.mount_point(store)
+    runtime.console.plain(
+        f"{store.name} ({store.location}) is mounted"
+        f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
+        f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
+        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
+    )
+    return EXIT_OK
 
 
 def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
@@ -9338,21 +8974,6 @@ def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
     return EXIT_OK
 
 
-def advice(store: Store, path: Path, read_write: bool) -> str:
-    """What to type next."""
-    quoted = shlex.quote(str(path))
-    if store.target is None:
-        how = "for reading and writing" if read_write else "read-only"
-        first = f"ls {quoted}"
-    else:
-        how, first = "for reading and writing", f"borg list {quoted}"
-    return (
-        f"{store.name} ({store.location}) is mounted {how} at {path}\n"
-        f"next:      {first}\n"
-        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
-    )
-
-
 def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     """The keeper's life: mounts, says so, and waits until somebody unmounts or a stop signal comes."""
     path = state_file(runtime, store)
@@ -9364,10 +8985,7 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     with stream:
         write_state(stream, {})
         try:
-            check = examine(S3Client(store, stop=runtime.stop), write=read_write)
-            with contextlib.ExitStack() as undo:
-                client = S3Client(store, check.region, PROVEN, runtime.stop)
-                keep_store(runtime, client, check, read_write, stream, undo)
+            keep_store(runtime, store, read_write, stream)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
@@ -9377,61 +8995,47 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     return code
 
 
-def keep_store(
-    runtime: Runtime,
-    client: S3Client,
-    check: Preflight,
-    read_write: bool,
-    stream: IO[str],
-    undo: contextlib.ExitStack,
-) -> None:
-    """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
-    store, state = client.store, Path(stream.name)
-    request, log = state.with_suffix(REQUEST), state.with_suffix(LOG)
+def keep_store(runtime: Runtime, store: Store, read_write: bool, stream: IO[str]) -> None:
+    """Mounts, under the lease where it is a target, and waits for the end."""
+    check = examine(S3Client(store, stop=runtime.stop), write=read_write)
+    client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
+    request, log = (Path(stream.name).with_suffix(suffix) for suffix in (REQUEST, LOG))
     for left_over in (request, log):
         left_over.unlink(missing_ok=True)
-    lease = None
-    if store.target and check.repository_state(store) is RepositoryState.READY:
-        lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-        if lease.enforced:
-            remove_leftovers(runtime, store, lease, find_leftovers(client))
-    with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
-        wait_until_usable(runtime, mount)
-        if store.target:
-            warm_up(runtime, mount)
-        if store.target and not lease:
-            # `borg init` wants an empty folder: what is listed before the lease is there does not show it.
-            mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-            mount.lease.add(mount.child)
-        write_state(stream, {"writable": read_write})
-        print(READY_LINE, flush=True)
-        detach_output(log)
-        mount.is_by_hand = read_write
-        written, uploaded_at = until_unmounted(runtime, mount, client, request)
-    if written:
-        audit_upload(runtime, client, written)
-    elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
-        raise BackupError(
-            f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
-            WRITE_AGAIN,
-        )
-
-
-def until_unmounted(
-    runtime: Runtime, mount: Mount, client: S3Client, request: Path
-) -> tuple[dict[str, int], float]:
-    """Waits until the mount is gone or a stop signal comes, and uploads everything when somebody asks for it.
-
-    Returns what they said that the repository holds, and when all was uploaded as far as it could be.
-    """
-    written, uploaded_at = {}, 0.0
-    while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-        if request.exists():
-            written = json.loads(request.read_text(encoding="utf-8"))
-            upload(runtime, mount, client, written)
-            uploaded_at = time.monotonic()
-            request.unlink()
-    return written, uploaded_at
+    with contextlib.ExitStack() as undo:  # gives the lease back
+        if store.target and check.repository_state(store) is RepositoryState.READY:
+            lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+            if lease.enforced:
+                remove_leftovers(runtime, store, lease, find_leftovers(client))
+        with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+            wait_until_usable(runtime, mount)
+            if store.target:
+                warm_up(runtime, mount)
+            if store.target and not lease:
+                # `borg init` wants an empty folder: a listing from before the lease does not show that.
+                mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+                mount.lease.add(mount.child)
+            write_state(stream, {"writable": read_write})
+            print(READY_LINE, flush=True)
+            log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            for fd in (1, 2):  # whoever reads our output sees its end
+                os.dup2(log_fd, fd)
+            os.close(log_fd)
+            mount.is_by_hand = read_write
+            written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
+            while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+                if request.exists():
+                    written = json.loads(request.read_text(encoding="utf-8"))
+                    upload(runtime, mount, client, written)
+                    uploaded_at = time.monotonic()
+                    request.unlink()
+        if written:
+            audit_upload(runtime, client, written)
+        elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
+            raise BackupError(
+                f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
+                WRITE_AGAIN,
+            )
 
 
 def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
@@ -9442,7 +9046,15 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
     """
     if mount.holds_nothing:  # it is read-only
         return
-    told = in_background(lambda: sync_folder(mount.path))
+
+    def sync() -> None:
+        folder_fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_fd)  # of all that is below it, without a word about errors
+        finally:
+            os.close(folder_fd)
+
+    told = in_background(sync)
 
     def unsure() -> list[str]:
         return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
@@ -9452,36 +9064,6 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
 
     settle(runtime, mount, differences if written else unsure)
     mount.holds_nothing = False  # whoever works in it may go on
-
-
-def sync_folder(folder: Path) -> None:
-    """Has a file system write all that is below a folder. TigrisFS does, and tells of no error."""
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
-
-
-def detach_output(log: Path) -> None:
-    """Sends all further output to a file, so that whoever reads ours sees its end."""
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    for fd in (1, 2):
-        os.dup2(log_fd, fd)
-    os.close(log_fd)
-
-
-def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) -> None:
-    """Has the keeper upload everything; returns when it has, or gives up.
-
-    It gets to know what a repository holds, to compare it with the bucket as long as it has the lease.
-    """
-    written = repository_files(runtime, store, path) if store.target else {}
-    replace_file(request, json.dumps(written))
-    while request.exists() and keeper_is_alive(runtime, store):
-        runtime.stop.check()
-        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        time.sleep(POLL_SECONDS / 4)
 
 
 def detach_by_hand(runtime: Runtime, store: Store, path: Path) -> None:
@@ -9502,15 +9084,24 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
 
     Raises BackupError when that is not certain, and where another command has mounted it.
     """
-    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
-    while keeper_is_alive(runtime, store):  # which sees to it that this ends
-        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
-            request_upload(runtime, store, path, state.with_suffix(REQUEST))
-            if keeper_is_alive(runtime, store):
-                detach_by_hand(runtime, store, path)
+    path = resolved(runtime.settings.mount_point(store))
+    request = state_file(runtime, store).with_suffix(REQUEST)
+
+    def wait_a_little() -> None:
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
         time.sleep(POLL_SECONDS / 4)
+
+    while keeper_is_alive(runtime, store):  # which sees to it that this ends
+        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
+            # The keeper compares what a repository holds with the bucket, as long as it has the lease.
+            written = repository_files(runtime, store, path) if store.target else {}
+            replace_file(request, json.dumps(written))
+            while request.exists() and keeper_is_alive(runtime, store):  # it may give up
+                wait_a_little()
+            if keeper_is_alive(runtime, store):
+                detach_by_hand(runtime, store, path)
+        wait_a_little()
     return tell_end(runtime, store)
 
 
@@ -9546,118 +9137,29 @@ def tell_end(runtime: Runtime, store: Store) -> int:
 # --------------------------------------------------------------------------------------------- Command line
 
 KEEP_COMMAND = "_keep"
+SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
+DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A parsed command line."""
-
-    command: str
-    names: tuple[str, ...] = ()  # all words that are no options
-    options: Mapping[str, Any] = field(default_factory=dict)  # without their dashes
-
-
-@dataclass(frozen=True)
-class Takes:
-    """How many words a command takes, and what these are."""
-
-    least: int
-    most: float
-    what: str
+NOTHING = (0, 0, "no names")
+A_STORE = (1, 1, "one name: source or target-<name>")
+STORES = (0, math.inf, "names: source or target-<name>")
+A_TARGET = (1, 1, "one name, that of a target")
+TARGETS = (0, math.inf, "names of targets")
+A_TARGET_AND_PATHS = (1, math.inf, "the name of a target, and keys or folders of keys")
+A_TARGET_AND_WORDS = (2, math.inf, "the name of a target and a command of borg")
 
 
-NOTHING = Takes(0, 0, "no names")
-A_STORE = Takes(1, 1, "one name: source or target-<name>")
-STORES = Takes(0, math.inf, "names: source or target-<name>")
-A_TARGET = Takes(1, 1, "one name, that of a target")
-TARGETS = Takes(0, math.inf, "names of targets")
+def value_of(parse: Callable[[str], Result], hint: str) -> Callable[[str], Result]:
+    """The parser of an option's value, which may not be nothing: a script's variable that is not set, say."""
 
+    def parsed(text: str) -> Result:
+        value = parse(text)
+        if not value:
+            raise argparse.ArgumentTypeError(hint)
+        return value
 
-@dataclass(frozen=True)
-class Command:
-    """What can be typed: help, parsing and what is done come from here."""
-
-    usage: str  # what follows the command's name
-    about: str
-    takes: Takes
-    run: Callable[[Runtime, Arguments], int]
-    declare: Callable[[OptionParser], object] = lambda _: None  # its options
-    needs_source: bool = False  # whether the source has to be configured
-    prints_data: bool = False  # on standard output, so that all else goes to standard error
-    mistake: Callable[[Arguments], str] = lambda _: ""  # what else is wrong with a command line
-
-
-def declare_read_write(parser: OptionParser) -> None:
-    """The option of `mount`."""
-    parser.add_argument(
-        "--read-write", action="store_true", help="so that objects can be restored into the source"
-    )
-
-
-def declare_json(parser: OptionParser) -> None:
-    """The option of what can answer to a program."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-
-def declare_key_forms(parser: OptionParser) -> None:
-    """The options of `key-export`."""
-    forms = parser.add_mutually_exclusive_group()
-    for option, what in (
-        ("--paper", "to print, and to type in again"),
-        ("--qr-html", "as HTML with a QR code"),
-    ):
-        forms.add_argument(option, dest="form", action="store_const", const=[option], default=[], help=what)
-
-
-def mount_mistake(arguments: Arguments) -> str:
-    """What is wrong with `mount NAME --read-write`: targets are always mounted so."""
-    wrong = arguments.options["read_write"] and arguments.names != ("source",)
-    return "`--read-write` goes with `mount source`" if wrong else ""
-
-
-def a_value(text: str) -> str:
-    """What an option is given, which may not be nothing: a script's variable that is not set, say."""
-    if not text:
-        raise argparse.ArgumentTypeError("needs a value; leave it out for the newest archive")
-    return text
-
-
-def declare_restore(parser: OptionParser) -> None:
-    """The options of `restore`."""
-    parser.add_argument("--archive", type=a_value, metavar="NAME", help="this one, instead of the newest")
-    parser.add_argument(
-        "--at",
-        type=a_value,
-        metavar="TIME",
-        help="the newest one until then: local time, such as 2025-01-31T03:00; or with a zone, +01:00 or Z",
-    )
-    parser.add_argument("--to", metavar="DIR", help="restore into this folder")
-    parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
-    parser.add_argument(
-        "--metadata", metavar="FILE", help="write the objects' headers and tags there, a JSON object a line"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="what is there with other content, headers or tags, too"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
-
-
-def restore_mistake(arguments: Arguments) -> str:
-    """What is wrong with the words of `restore`."""
-    options = arguments.options
-    if (options["to"] is None) == (options["to_bucket"] is None):
-        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
-    if options["archive"] and options["at"]:
-        return "`restore` takes --archive NAME or --at TIME, not both"
-    if options["to"] == "":
-        return "--to: name a folder"
-    if any(not path.strip("/") for path in arguments.names[1:]):
-        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
-    try:
-        end_of_time(options["at"] or "2025-01-31")
-    except (ValueError, OverflowError):
-        return f"--at: {options['at']!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
-    return ""
+    return parsed
 
 
 def chosen_destination(settings: Settings, location: str) -> Destination:
@@ -9674,40 +9176,31 @@ def chosen_destination(settings: Settings, location: str) -> Destination:
     return store
 
 
-def command_restore(runtime: Runtime, arguments: Arguments) -> int:
-    """An archive, back where it can be used."""
-    options, (name, *paths) = arguments.options, arguments.names
+def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
+    settings, (name, *paths) = runtime.settings, given.names
     order = Order(
         tuple(paths),
-        options["archive"] or "",
-        end_of_time(options["at"]) if options["at"] else None,
-        Path(options["to"]) if options["to"] else None,
-        chosen_destination(runtime.settings, options["to_bucket"])
-        if options["to_bucket"] is not None
-        else None,
-        Path(options["metadata"]) if options["metadata"] else None,
-        options["overwrite"],
-        options["dry_run"],
+        given.archive or "",
+        end_of_time(given.at) if given.at else None,
+        Path(given.to) if given.to else None,
+        chosen_destination(settings, given.to_bucket) if given.to_bucket is not None else None,
+        Path(given.metadata) if given.metadata else None,
+        given.overwrite,
+        given.dry_run,
     )
-    return restore(runtime, chosen_target(runtime.settings, name), order)
+    return restore(runtime, chosen_target(settings, name), order)
 
 
-def command_run(runtime: Runtime, arguments: Arguments) -> int:
-    """A backup."""
-    return run_backup(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_mount(runtime: Runtime, arguments: Arguments) -> int:
+def command_mount(runtime: Runtime, given: argparse.Namespace) -> int:
     """A mount that lives on; or, as its keeper, its life."""
-    store, read_write = chosen_store(runtime.settings, arguments.names[0]), arguments.options["read_write"]
-    if arguments.command == KEEP_COMMAND:
-        return keep_mounted(runtime, store, read_write or store.target is not None)
-    return mount_manually(runtime, store, read_write or store.target is not None)
+    store = chosen_store(runtime.settings, given.names[0])
+    work = keep_mounted if given.command == KEEP_COMMAND else mount_manually
+    return work(runtime, store, given.read_write or store.target is not None)
 
 
-def command_umount(runtime: Runtime, arguments: Arguments) -> int:
+def command_umount(runtime: Runtime, given: argparse.Namespace) -> int:
     """The end of such mounts, of all without names."""
-    stores = [chosen_store(runtime.settings, name) for name in arguments.names]
+    stores = [chosen_store(runtime.settings, name) for name in given.names]
     if not stores:
         stores = [store for store in runtime.settings.stores if is_kept(runtime, store)]
     if not stores:
@@ -9724,189 +9217,190 @@ def command_umount(runtime: Runtime, arguments: Arguments) -> int:
     return max(codes)
 
 
-def command_list(runtime: Runtime, arguments: Arguments) -> int:
-    """The archives."""
-    targets = chosen_targets(runtime.settings, arguments.names)
-    return list_archives(runtime, targets, arguments.options["json"])
-
-
-def command_info(runtime: Runtime, arguments: Arguments) -> int:
-    """What is known about targets."""
-    return show_info(runtime, chosen_targets(runtime.settings, arguments.names), arguments.options["json"])
-
-
-def command_maintain(runtime: Runtime, arguments: Arguments) -> int:
-    """What repositories need now and then."""
-    return maintain(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
-    """A repository's key."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    return export_key(runtime, target, arguments.options["form"])
-
-
-def declare_verify(parser: OptionParser) -> None:
-    """The options of `verify`."""
-    parser.add_argument(
-        "--archive", type=a_value, metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
-    )
-    parser.add_argument(
-        "--sample",
-        type=a_sample,
-        default=DEFAULT_SAMPLE,
-        metavar="N",
-        help=f"how many objects are proved: a number, a share such as 1%%, or all (default {DEFAULT_SAMPLE})",
-    )
-    parser.add_argument("--seed", type=int, help="choose the same sample as when this seed was printed")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def a_sample(text: str) -> Sample:
-    """A sample, for an option."""
-    sample = Sample.parse(text)
-    if not sample:
-        raise argparse.ArgumentTypeError(SAMPLE_HELP)
-    return sample
-
-
-def command_verify(runtime: Runtime, arguments: Arguments) -> int:
-    """A verification."""
-    target, options = chosen_target(runtime.settings, arguments.names[0]), arguments.options
-    seed = secrets.randbelow(10**9) if options["seed"] is None else options["seed"]
-    return run_verify(runtime, target, options["archive"], options["sample"], seed, options["json"])
-
-
-def declare_check(parser: OptionParser) -> None:
-    """The options of `check`."""
-    parser.add_argument(
-        "--max-duration",
-        type=a_duration,
-        metavar="TIME",
-        help="check for at most so long (such as 30m) from where the last such slice stopped: segments only",
-    )
-    parser.add_argument(
-        "--verify-data", action="store_true", help="decrypt and verify each piece of data, too"
+def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    seed = secrets.randbelow(10**9) if given.seed is None else given.seed
+    return run_verify(
+        runtime, target, given.archive, given.sample or Sample.parse(DEFAULT_SAMPLE), seed, given.json
     )
 
 
-def a_duration(text: str) -> int:
-    """Seconds, for an option."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
-    return seconds
+def command_check(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    with opened_for_writing(runtime, target, "`check`") as repository:
+        checked = check_repository(runtime, repository, CheckPlan(given.max_duration), given.verify_data)
+    expect_sound(repository, checked.record)
+    return EXIT_OK
 
 
-def check_mistake(arguments: Arguments) -> str:
-    """What is wrong with a command line of `check`."""
-    both = arguments.options["max_duration"] and arguments.options["verify_data"]
-    return "`--verify-data` looks at everything: leave out `--max-duration`" if both else ""
+def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
+    form = ["--paper"] if given.paper else ["--qr-html"] if given.qr_html else []
+    return export_key(runtime, chosen_target(runtime.settings, given.names[0]), form)
 
 
-def command_check(runtime: Runtime, arguments: Arguments) -> int:
-    """A check."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    plan = CheckPlan(arguments.options["max_duration"])
-    return run_check(runtime, target, plan, arguments.options["verify_data"])
-
-
-def command_borg(runtime: Runtime, arguments: Arguments) -> int:
-    """Any command of borg."""
-    name, *words = arguments.names
-    return run_borg(runtime, chosen_target(runtime.settings, name), words)
-
-
-COMMANDS = {
-    "run": Command(
-        "[NAME...]",
-        "back up to all targets, or to the named ones (this is what no command at all does)",
-        TARGETS,
-        command_run,
-        needs_source=True,
-    ),
-    "check-config": Command(
-        "",
-        "check the configuration and ask every store whether it is usable; changes nothing",
-        NOTHING,
-        lambda runtime, _: check_config(runtime),
-        needs_source=True,
-    ),
-    "list": Command(
-        "[NAME...] [--json]",
-        "show the archives of all targets, or of the named ones",
-        TARGETS,
-        command_list,
-        declare_json,
-        prints_data=True,
-    ),
-    "info": Command(
-        "[NAME...] [--json]",
-        "show size, last run, key and last check of all targets, or of the named ones",
-        TARGETS,
-        command_info,
-        declare_json,
-        prints_data=True,
-    ),
-    "maintain": Command(
-        "[NAME...]",
-        "prune, compact and check all targets, or the named ones; needs no source",
-        TARGETS,
-        command_maintain,
-    ),
-    "key-export": Command(
-        "NAME [--paper|--qr-html]",
-        "print the key of a repository: keep it, with the passphrase, elsewhere",
-        A_TARGET,
-        command_key_export,
-        declare_key_forms,
-        prints_data=True,
-    ),
-    "verify": Command(
-        "NAME",
-        "compare an archive with the live bucket, and prove the content of a sample of it",
-        A_TARGET,
-        command_verify,
-        declare_verify,
-        needs_source=True,
-        prints_data=True,
-    ),
-    "check": Command(
-        "NAME",
-        "check a repository with `borg check`, whole or for some time; never repairs",
-        A_TARGET,
-        command_check,
-        declare_check,
-        mistake=check_mistake,
-    ),
-    "borg": Command(
-        "NAME ARGS...",
-        "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
-        Takes(2, math.inf, "the name of a target and a command of borg"),
-        command_borg,
-        prints_data=True,
-    ),
-    "restore": Command(
-        "NAME [PATH...]",
-        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
-        Takes(1, math.inf, "the name of a target, and keys or folders of keys"),
-        command_restore,
-        declare_restore,
-        mistake=restore_mistake,
-    ),
-    "mount": Command(
-        "NAME",
-        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
-        A_STORE,
-        command_mount,
-        declare_read_write,
-        mistake=mount_mistake,
-    ),
-    "umount": Command(
-        "[NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount
-    ),
+PARSERS: dict[str, OptionParser] = {}  # of what follows a command's name
+OPTION_TYPES = {
+    "--archive": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--at": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--max-duration": value_of(parse_duration, "write a number and a unit (s, m, h), such as 30m"),
+    "--sample": value_of(Sample.parse, SAMPLE_HELP),
+    "--seed": int,
 }
-HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
+
+
+def command(
+    usage: str,
+    about: str,
+    takes: tuple[int, float, str],
+    run: Callable[[Runtime, argparse.Namespace], int],
+    options: Mapping[str, str] | None = None,
+    alternatives: bool = False,
+) -> None:
+    """Declares what can be typed, and what is done then.
+
+    `takes` is how many words that are no options, at least and at most, and what these are; `options` tell
+    what follows them, and their help; `alternatives` exclude each other.
+    """
+    parser, name = OptionParser(), usage.partition(" ")[0]
+    parser.prog, parser.usage, parser.description = name, usage, about
+    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
+    group = parser.add_mutually_exclusive_group() if alternatives else parser
+    known = []
+    for words, text in (options or {}).items():
+        word, _, value = words.partition(" ")
+        known.append(word)
+        if value:
+            group.add_argument(word, metavar=value, type=OPTION_TYPES.get(word), help=text)
+        else:
+            group.add_argument(word, action="store_true", help=text)
+    parser.set_defaults(command=name, takes=takes, run=run, known=known)
+    PARSERS[name] = parser
+
+
+JSON = {"--json": "print JSON, for programs"}
+READ_WRITE = {"--read-write": "so that objects can be restored into the source"}
+command(
+    "run [NAME...]",
+    "back up to all targets, or to the named ones (this is what no command at all does)",
+    TARGETS,
+    lambda runtime, given: run_backup(runtime, chosen_targets(runtime.settings, given.names)),
+)
+command(
+    "check-config",
+    "check the configuration and ask every store whether it is usable; changes nothing",
+    NOTHING,
+    lambda runtime, _: check_config(runtime),
+)
+command(
+    "list [NAME...] [--json]",
+    "show the archives of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: list_archives(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+)
+command(
+    "info [NAME...] [--json]",
+    "show size, last run, key and last check of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: show_info(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+)
+command(
+    "maintain [NAME...]",
+    "prune, compact and check all targets, or the named ones; needs no source",
+    TARGETS,
+    lambda runtime, given: maintain(runtime, chosen_targets(runtime.settings, given.names)),
+)
+command(
+    "key-export NAME [--paper|--qr-html]",
+    "print the key of a repository: keep it, with the passphrase, elsewhere",
+    A_TARGET,
+    command_key_export,
+    {"--paper": "to print, and to type in again", "--qr-html": "as HTML with a QR code"},
+    alternatives=True,
+)
+command(
+    "verify NAME",
+    "compare an archive with the live bucket, and prove the content of a sample of it",
+    A_TARGET,
+    command_verify,
+    {
+        "--archive ARCHIVE": "which one; the newest of BACKUP_LABEL by default",
+        "--sample N": "how many objects are proved: a number, a share such as 1%%, or all"
+        f" (default {DEFAULT_SAMPLE})",
+        "--seed SEED": "choose the same sample as when this seed was printed",
+        "--json": "print the result as JSON",
+    },
+)
+command(
+    "check NAME",
+    "check a repository with `borg check`, whole or for some time; never repairs",
+    A_TARGET,
+    command_check,
+    {
+        "--max-duration TIME": "check for at most so long (such as 30m) from where the last such slice"
+        " stopped: segments only",
+        "--verify-data": "decrypt and verify each piece of data, too",
+    },
+)
+command(
+    "borg NAME ARGS...",
+    "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
+    A_TARGET_AND_WORDS,
+    lambda runtime, given: run_borg(
+        runtime, chosen_target(runtime.settings, given.names[0]), given.names[1:]
+    ),
+)
+command(
+    "restore NAME [PATH...]",
+    "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
+    A_TARGET_AND_PATHS,
+    command_restore,
+    {
+        "--archive NAME": "this one, instead of the newest",
+        "--at TIME": "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone,"
+        " +01:00 or Z",
+        "--to DIR": "restore into this folder",
+        "--to-bucket BUCKET[:PREFIX]": "restore into this bucket",
+        "--metadata FILE": "write the objects' headers and tags there, a JSON object a line",
+        "--overwrite": "what is there with other content, headers or tags, too",
+        "--dry-run": "only tell what would be done",
+    },
+)
+command(
+    "mount NAME",
+    "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
+    A_STORE,
+    command_mount,
+    READ_WRITE,
+)
+command("umount [NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount)
+COMMANDS = dict(PARSERS)  # those that a person types
+command(f"{KEEP_COMMAND} NAME", "", A_STORE, command_mount, READ_WRITE)
+
+
+def usage_mistake(given: argparse.Namespace) -> str:
+    """What is wrong with a command line as a whole; empty where nothing is."""
+    if given.command == "mount" and given.read_write and given.names != ["source"]:
+        return "`--read-write` goes with `mount source`"  # targets are always mounted so
+    if given.command == "check" and given.max_duration and given.verify_data:
+        return "`--verify-data` looks at everything: leave out `--max-duration`"
+    if given.command != "restore":
+        return ""
+    if (given.to is None) == (given.to_bucket is None):
+        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
+    if given.archive and given.at:
+        return "`restore` takes --archive NAME or --at TIME, not both"
+    if given.to == "":
+        return "--to: name a folder"
+    if any(not path.strip("/") for path in given.names[1:]):
+        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
+    try:
+        end_of_time(given.at or "2025-01-31")
+    except (ValueError, OverflowError):
+        return f"--at: {given.at!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
+    return ""
+
 
 GREETING = """\
 s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
@@ -9948,57 +9442,26 @@ exit codes:
 USAGE_COLUMNS = 22  # of a command and what follows it, in the help
 
 
-def help_text() -> str:
-    """The answer to `--help`."""
-    lines = []
-    for name, command in COMMANDS.items():
-        usage = f"{name} {command.usage}".rstrip()
-        lines += [f"  {usage}"] if len(usage) >= USAGE_COLUMNS else []
-        lines.append(f"  {usage if len(usage) < USAGE_COLUMNS else '':{USAGE_COLUMNS}}{command.about}")
-    return HELP.format(commands="\n".join(lines))
-
-
-def command_help(name: str) -> str:
-    """The answer to `COMMAND --help`."""
-    command = COMMANDS[name]
-    parser = OptionParser()
-    parser.prog, parser.usage, parser.description = name, f"{name} {command.usage}".rstrip(), command.about
-    command.declare(parser)
-    return parser.format_help()
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's meaning. Raises ConfigurationError with what is wrong."""
     name, *words = argv or ["run"]
-    command = {**COMMANDS, **HIDDEN_COMMANDS}.get(name)
-    if command is None:
+    if name not in PARSERS:
         raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
-    options: dict[str, Any] = {}
-    if name != "borg":  # whose words are for borg to judge
-        options, words = parse_options(name, command, words)
-    if not command.takes.least <= len(words) <= command.takes.most:
-        raise ConfigurationError([f"`{name}` takes {command.takes.what} (see --help)"])
-    arguments = Arguments(name, tuple(words), options)
-    if mistake := command.mistake(arguments):
-        raise ConfigurationError([mistake])
-    return arguments
-
-
-def parse_options(name: str, command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A command's options, and the other words. Raises ConfigurationError."""
-    parser = OptionParser()
-    command.declare(parser)
-    known = [word for word in parser.format_help().replace(",", " ").split() if word.startswith("--")]
-    parser.add_argument("names", nargs="*")
     try:
-        found, unknown = parser.parse_known_intermixed_args(words)
+        given, unknown = PARSERS[name].parse_known_intermixed_args([] if name == "borg" else words)
     except ValueError as error:
         raise ConfigurationError([f"`{name}`: {error} (see `{name} --help`)"]) from None
     if unknown:
-        hint = near(unknown[0].partition("=")[0], known) if known else f"`{name}` has none"
+        hint = near(unknown[0].partition("=")[0], given.known) if given.known else f"`{name}` has none"
         raise ConfigurationError([f"unknown option {unknown[0]!r}; {hint} (see `{name} --help`)"])
-    options = vars(found)
-    return options, options.pop("names")
+    if name == "borg":  # whose words are for borg to judge
+        given.names = words
+    least, most, what = given.takes
+    if not least <= len(given.names) <= most:
+        raise ConfigurationError([f"`{name}` takes {what} (see --help)"])
+    if mistake := usage_mistake(given):
+        raise ConfigurationError([mistake])
+    return given
 
 
 def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
@@ -10015,7 +9478,6 @@ def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
 
 
 def chosen_target(settings: Settings, name: str) -> Target:
-    """The target called so. Raises ConfigurationError where there is none."""
     return chosen_targets(settings, [name])[0]
 
 
@@ -10035,7 +9497,7 @@ def is_ours(argv: Sequence[str]) -> bool:
     """Whether a command line is for us. `borg` is, unless one of borg's own commands or an option follows."""
     if argv[:1] == ["borg"]:
         return len(argv) > 1 and argv[1] not in BORG_COMMANDS and not argv[1].startswith("-")
-    return not argv or argv[0].startswith("-") or argv[0] in COMMANDS or argv[0] in HIDDEN_COMMANDS
+    return not argv or argv[0].startswith("-") or argv[0] in PARSERS
 
 
 def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -10119,13 +9581,18 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
 
 def told_at_once(argv: Sequence[str]) -> str:
     """The answer to what needs no configuration: help and version; nothing where something else is asked."""
-    if argv[:1] in (["-h"], ["--help"], ["help"]):
-        return help_text()
     if argv[:1] == ["--version"]:
         return f"s3borgbackup {VERSION}\n"
     if argv and argv[0] in COMMANDS and argv[0] != "borg" and {"-h", "--help"} & set(argv):
-        return command_help(argv[0])
-    return ""
+        return COMMANDS[argv[0]].format_help()
+    if argv[:1] not in (["-h"], ["--help"], ["help"]):
+        return ""
+    lines = []
+    for parser in COMMANDS.values():
+        usage = parser.usage if len(parser.usage) < USAGE_COLUMNS else ""
+        lines += [] if usage else [f"  {parser.usage}"]
+        lines.append(f"  {usage:{USAGE_COLUMNS}}{parser.description}")
+    return HELP.format(commands="\n".join(lines))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -10148,47 +9615,34 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     stop = Stop()
     stop.install()
     reporter = Reporter(reporting, console, stop, report)
-    code = perform(
-        argv, environ, lambda needs_source: checked_settings(values, mistakes, needs_source), reporter
-    )
-    if report.command in TOLD_COMMANDS:
-        reporter.end(code)
-    return code
-
-
-def perform(
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    read_settings: Callable[[bool], Settings],
-    reporter: Reporter,
-) -> int:
-    """Does what the command line says; prints errors and returns the exit code."""
-    console, report = reporter.console, reporter.report
-    arguments = Arguments("s3borgbackup")
+    name = "s3borgbackup"
     try:
-        arguments = parse_arguments(argv)
-        command = {**COMMANDS, **HIDDEN_COMMANDS}[arguments.command]
-        if command.prints_data:
+        given = parse_arguments(argv)
+        name = given.command
+        if name in DATA_COMMANDS:
             console.leave_standard_output()
         if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
             console.plain(GREETING)
-        settings = read_settings(command.needs_source)
+        settings = checked_settings(values, mistakes, name in SOURCE_COMMANDS)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
-        if arguments.command in TOLD_COMMANDS:
+        if name in TOLD_COMMANDS:
             reporter.start()
-        return command.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
+        code = given.run(Runtime(settings, environ, console, stop, memory_mb, report), given)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
-        return error.exit_code
+        code = error.exit_code
     except BackupError as error:
-        console.error(arguments.command, str(error))
-        return error.exit_code
+        console.error(name, str(error))
+        code = error.exit_code
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
-        console.defect(arguments.command, error)
-        return EXIT_FAILURE
+        console.defect(name, error)
+        code = EXIT_FAILURE
+    if report.command in TOLD_COMMANDS:
+        reporter.end(code)
+    return code
 
 
 def secrets_in(values: Mapping[str, str]) -> list[str]:
