@@ -7536,6 +7536,7 @@ class Plan(Catalog):
     def __init__(self, path: Path) -> None:
         """Holds nothing yet."""
         super().__init__(path)
+        self._notes: deque[tuple[str, str, bytes]] = deque()
         self.prefix = ""  # what stands before the keys in the archive
         self.has_manifest = False
         with self._told():
@@ -7571,6 +7572,7 @@ class Plan(Catalog):
 
     def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Executes a statement for each of these rows."""
+        self.take_notes()
         with self._told():
             self._db.executemany(sql, rows)
 
@@ -7656,8 +7658,20 @@ class Plan(Catalog):
 
     def note(self, item: Item, fate: Fate, sent: str = "") -> None:
         """Notes what is to be done about an object, or that it is written, and with which ETag."""
-        values = fate.value, sent.strip('"'), encode_key(item.key)
-        self.execute("UPDATE items SET fate = ?, sent = ? WHERE key = ?", values)
+        self._notes.append((fate.value, sent.strip('"'), encode_key(item.key)))
+        if len(self._notes) >= CATALOG_PAGE:  # one by one, threads would wait for each other most of the time
+            self.take_notes()
+
+    def take_notes(self) -> None:
+        """Takes in what was noted."""
+        with self._told():
+            notes = [self._notes.popleft() for _ in range(len(self._notes))]
+            self._db.executemany("UPDATE items SET fate = ?, sent = ? WHERE key = ?", notes)
+
+    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows that a statement gives."""
+        self.take_notes()
+        return super().execute(sql, values)
 
 
 def first_fate(item: Item) -> Fate:
