@@ -1528,13 +1528,13 @@ class Catalog:
             self._db.executescript(CATALOG_TABLES)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, path: Path | None = None) -> Iterator[None]:
         with self._lock:
             try:
                 yield
             except sqlite3.Error as error:
                 hint = DISK_HELP if "full" in str(error) else TRY_AGAIN
-                raise CatalogError(f"the catalog {self.path}: {error}", hint) from error
+                raise CatalogError(f"the catalog {path or self.path}: {error}", hint) from error
 
     def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         """The rows that a statement gives."""
@@ -1615,15 +1615,15 @@ class Catalog:
 
     def open_last(self, path: Path) -> None:
         """Opens another one beside this, and takes over what is known of archives."""
-        with self._told():
+        with self._told(path):
             self._db.commit()
             self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
             for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
                 [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
                 if found != right:
-                    raise sqlite3.DatabaseError(f"{path} is not of this version ({pragma} {found})")
+                    raise sqlite3.DatabaseError(f"it is not of this version ({pragma} {found})")
             if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(f"{path}: {found}")
+                raise sqlite3.DatabaseError(found)
             self._db.execute(TAKE_ARCHIVES)
 
     def know_headers(self) -> None:
