@@ -521,7 +521,7 @@ def test_info_tells_what_a_repository_takes_and_what_is_known_of_it(site: Site) 
     document = json.loads(site.call("info", "first", "--json").stdout)["first"]
     sizes = {key: size for key, size in site.target.sizes().items() if not key.startswith(("lock.", ".s3"))}
     assert document["stored_bytes"] == sum(sizes.values())
-    assert document["archived_bytes"] == 2 * 810_000
+    assert 0 < document["archived_bytes"] - 2 * 810_000 < 10_000, "with the manifests"
     assert (document["archives"], document["last_archive"]["name"]) == (2, archive)
     assert document["encryption"] == "repokey-blake2"
     assert (document["key_exported"], document["last_check"], document["in_use"]) == (None, None, None)
