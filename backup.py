@@ -6343,7 +6343,7 @@ class Fed:
         self.lacks = Findings()
         self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
-        self.has_manifest = False
+        self.has_manifest, self.manifest_bytes = False, 0
         self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
         self._changed, self._is_over = threading.Condition(), False
         self._under_way: deque[Told] = deque()
@@ -6420,9 +6420,11 @@ class Fed:
                 self._note_told(number)
                 self._wait_until_done()
                 self._fetch_unread(pipe, number)
-                self._tell(pipe, number, MANIFEST, self._feeder.manifest(self._reader, self.vanished))
+                manifest = self._feeder.manifest(self._reader, self.vanished)
+                self._tell(pipe, number, MANIFEST, manifest)
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
+                self.manifest_bytes = os.path.getsize(manifest) if self.has_manifest else 0
                 for each in self._unread:
                     self.lacks.add(each.key, UNREAD)
                 pipe.write(b"\0")  # this is the end
@@ -6829,7 +6831,8 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed:
     archive = json.loads(created.output)["archive"]
     stats, name = archive["stats"], outcome.target.store.name
     outcome.archive, outcome.objects = archive["name"], stats["nfiles"] - fed.has_manifest
-    outcome.archived_bytes, outcome.stored_bytes = stats["original_size"], stats["deduplicated_size"]
+    outcome.archived_bytes = stats["original_size"] - fed.manifest_bytes
+    outcome.stored_bytes = stats["deduplicated_size"]
     runtime.console.info(
         name,
         f"archive {outcome.archive}: {count(outcome.objects, 'object')}, {size(outcome.archived_bytes)},"

@@ -906,9 +906,9 @@ def forget_cache(site: Site) -> None:
 
 
 def forget_count(site: Site) -> None:
-    """The next run finds borg's cache as a version that noted no counts has left it."""
-    (note,) = (site.folder / "cache").rglob(backup.COUNTS_NAME)
-    note.unlink()
+    """The next run finds borg's cache as a version without a catalog has left it."""
+    (catalog,) = (site.folder / "cache").rglob("*.catalog")
+    catalog.unlink()
 
 
 @pytest.mark.parametrize("forget", [None, forget_cache, forget_count])
