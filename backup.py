@@ -3609,8 +3609,6 @@ class ReadAhead:
 
 
 class Verdict(enum.Enum):
-    """What an exit code of borg means."""
-
     OK = "ok"
     WARNING = "warnings"
     FAILURE = "failed"
@@ -3799,7 +3797,6 @@ class BorgLog:
         stop: Stop,
         on_fed: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        """Nothing was read yet; `on_fed` is told what borg reports of what it is fed (FED)."""
         self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
         self.error_count = 0
         self.warnings = 0
@@ -3808,7 +3805,6 @@ class BorgLog:
         self._on_fed = on_fed
 
     def feed(self, line: str) -> None:
-        """Takes one line."""
         try:
             entry = json.loads(line)
             kind = entry["type"]
@@ -3860,7 +3856,6 @@ class BorgLog:
         show(self._name, f"borg: {text}")
 
     def report_hidden(self) -> None:
-        """Counts the warnings and errors that were not shown."""
         if self.error_count > MAX_NAMED:
             self._console.error(self._name, f"borg: {self.error_count - MAX_NAMED:,} more errors")
         if self.warnings > MAX_NAMED:
@@ -3877,8 +3872,6 @@ class BorgLog:
 
 @dataclass(frozen=True)
 class BorgResult:
-    """How a borg command went."""
-
     verdict: Verdict
     output: str
     log: BorgLog
@@ -4026,12 +4019,10 @@ class Borg:
                 child.wait(KILL_SECONDS)
 
     def _complaint(self) -> str:
-        """What TigrisFS complained about last, on whichever mount."""
         words = [f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints]
         return "; ".join(words) or "tigrisfs said nothing about it"
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
-        """The error for a failed command, in borg's own words."""
         name, path = self._target.name, self.repository
         msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
         hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
@@ -4654,19 +4645,16 @@ class Findings:
     """The objects that an archive lacks: the first ones by name, all by number."""
 
     def __init__(self) -> None:
-        """None."""
         self.count, self.unread = 0, 0
         self.named: list[tuple[str, str]] = []
         self.explains_all = True
 
     def add(self, key: str, reason: str) -> None:
-        """Takes one in."""
         if self.count < MAX_NAMED:
             self.named.append((key, reason))
         self.add_more(1, reason)
 
     def add_more(self, number: int, reason: str) -> None:
-        """Takes some in without their names."""
         self.count += number
         # Older archives may hold what this one lacks, so they must outlive reads that fail. But
         # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
@@ -5797,7 +5785,6 @@ class Outcome:
         vars(self).update(vars(fresh))
 
     def as_json(self) -> dict[str, Any]:
-        """How it went, in JSON."""
         return {
             "name": self.target.name,
             "result": self.verdict.value,
@@ -6070,7 +6057,6 @@ class Feeder:
     def __init__(
         self, runtime: Runtime, source: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
     ) -> None:
-        """It begins when the borgs do."""
         self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
         self.began = source.clock
         self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
@@ -6091,7 +6077,6 @@ class Feeder:
         self._heads = [in_background(self._ask) for _ in range(threads)]
 
     def close(self) -> None:
-        """Ends it."""
         self.ahead.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -6101,7 +6086,6 @@ class Feeder:
         return self._moved + self.ahead.moved
 
     def path(self, each: S3Object) -> str:
-        """Where the mount shows an object."""
         return f"{self.mount.path}/{each.key.rstrip('/')}"
 
     def _items(self) -> Iterator[Upcoming]:
@@ -6145,7 +6129,6 @@ class Feeder:
             self.is_unproven = True
 
     def _ask(self) -> None:
-        """The life of a thread that asks for headers."""
         try:
             while not self.ahead.is_over:
                 try:
@@ -6178,7 +6161,6 @@ class Feeder:
                 self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
-        """The version of an object whose headers these are."""
         facts: dict[str, Any] = {"headers": headers_of(answer)}
         if tags := self._tags(each.key) if int(answer.headers.get("x-amz-tagging-count") or 0) else {}:
             facts["tags"] = tags
@@ -6317,8 +6299,6 @@ class Feeder:
 
 @dataclass(frozen=True)
 class Told:
-    """An object that borg was told of."""
-
     sent: int  # how many it had been told of then
     number: int  # in the catalog
     each: S3Object
@@ -6363,7 +6343,6 @@ class Fed:
         in_background(self._feed)
 
     def close(self) -> None:
-        """borg has ended."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -6380,7 +6359,6 @@ class Fed:
         return self._moved
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Takes what borg reports (FED)."""
         number, passed = event["number"], []
         with self._changed:
             if event["type"] == "fed_status":
@@ -6406,7 +6384,6 @@ class Fed:
         self._tell_progress([entry.each for entry in passed])
 
     def _feed(self) -> None:
-        """The life of the thread that tells borg what to read."""
         try:
             with open(self._write_end, "wb", buffering=0) as pipe:
                 number = 0
@@ -6439,7 +6416,6 @@ class Fed:
     def _tell(
         self, pipe: IO[bytes], number: int, each: S3Object, path: str, is_fetched: bool = False
     ) -> None:
-        """Tells borg to read an object next."""
         with self._changed:
             self._sent += 1
             self._under_way.append(Told(self._sent, number, each, is_fetched))
@@ -6526,8 +6502,6 @@ class Fed:
 
 @dataclass(frozen=True)
 class Source:
-    """The mounted source, as the borg of one target meets it."""
-
     found: Preflight
     mount: Mount
     feeder: Feeder
@@ -6664,7 +6638,6 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
 
 
 def remind_of_key(runtime: Runtime, target: Target) -> None:
-    """Says that the key was never exported."""
     if target.encryption != "none":
         runtime.console.info(
             target.store.name,
@@ -6872,7 +6845,6 @@ def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> No
 
 
 def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    """Deletes old archives of this label."""
     target = outcome.target
     pruned = repository.borg.run(borg_prune(target, runtime.settings.label, repository.mount.path))
     outcome.add(pruned)
@@ -6883,7 +6855,6 @@ def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
 
 
 def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    """Frees the space of what was deleted."""
     target = outcome.target
     compacted = repository.borg.run(borg_compact(target, repository.mount.path))
     outcome.add(compacted)
@@ -6907,7 +6878,6 @@ def check_at_last(runtime: Runtime, outcome: Outcome, repository: Repository, do
 
 
 def overall(outcomes: Sequence[Outcome]) -> int:
-    """The run's exit code."""
     verdicts = {outcome.verdict for outcome in outcomes}
     if Verdict.FAILURE in verdicts:
         return EXIT_FAILURE
@@ -6917,7 +6887,6 @@ def overall(outcomes: Sequence[Outcome]) -> int:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table at a run's end."""
     rows = [("target", "result", "objects", "archived", "new stored", "duration", "archive")]
     rows += [
         (
@@ -7537,7 +7506,6 @@ class Plan(Catalog):
     """What an archive holds, what lies where that goes, what is to be done; its objects are the manifest."""
 
     def __init__(self, path: Path) -> None:
-        """Holds nothing yet."""
         super().__init__(path)
         self._notes: deque[tuple[str, str, bytes]] = deque()
         self.prefix = ""  # what stands before the keys in the archive
@@ -7739,7 +7707,6 @@ class Threads:
     """Threads that work side by side, on no more bytes than there is memory for; a failure ends all."""
 
     def __init__(self, memory_bytes: int) -> None:
-        """Nothing is under way yet."""
         self._pool, self._changed = ThreadPoolExecutor(RESTORE_THREADS), threading.Condition()
         self._room = self._all = memory_bytes
         self._failures: list[BaseException] = []
