@@ -3800,6 +3800,7 @@ class BorgLog:
         self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
         self.error_count = 0
         self.warnings = 0
+        self.is_warning = False  # borg's exit code tells of one: what has no id does not change that
         self.infos: list[str] = []
         self._name, self._console, self._stop = name, console, stop
         self._on_fed = on_fed
@@ -3838,6 +3839,7 @@ class BorgLog:
             self._console.debug(self._name, f"borg: {text}")  # our own client tries
         elif level == "WARNING":
             self.warnings += 1
+            self.is_warning |= bool(msgid)
             if self.warnings <= MAX_NAMED:
                 self._console.warning(self._name, f"borg: {text}")
         else:
@@ -6678,7 +6680,7 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
         words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
         note_failure(runtime, outcome, f"{words}: {feeder.doubt}")
     report_shrunk(runtime, outcome, source.mount)
-    if created.log.warnings:
+    if created.log.is_warning:
         outcome.warn()
     lost = fed.files - json.loads(created.output)["archive"]["stats"]["nfiles"]
     if lost or not fed.has_manifest:
