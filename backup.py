@@ -6157,8 +6157,10 @@ class Feeder:
         except (S3Error, CatalogError) as error:
             if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
                 return
-            self.is_unproven, self._refusals = True, self._refusals + 1
-            if self._refusals == MAX_NAMED:
+            with self._lock:  # each number is somebody's: one of them tells
+                self.is_unproven, self._refusals = True, self._refusals + 1
+                number = self._refusals
+            if number == MAX_NAMED:
                 words = "headers cannot be asked for, the archives lack those of new and changed objects"
                 self.runtime.console.warning("source", f"{words}: {error}")
 

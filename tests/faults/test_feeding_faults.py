@@ -37,8 +37,8 @@ def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
         )
         proxy.add(is_own_head, Action.REFUSE, status=403, code="AccessDenied")
         result = run_backup(environment).expect(0)
-        assert result.output.count("lack the headers of some") == 1
-        assert "(403)" in next(line for line in result.lines if "lack the headers of some" in line)
+        assert result.output.count("headers cannot be asked for") == 1
+        assert "(403)" in next(line for line in result.lines if "headers cannot be asked for" in line)
         assert newest_contents(target, tmp_path, environment) == source.contents()
         repository = Repository.download(target, tmp_path / "local")
         manifest = repository.manifest(repository.archives()[-1])
