@@ -8091,7 +8091,7 @@ class ToBucket(Restoration):
         super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}", PART_BYTES)
         self._client, self._prefix = client, client.store.key_prefix
         self._note = f"{self._prefix}{RESTORING_NAME}{runtime.run_id}"
-        self._uploads: dict[str, str] = {}  # those that are under way: their id -> the key
+        self._uploads: dict[str, tuple[str, str]] = {}  # under way: the key -> since when, and the id
         self._beats, self._over, self._writing_note = 0, threading.Event(), threading.Lock()
         self._etags_are_md5, self._dropped = (False, set[str]()) if is_dry else self._try_out()
 
@@ -8213,11 +8213,11 @@ class ToBucket(Restoration):
         self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
     ) -> None:
         """Begins an upload, and has threads send its parts and end it."""
+        since, step = utc_now(self._client), part_bytes(item.size_bytes)
+        self._write_note(key, (since, ""))
         begun = self._client.request("POST", key, [("uploads", "")], headers)
-        upload, step = xml_text(begun.body, "UploadId"), part_bytes(item.size_bytes)
-        with self.lock:
-            self._uploads[upload] = key
-        self._write_note()
+        upload = xml_text(begun.body, "UploadId")
+        self._write_note(key, (since, upload))
 
         def send(number: int, body: bytes) -> str:
             query = [("partNumber", str(number)), ("uploadId", upload)]
@@ -8245,25 +8245,26 @@ class ToBucket(Restoration):
             etag = there.get("etag", "").strip('"')
             if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
                 raise
-        with self.lock:
-            del self._uploads[upload]
-        self._write_note()
+        self._write_note(key)
         self.plan.note(item, Fate.DONE, etag)
 
-    def _write_note(self, patience: Patience = PROVEN) -> None:
-        """Says which uploads are under way."""
+    def _write_note(
+        self, key: str = "", upload: tuple[str, str] | None = None, patience: Patience = PROVEN
+    ) -> None:
+        """Says which uploads are under way; that of `key` begins, or has ended."""
         with self._writing_note:
-            with self.lock:
-                uploads = [[key, upload] for upload, key in self._uploads.items()]
+            self._uploads.pop(key, None)
+            self._uploads |= {key: upload} if upload else {}
             if not self._over.is_set():
-                self._client.with_patience(patience).put(self._note, json.dumps(uploads).encode())
+                body = json.dumps(self._uploads).encode()
+                self._client.with_patience(patience).put(self._note, body)
                 self._beats += 1
 
     def _beat(self) -> None:
         while not self._over.wait(NOTE_SECONDS):
             if self._beats:
                 with contextlib.suppress(BackupError):
-                    self._write_note(HASTY)
+                    self._write_note(patience=HASTY)
 
     def finish(self) -> list[str]:
         deadline = time.monotonic() + LISTING_SECONDS
@@ -8288,32 +8289,45 @@ class ToBucket(Restoration):
         self._over.set()
         with self._writing_note, contextlib.suppress(BackupError):
             if self._beats:
-                self._end_uploads(self._note, [(key, upload) for upload, key in self._uploads.items()])
+                soon = datetime.now(UTC) + timedelta(days=1)
+                self._end_uploads(self._note, self._uploads, soon.isoformat())
         deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
         while is_done:
             notes = list(self._client.list_objects(f"{self._prefix}{RESTORING_NAME}"))
             now = self._client.clock or datetime.now(UTC)
             for note in notes:
                 if now - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
-                    self._end_uploads(note.key, json.loads(self._client.get(note.key)))
+                    until = (note.last_modified + 2 * timedelta(seconds=NOTE_SECONDS)).isoformat()
+                    self._end_uploads(note.key, json.loads(self._client.get(note.key)), until)
             if not notes or time.monotonic() > deadline:
                 break
             self.console.progress("restore", "waiting to see whether another restore is alive")
             self.runtime.stop.wait(1)
 
-    def _end_uploads(self, note: str, uploads: Sequence[Sequence[str]]) -> None:
-        """Ends uploads, and deletes the note with them."""
+    def _end_uploads(self, note: str, uploads: Mapping[str, Sequence[str]], until: str) -> None:
+        """Ends uploads, and deletes the note with them. One whose id is not known began meanwhile."""
         client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
 
-        def end(key: str, upload: str) -> None:
-            try:
-                client.request("DELETE", key, [("uploadId", upload)])
-            except S3Error as error:
-                if error.status != 404:
-                    raise
+        def end(key: str) -> None:
+            since, ids = uploads[key][0], [uploads[key][1]]
+            if not ids[0]:
+                query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
+                root = ElementTree.fromstring(client.request("GET", query=query).body)
+                for element in root.iter():
+                    told = {each.tag.rpartition("}")[2]: each.text or "" for each in element}
+                    if urllib.parse.unquote_plus(told.get("Key", "")) == key and "UploadId" in told:
+                        begun = datetime.fromisoformat(told["Initiated"])
+                        if datetime.fromisoformat(since) <= begun <= datetime.fromisoformat(until):
+                            ids.append(told["UploadId"])
+            for upload in filter(None, ids):
+                try:
+                    client.request("DELETE", key, [("uploadId", upload)])
+                except S3Error as error:
+                    if error.status != 404:
+                        raise
 
         with ThreadPoolExecutor(RESTORE_THREADS) as pool:
-            list(pool.map(lambda pair: end(*pair), uploads))
+            list(pool.map(end, uploads))
         client.delete(note)
 
 

@@ -663,7 +663,7 @@ def test_a_bucket_gets_every_object_once(
         deleted = requests(server, site.destination)
         result = site.restore("--to-bucket", site.destination.name).expect(0)
         third = requests(server, site.destination)
-        notes = 2  # which say that an upload begins, and that it has ended
+        notes = 3  # which say that an upload begins, has begun, and has ended
         assert third["PUT"] - deleted["PUT"] == probes + 1 + 3 + notes  # one object, and three parts
         assert f"restored 2 objects, 34 MB, to {site.destination.name}" in result.output
         assert site.destination.contents() == objects
