@@ -1537,7 +1537,6 @@ class Catalog:
                 raise CatalogError(f"the catalog {path or self.path}: {error}", hint) from error
 
     def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows that a statement gives."""
         with self._told():
             return self._db.execute(sql, values).fetchall()
 
@@ -7343,8 +7342,6 @@ NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
 
 @dataclass(frozen=True)
 class Order:
-    """What a person wants to have restored."""
-
     paths: tuple[str, ...]  # keys and folders; none: everything
     archive: str  # empty: the newest one
     until: datetime | None  # not younger than that
@@ -7389,7 +7386,6 @@ def choose_archive(
 
 
 def archive_times(repository: Repository) -> dict[str, datetime]:
-    """All archives and their times, the oldest first."""
     listed = json.loads(repository.borg.run(borg_names(repository.borg.repository)).output)
     times = {
         entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
@@ -7412,8 +7408,6 @@ def archive_time(name: str, start: datetime) -> datetime:
 
 
 class Fate(enum.Enum):
-    """What is to be done about an object, or was."""
-
     UNKNOWN = "unknown"  # its content has to be compared
     WRITE = "write"
     KEEP = "there"  # as it is to be
@@ -7541,12 +7535,10 @@ class Plan(Catalog):
         self.arrange(source)
 
     def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
-        """Takes in the archive's list."""
         rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
         self.insert("entries", rows)
 
     def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Executes a statement for each of these rows."""
         self.take_notes()
         with self._told():
             self._db.executemany(sql, rows)
@@ -7623,7 +7615,6 @@ class Plan(Catalog):
                 yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
 
     def sums(self, where: str) -> tuple[int, int]:
-        """The number of the objects for which `where` holds, and of their bytes."""
         return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM items WHERE {where}")[0]
 
     def summary(self, where: str) -> str:
@@ -7638,13 +7629,11 @@ class Plan(Catalog):
             self.take_notes()
 
     def take_notes(self) -> None:
-        """Takes in what was noted."""
         with self._told():
             notes = [self._notes.popleft() for _ in range(len(self._notes))]
             self._db.executemany("UPDATE items SET fate = ?, sent = ? WHERE key = ?", notes)
 
     def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows that a statement gives."""
         self.take_notes()
         return super().execute(sql, values)
 
@@ -7717,7 +7706,6 @@ class Threads:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is under way."""
         return self._room < self._all
 
     def start(self, size_bytes: int, work: Callable[[], Result]) -> concurrent.futures.Future[Result | None]:
@@ -7810,12 +7798,10 @@ class Restoration:
             self.console.warning("restore", text)
 
     def leave_out(self, item: Item, reason: str) -> None:
-        """Notes and tells that an object cannot be restored."""
         self.plan.note(item, Fate.LEFT_OUT)
         self.warn(f"{item.key!r} could not be restored: {reason}")
 
     def add(self, objects: int, more_bytes: int) -> None:
-        """Notes and shows what is done."""
         with self.lock:
             self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
             done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
@@ -7965,7 +7951,6 @@ class ToFolder(Restoration):
     is_patient = False
 
     def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
-        """Nothing was looked at yet."""
         super().__init__(runtime, plan, str(root), 256 * 1024)
         self._root, self._folders = root, set[str]()
 
@@ -8521,13 +8506,11 @@ class Verification:
         return Verdict.WARNING if doubts else Verdict.OK
 
     def as_json(self) -> str:
-        """For programs."""
         fields = {name: value_for_json(value) for name, value in vars(self).items()}
         sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
         return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
 
     def as_text(self) -> str:
-        """For people."""
         as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
         since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
         rows = [
@@ -8643,8 +8626,6 @@ OTHER_NOW = frozenset({404, 416, 200, 206})
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """An object of a sample."""
-
     number: int
     key: str
     path: str  # in the archive
