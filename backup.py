@@ -8184,10 +8184,10 @@ class ToBucket(Restoration):
     def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
         """Writes one object; a large one is there when `threads` have ended. Raises S3Error."""
         key, headers = self._prefix + item.key, self._headers_for(item, metadata)
+        if item.size_bytes > PART_BYTES:
+            self._upload(item, key, headers, stream, threads)
+            return
         try:
-            if item.size_bytes > PART_BYTES:
-                self._upload(item, key, headers, stream, threads)
-                return
             answer = self._client.put(key, stream.read(), headers)
             self.add(0, item.size_bytes)
             self.plan.note(item, Fate.DONE, answer.headers.get("etag", ""))
@@ -8200,7 +8200,12 @@ class ToBucket(Restoration):
         """Begins an upload, and has threads send its parts and end it."""
         since, step = utc_now(self._client), part_bytes(item.size_bytes)
         self._write_note(key, (since, ""))
-        begun = self._client.request("POST", key, [("uploads", "")], headers)
+        try:
+            begun = self._client.request("POST", key, [("uploads", "")], headers)
+        except S3Error as error:
+            self._leave_out(item, error)
+            self._write_note(key)
+            return
         upload = xml_text(begun.body, "UploadId")
         self._write_note(key, (since, upload))
 

@@ -458,7 +458,8 @@ def test_list_shows_name_time_objects_and_size_of_every_archive(site: Site) -> N
     rows = [line.split() for line in result.stdout.splitlines()]
     assert rows[0] == ["target", "archive", "time", "objects", "size"]
     assert [row[:2] for row in rows[1:]] == [["first", first], ["first", second]]
-    assert [(row[-3], row[-1]) for row in rows[1:]] == [("10", "kB"), ("11", "kB")]
+    zone = f"{datetime.now().astimezone():%z}"
+    assert [(*row[4:6], row[-1]) for row in rows[1:]] == [(zone, "10", "kB"), (zone, "11", "kB")]
     assert all(row[1].endswith("T".join(row[2:4])) or row[3] for row in rows[1:])
     in_new_york = {**site.environment, "TZ": "America/New_York"}
     document = json.loads(site.call("list", "target-first", "--json", environment=in_new_york).stdout)
