@@ -7550,14 +7550,13 @@ class Plan(Catalog):
         there is none, as in what somebody archived by hand, the paths are the keys.
         """
         own = encode_key(OWN_FOLDER), encode_key(OWN_FOLDER[:-1] + "0")
-        has_manifest = bool(self.execute("SELECT 1 FROM objects LIMIT 1"))
-        others = "path < ? OR path >= ?" if has_manifest else "? != ?"
+        others = "path < ? OR path >= ?" if self.has_manifest else "? != ?"
         first = self.execute(f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1", own)
         guesses, name = [str(source).lstrip("/")], f"/{source.name}"
         for path, kind in first:
             if kind == "d" and decode_key(path).endswith(name):
                 guesses.insert(0, decode_key(path))
-            elif has_manifest and f"{name}/" in decode_key(path):
+            elif self.has_manifest and f"{name}/" in decode_key(path):
                 guesses.append(decode_key(path).partition(f"{name}/")[0] + name)
         low, high = b"", b"\xff" * 5
         for guess in guesses:
@@ -8007,6 +8006,9 @@ class ToFolder(Restoration):
     def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
         """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
         path = f"{self._root}/{item.key}"
+        for name, text in (item.facts or {}).get("headers", {}).items():
+            if name.startswith(USER_METADATA):
+                metadata = {**metadata, name.removeprefix(USER_METADATA): text}
         try:
             folder = os.path.dirname(path)
             if folder not in self._folders:

@@ -658,7 +658,8 @@ def test_a_bucket_gets_every_object_once(
         second = requests(server, site.destination)
         probes = 2  # of preflight
         assert second["PUT"] - first["PUT"] == probes
-        assert second["GET"] - first["GET"] < 10  # ETags tell
+        # ETags tell; what SeaweedFS counts as GET is a HEAD for the headers of each.
+        assert second["GET"] - first["GET"] < len(objects) + 10
         site.destination.delete("plain.txt", "large")
         deleted = requests(server, site.destination)
         result = site.restore("--to-bucket", site.destination.name).expect(0)
