@@ -19,6 +19,7 @@ The sections of this file, each using only those above it:
     Errors          what a user is told: what happened, and what to do about it
     Configuration   environment variables -> Settings, or all the mistakes in them
     S3              request signing (pure), and a thin client for control requests, never for bulk data
+    Catalog         the objects of a source, an archive or a bucket, in an SQLite file
     Lease           the right to write to a repository: an object renewed under S3's conditions
     Processes       console, stop signals, the one place that starts child processes, deadlines, progress
     Mounts          TigrisFS: memory, command line, log, mounting, unmounting
@@ -30,8 +31,8 @@ The sections of this file, each using only those above it:
     Check           whether a repository is sound: `borg check` in slices, and what was checked when
     Backup          one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
-    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Restore         an archive, or a part of it, into a folder or a bucket
+    Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Manual mode     mounts that outlive the command that made them
     Command line    the commands, `main`
 """
@@ -39,15 +40,14 @@ The sections of this file, each using only those above it:
 from __future__ import annotations
 
 import argparse
-import array
 import base64
-import bisect
 import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import dataclasses
 import difflib
+import email.header
 import email.utils
 import enum
 import errno
@@ -55,7 +55,6 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
-import heapq
 import hmac
 import http.client
 import io
@@ -63,6 +62,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -70,8 +70,10 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -82,14 +84,13 @@ import time
 import traceback
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor  # its import, which notes what forks do, must not be late
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NoReturn, Protocol, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 # ------------------------------------------------------------------------------------------------ Constants
 
@@ -112,6 +113,7 @@ CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal come
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
+LEFTOVER_SECONDS = 86400  # after which what a run has left in /cache is nobody's
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
 KILL_SECONDS = 3  # for a killed process to be gone: longer only while it hangs in a system call
 TELL_SECONDS = 20  # for all that is told of a run at its end, with all tries: it must not hold the next one
@@ -127,7 +129,7 @@ SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such 
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
-# TigrisFS: a memory limit needs read-ahead sizes that fit it (`read_ahead_flags`).
+# TigrisFS: a memory limit needs read-ahead sizes that fit it (`memory_flags`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
 LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
@@ -160,17 +162,12 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
-SORTED_AT_ONCE = 10_000  # entries of a folder
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
 
 # Restoring.
-RESTORE_THREADS = 32  # that write small objects at the same time
-RESTORE_UPLOADS = 32  # requests of TigrisFS at the same time
-SMALL_BYTES = (
-    256 * 1024
-)  # what is written by one of the threads; larger objects as they come out of the archive
+RESTORE_THREADS = 32  # that write at the same time
 WAITING_OBJECTS = 96  # small objects that may wait for a thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -184,6 +181,7 @@ EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits
 
 
 TRY_AGAIN = "Run it again; LOG_LEVEL=debug tells more."
+DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 TRY_LATER = "The server is in trouble: run it again later."
 
 
@@ -193,13 +191,11 @@ class BackupError(Exception):
     exit_code = EXIT_FAILURE
 
     def __init__(self, message: str, hint: str = "") -> None:
-        """Takes one line that says what happened, and one that says what to do next."""
         super().__init__(message)
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        """The error as one line."""
         line = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
         return " ".join(line.split())
 
@@ -210,7 +206,6 @@ class ConfigurationError(BackupError):
     exit_code = EXIT_CONFIGURATION
 
     def __init__(self, mistakes: Sequence[str]) -> None:
-        """Takes one line for each mistake."""
         super().__init__("; ".join(mistakes))
         self.mistakes = tuple(mistakes)
 
@@ -222,10 +217,9 @@ class StillRunning(BackupError):
 
 
 class S3Error(BackupError):
-    """An answer of the S3 server that is not success, or no answer; `code` is S3's own."""
+    """An answer of the S3 server that is not success, or no answer (`status` 0); `code` is S3's own."""
 
     def __init__(self, message: str, hint: str, status: int, code: str) -> None:
-        """Takes the HTTP status (0 where there was no answer) and S3's error code beside the message."""
         super().__init__(message, hint)
         self.status = status
         self.code = code
@@ -243,7 +237,6 @@ class Stopped(BackupError):
     """A stop signal came."""
 
     def __init__(self, signum: int) -> None:
-        """Takes the signal's number; the exit code is 128 more, as shells have it."""
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
 
@@ -264,60 +257,12 @@ DEFAULT_COMPRESSION = "auto,zstd,22"
 DEFAULT_LABEL = "backup"
 DEFAULT_COMPACT_PERCENT = 10  # borg's own
 DEFAULT_LEASE_SECONDS = 60
-DEFAULT_STALL_SECONDS = 900
-DEFAULT_READ_AHEAD_THREADS = 32
-DEFAULT_PARALLEL_TARGETS = 4
-DEFAULT_SHRINK_PERCENT = 50
 
 LEASE_SECONDS = range(10, 3601)
-WAIT_SECONDS = range(7 * 86400 + 1)
-STALL_SECONDS = range(5, 86401)
 # Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
 MEMORY_MB = range(256, 1_000_001)
-READ_AHEAD_THREADS = range(257)
-PARALLEL_TARGETS = range(1, 65)
-SHRINK_PERCENT = range(100)
-NOTIFY_ON = ("failure", "warning", "always")
-ABOUT = {
-    "READ_AHEAD_THREADS": "; 0 turns reading ahead off",
-    "SHRINK_WARNING": " (percent); 0 turns the warning off",
-    "MEMORY_LIMIT_MB": "; TigrisFS and borg are not safe with less",
-    "LEASE_TTL": " (seconds)",
-    "LEASE_WAIT": " (seconds)",
-    "STALL_TIMEOUT": " (seconds)",
-}
-Number = TypeVar("Number", int, None)
 
-VARIABLES = (
-    "BACKUP_LABEL",
-    "SOURCE_ENDPOINT",
-    "SOURCE_PATH",
-    "SOURCE_ACCESS_KEY_ID",
-    "SOURCE_SECRET_ACCESS_KEY",
-    "SOURCE_REGION",
-    "TARGETS",
-    "TARGET_SECRETS",
-    "DATA_DIR",
-    "LOG_LEVEL",
-    "LEASE_TTL",
-    "LEASE_WAIT",
-    "STALL_TIMEOUT",
-    "AUDIT",
-    "MEMORY_LIMIT_MB",
-    "READ_AHEAD_THREADS",
-    "PARALLEL_TARGETS",
-    "SOURCE_METADATA",
-    "SHRINK_WARNING",
-    "HEALTHCHECK_URL",
-    "NOTIFY_URL",
-    "NOTIFY_ON",
-    "METRICS_FILE",
-    "LOG_FORMAT",
-    "RESTORE_ENDPOINT",
-    "RESTORE_ACCESS_KEY_ID",
-    "RESTORE_SECRET_ACCESS_KEY",
-    "RESTORE_REGION",
-)
+STORE_KEYS = ("endpoint", "path", "access_key_id", "secret_access_key", "region")
 TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
 
@@ -346,13 +291,7 @@ class Store:
 
     @property
     def key_prefix(self) -> str:
-        """What every key of this store begins with."""
         return f"{self.prefix}/" if self.prefix else ""
-
-    @property
-    def mount_flags(self) -> tuple[str, ...]:
-        """Further flags for TigrisFS."""
-        return ()
 
     def setting(self, key: str) -> str:
         """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
@@ -378,16 +317,9 @@ class Destination(Store):
 
     @property
     def name(self) -> str:
-        """What it is called in output."""
         return "destination"
 
-    @property
-    def mount_flags(self) -> tuple[str, ...]:
-        """No object for a folder, as what is restored had none."""
-        return ("--no-dir-object", "--max-flushers", str(RESTORE_UPLOADS))
-
     def setting(self, key: str) -> str:
-        """Where a user finds a setting."""
         if key == "path":
             return "--to-bucket"
         name = key.upper()
@@ -436,13 +368,13 @@ class Settings:
     memory_limit_mb: int | None  # None: what the container has
     read_ahead_threads: int  # 0: borg reads alone
     parallel_targets: int  # at most; fewer where memory is short
-    source_metadata: bool  # whether objects' user metadata is archived
+    source_metadata: bool  # asked for once, and not needed any more
+    headers: bool  # whether objects' headers and tags are archived
     shrink_percent: int  # an archive that lost more of its objects than this is suspicious; 0: none is
     destination: Destination  # how to reach the bucket that is restored into
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The source and all targets' stores."""
         return (self.source, *(target.store for target in self.targets))
 
     def require_source(self) -> None:
@@ -455,24 +387,116 @@ class Settings:
         return self.data_dir / store.name
 
 
-def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
-    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
+# A parser returns what a text means, or raises ValueError, which says what to write instead.
 
-    That the source's settings are missing is no mistake unless it is needed.
-    """
-    settings = parse_settings(values, mistakes)
-    if needs_source:
-        mistakes[:0] = missing_settings(settings.source)
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return settings
+
+def whole_number(allowed: range, about: str = "") -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
+            return int(text)
+        raise ValueError(f"write a whole number from {allowed[0]} to {allowed[-1]}{about}")
+
+    return parse
+
+
+def one_of(**meanings: Any) -> Callable[[str], Any]:
+    """A parser of these words, in any case, that returns what they mean."""
+
+    def parse(text: str) -> Any:
+        if text.lower() not in meanings:
+            raise ValueError(f"write {' or '.join(meanings)}")
+        return meanings[text.lower()]
+
+    return parse
+
+
+def parse_label(label: str) -> str:
+    """A prefix of archive names."""
+    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
+        raise ValueError(
+            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
+        )
+    if re.search(r"-[0-9]{4}(-|$)", label):
+        raise ValueError(
+            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
+            " leave out the dash before the four digits"
+        )
+    return label
+
+
+def parse_data_dir(text: str) -> Path:
+    if not text.startswith("/") or re.search(r"[{}]|::", text):
+        raise ValueError("write an absolute path without braces, such as /data")
+    return Path(text)
+
+
+def parse_metrics_file(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("write an absolute path, such as /metrics/s3borgbackup.prom")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """An http(s) URL. A mistake does not quote it: it is a secret as a whole."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        (url.hostname or "").encode("idna")
+    except ValueError:
+        usable = False
+    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
+        return text
+    raise ValueError("is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
+
+
+NOTIFY_ON = ("failure", "warning", "always")
+ON_OR_OFF = one_of(on=True, off=False)
+
+# A variable's field in Settings, its parser, and its default. What is not here is a store's.
+SETTINGS = {
+    "BACKUP_LABEL": ("label", parse_label, DEFAULT_LABEL),
+    "LOG_LEVEL": ("debug", one_of(info=False, debug=True), False),
+    "DATA_DIR": ("data_dir", parse_data_dir, Path(DEFAULT_DATA_DIR)),
+    "LEASE_TTL": ("lease_ttl_seconds", whole_number(LEASE_SECONDS, " (seconds)"), DEFAULT_LEASE_SECONDS),
+    "LEASE_WAIT": ("lease_wait_seconds", whole_number(range(7 * 86400 + 1), " (seconds)"), None),
+    "STALL_TIMEOUT": ("stall_seconds", whole_number(range(5, 86401), " (seconds)"), 900),
+    "AUDIT": ("audit", ON_OR_OFF, True),
+    "MEMORY_LIMIT_MB": (
+        "memory_limit_mb",
+        whole_number(MEMORY_MB, "; TigrisFS and borg are not safe with less"),
+        None,
+    ),
+    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(range(257), "; 0 turns reading ahead off"), 32),
+    "PARALLEL_TARGETS": ("parallel_targets", whole_number(range(1, 65)), 4),
+    "SOURCE_METADATA": ("source_metadata", one_of(false=False, true=True), False),
+    "HEADERS": ("headers", ON_OR_OFF, True),
+    "SHRINK_WARNING": ("shrink_percent", whole_number(range(100), " (percent); 0 turns the warning off"), 50),
+}
+# The same for Reporting.
+REPORTING = {
+    "METRICS_FILE": ("metrics_file", parse_metrics_file, ""),
+    "LOG_FORMAT": ("as_json", one_of(text=False, json=True), False),
+    "HEALTHCHECK_URL": ("healthcheck_url", parse_url, ""),
+    "NOTIFY_URL": ("notify_url", parse_url, ""),
+    "NOTIFY_ON": ("notify_on", one_of(**{word: word for word in NOTIFY_ON}), NOTIFY_ON[0]),
+}
+VARIABLES = (
+    *(*SETTINGS, *REPORTING, "TARGETS", "TARGET_SECRETS"),
+    *(f"SOURCE_{key.upper()}" for key in STORE_KEYS),
+    *(f"RESTORE_{key.upper()}" for key in STORE_KEYS if key != "path"),
+)
+# Stands for a value whose file could not be read: that is reported once, and not again as missing.
+UNREADABLE = "\0"
+NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+
+
+def is_plain(text: str) -> bool:
+    """Whether a program can be given this text at all."""
+    return not re.search(r"[\x00\ud800-\udfff]", text)
 
 
 def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
-    """The values of our variables, each from NAME or from the file that NAME_FILE names.
-
-    Empty ones count as unset.
-    """
+    """Our variables' values, each from NAME or from the file that NAME_FILE names; empty ones are unset."""
     values = {}
     for name in VARIABLES:
         value, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
@@ -493,166 +517,81 @@ def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str,
     return values
 
 
-# Stands for a value whose file could not be read: that is reported once, and not again as missing.
-UNREADABLE = "\0"
-NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
+def parse_fields(
+    table: Mapping[str, tuple[str, Callable[[str], Any], Any]],
+    values: Mapping[str, str],
+    place: Callable[[str], str],
+    mistakes: list[str],
+) -> dict[str, Any]:
+    """A value for each field in such a table as SETTINGS; `place` is where a user finds what gives it.
 
-
-def is_plain(text: str) -> bool:
-    """Whether a program can be given this text at all."""
-    return not re.search(r"[\x00\ud800-\udfff]", text)
-
-
-def parse_settings(values: Mapping[str, str], mistakes: list[str]) -> Settings:
-    """Settings from plain values.
-
-    What is wrong is appended to `mistakes`, and then the result means nothing.
+    What is wrong is appended to `mistakes`, and counts as not given.
     """
-    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
-    mistakes += [f"BACKUP_LABEL: {mistake}" for mistake in label_mistakes(label)]
-    level = parse_choice(values, "LOG_LEVEL", ("info", "debug"), mistakes)
-    parse_reporting(values, mistakes)
-    data_dir = values.get("DATA_DIR", DEFAULT_DATA_DIR)
-    if not data_dir.startswith("/") or re.search(r"[{}]|::", data_dir):
-        mistakes.append("DATA_DIR: write an absolute path without braces, such as /data")
-    source = parse_store(
-        None, {key.lower(): values.get(f"SOURCE_{key}", "") for key in STORE_SUFFIXES}, mistakes
-    )
-    targets = parse_targets(values, mistakes)
-    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-    return Settings(
-        label,
-        source,
-        targets,
-        Path(data_dir),
-        level == "debug",
-        parse_number(values, "LEASE_TTL", DEFAULT_LEASE_SECONDS, LEASE_SECONDS, mistakes),
-        parse_number(values, "LEASE_WAIT", None, WAIT_SECONDS, mistakes),
-        parse_number(values, "STALL_TIMEOUT", DEFAULT_STALL_SECONDS, STALL_SECONDS, mistakes),
-        parse_choice(values, "AUDIT", ("on", "off"), mistakes) == "on",
-        parse_number(values, "MEMORY_LIMIT_MB", None, MEMORY_MB, mistakes),
-        parse_number(values, "READ_AHEAD_THREADS", DEFAULT_READ_AHEAD_THREADS, READ_AHEAD_THREADS, mistakes),
-        parse_number(values, "PARALLEL_TARGETS", DEFAULT_PARALLEL_TARGETS, PARALLEL_TARGETS, mistakes),
-        parse_choice(values, "SOURCE_METADATA", ("false", "true"), mistakes) == "true",
-        parse_number(values, "SHRINK_WARNING", DEFAULT_SHRINK_PERCENT, SHRINK_PERCENT, mistakes),
-        parse_destination(values, mistakes),
-    )
+    fields = {}
+    for name, (field_name, parse, default) in table.items():
+        fields[field_name] = default
+        if values.get(name, UNREADABLE) != UNREADABLE:
+            try:
+                fields[field_name] = parse(values[name])
+            except ValueError as error:
+                mistakes.append(f"{place(name)}: {error}")
+    return fields
 
 
 def parse_reporting(values: Mapping[str, str], mistakes: list[str]) -> Reporting:
     """Who is to be told of a run. What is wrong counts as not given: the others must still hear of it."""
-    metrics_file = values.get("METRICS_FILE", "")
-    if metrics_file and not metrics_file.startswith("/"):
-        metrics_file = ""
-        if values["METRICS_FILE"] != UNREADABLE:
-            mistakes.append("METRICS_FILE: write an absolute path, such as /metrics/s3borgbackup.prom")
-    return Reporting(
-        parse_choice(values, "LOG_FORMAT", ("text", "json"), mistakes) == "json",
-        parse_url(values, "HEALTHCHECK_URL", mistakes),
-        parse_url(values, "NOTIFY_URL", mistakes),
-        parse_choice(values, "NOTIFY_ON", NOTIFY_ON, mistakes),
-        metrics_file,
-    )
+    return Reporting(**parse_fields(REPORTING, values, str, mistakes))
 
 
-def parse_url(values: Mapping[str, str], name: str, mistakes: list[str]) -> str:
-    """An http(s) URL, empty where there is none. A mistake does not quote it: it is a secret as a whole."""
-    text = values.get(name, "")
-    if not text or text == UNREADABLE:
-        return ""
-    try:
-        url = urllib.parse.urlsplit(text)
-        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        (url.hostname or "").encode("idna")
-    except ValueError:
-        usable = False
-    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
-        return text
-    mistakes.append(f"{name}: is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
-    return ""
+def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
+    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
 
-
-def parse_choice(values: Mapping[str, str], name: str, choices: Sequence[str], mistakes: list[str]) -> str:
-    """One of `choices`, of which the first is the default."""
-    value = values.get(name, choices[0]).lower()
-    if value not in choices and value != UNREADABLE:
-        mistakes.append(f"{name}: write {' or '.join(choices)}")
-    return value
-
-
-def parse_number(
-    values: Mapping[str, str], name: str, default: Number, allowed: range, mistakes: list[str]
-) -> int | Number:
-    """A whole number out of `allowed`."""
-    text = values.get(name)
-    if text is None or text == UNREADABLE:
-        return default
-    if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
-        return int(text)
-    mistakes.append(f"{name}: write a whole number from {allowed[0]} to {allowed[-1]}{ABOUT.get(name, '')}")
-    return default
-
-
-STORE_SUFFIXES = ("ENDPOINT", "PATH", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION")
-
-
-def label_mistakes(label: str) -> list[str]:
-    """What is wrong with an archive name prefix."""
-    mistakes = []
-    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
-        mistakes.append(
-            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
-        )
-    elif re.search(r"-[0-9]{4}(-|$)", label):
-        mistakes.append(
-            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
-            " leave out the dash before the four digits"
-        )
-    return mistakes
+    That the source's settings are missing is no mistake unless it is needed.
+    """
+    fields = parse_fields(SETTINGS, values, str, mistakes)
+    parse_reporting(values, mistakes)
+    source = parse_store(None, {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}, mistakes)
+    targets = parse_targets(values, mistakes)
+    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
+    destination = parse_destination(values, mistakes)
+    if needs_source:
+        mistakes[:0] = missing_settings(source)
+    if mistakes:
+        raise ConfigurationError(mistakes)
+    return Settings(source=source, targets=targets, destination=destination, **fields)
 
 
 def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
     """A store from its settings by their lower-case names."""
-    bare = Store(target, "", "", "", "", "")
-    endpoint = given.get("endpoint", "")
-    if endpoint and endpoint != UNREADABLE:
-        mistakes += [f"{bare.setting('endpoint')}: {mistake}" for mistake in endpoint_mistakes(endpoint)]
     bucket, _, prefix = given.get("path", "").partition(":")
-    if bucket != UNREADABLE and given.get("path"):
-        mistakes += [f"{bare.setting('path')}: {mistake}" for mistake in path_mistakes(bucket, prefix)]
-    for key in HEADER_PARTS:
-        mistakes += header_mistakes(bare.setting(key), key, given.get(key, ""))
-    return Store(
+    store = Store(
         target,
-        endpoint.rstrip("/"),
+        given.get("endpoint", "").rstrip("/"),
         bucket,
         prefix.strip("/"),
         given.get("access_key_id", ""),
         given.get("secret_access_key", ""),
         given.get("region") or None,
     )
+    mistakes += store_mistakes(given, store.setting)
+    return store
 
 
 def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destination:
     """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
-    given, own = {}, set()
-    for suffix in STORE_SUFFIXES:
-        if value := values.get(f"RESTORE_{suffix}"):
-            own.add(suffix.lower())
-        given[suffix.lower()] = value or values.get(f"SOURCE_{suffix}", "")
-    if len(own & {"access_key_id", "secret_access_key"}) == 1:
+    shared = {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}
+    own = {key: values[name] for key in STORE_KEYS if (name := f"RESTORE_{key.upper()}") in values}
+    if len(own.keys() & {"access_key_id", "secret_access_key"}) == 1:
         mistakes.append(
             "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY: one is missing; write both, or neither"
         )
-    if "endpoint" in own and given["endpoint"] != UNREADABLE:
-        mistakes += [f"RESTORE_ENDPOINT: {mistake}" for mistake in endpoint_mistakes(given["endpoint"])]
-    for key in own.intersection(HEADER_PARTS):
-        mistakes += header_mistakes(f"RESTORE_{key.upper()}", key, given[key])
+    mistakes += store_mistakes(own, lambda key: f"RESTORE_{key.upper()}")
+    given = {**shared, **own}
     region = given["region"] if "region" in own or "endpoint" not in own else ""
     keys = given["access_key_id"], given["secret_access_key"]
-    missing = {name for name, value in given.items() if not value}
+    missing = {key for key, value in given.items() if not value}
     return Destination(
-        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own | missing)
+        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own.keys() | missing)
     )
 
 
@@ -676,16 +615,6 @@ HEADER_PARTS = {
     "secret_access_key": re.compile(r"[!-~]([ -~]*[!-~])?"),
     "region": re.compile(r"[!-~]+"),
 }
-
-
-def header_mistakes(setting: str, key: str, value: str) -> list[str]:
-    """What is wrong with a key or a region, which is not quoted."""
-    if value in ("", UNREADABLE) or HEADER_PARTS[key].fullmatch(value):
-        return []
-    reason = "has a blank or a line end around it, or a character in it that is not printable ASCII"
-    return [f"{setting}: {reason}; write it without (`printf %s`, where `echo` would add a line end)"]
-
-
 STORE_HELP = {
     "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
     "path": "write <bucket> or <bucket>:<prefix>",
@@ -694,43 +623,52 @@ STORE_HELP = {
 }
 
 
-def endpoint_mistakes(endpoint: str) -> list[str]:
-    """What is wrong with an endpoint URL."""
+def store_mistakes(given: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
+    """What is wrong with what is given of a store's settings; keys and regions are not quoted."""
+    mistakes = {}
+    for key, text in given.items():
+        if text in ("", UNREADABLE):
+            continue
+        if key == "endpoint":
+            mistakes[key] = endpoint_mistake(text)
+        elif key == "path":
+            mistakes[key] = path_mistake(text)
+        elif key in HEADER_PARTS and not HEADER_PARTS[key].fullmatch(text):
+            mistakes[key] = (
+                "has a blank or a line end around it, or a character in it that is not printable ASCII;"
+                " write it without (`printf %s`, where `echo` would add a line end)"
+            )
+    return [f"{place(key)}: {mistake}" for key, mistake in mistakes.items() if mistake]
+
+
+def endpoint_mistake(endpoint: str) -> str:
     if re.match(r"(?i)https?://[0-9a-f]*:[0-9a-f]*:", endpoint):
-        return ["an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"]
+        return "an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"
     try:
         url = urllib.parse.urlsplit(endpoint)
         port_is_wrong = url.port == 0
         (url.hostname or "").encode("idna")
     except ValueError as error:
-        return [f"is not a URL ({error}); {STORE_HELP['endpoint']}"]
-    if (
-        url.scheme not in ("http", "https")
-        or not url.hostname
-        or port_is_wrong
-        or re.search(r"[^!-~]|\\", endpoint)
-    ):
-        return [f"is not an http(s) URL; {STORE_HELP['endpoint']}"]
+        return f"is not a URL ({error}); {STORE_HELP['endpoint']}"
+    is_http = url.scheme in ("http", "https") and url.hostname and not port_is_wrong
+    if not is_http or re.search(r"[^!-~]|\\", endpoint):
+        return f"is not an http(s) URL; {STORE_HELP['endpoint']}"
     if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
-        return [
+        return (
             "must be scheme, host and port only; the bucket goes into the path, keys into their own settings"
-        ]
-    return []
+        )
+    return ""
 
 
-def path_mistakes(bucket: str, prefix: str) -> list[str]:
-    """What is wrong with the two parts of `<bucket>:<prefix>`."""
+def path_mistake(path: str) -> str:
+    bucket, _, prefix = path.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
-        return [f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"]
+        return f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"
     parts = prefix.strip("/").split("/")
     if prefix.strip("/") and any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        return [
-            "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
-        ]
-    if re.search(r"[\x00-\x1f\x7f]", prefix):
-        return ["the prefix holds a control character"]
-    return []
+        return "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
+    return "the prefix holds a control character" if re.search(r"[\x00-\x1f\x7f]", prefix) else ""
 
 
 def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Target, ...]:
@@ -745,7 +683,12 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
         )
     targets = []
     for name, given in settings.items():
-        mistakes += [f"TARGETS {json.dumps(name)}: {mistake}" for mistake in name_mistakes(name)]
+        wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
+        if wrong or len(name.encode()) > MAX_NAME_BYTES:
+            mistakes.append(
+                f"TARGETS {json.dumps(name)}: this name cannot be a mount point;"
+                " use letters, digits, '.', '_' and '-'"
+            )
         if name in secret_values:
             targets.append(parse_target(name, given, secret_values[name], mistakes))
         else:
@@ -754,14 +697,6 @@ def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Targe
                 f" write an object with {', '.join(SECRET_KEYS)}"
             )
     return tuple(targets)
-
-
-def name_mistakes(name: str) -> list[str]:
-    """What is wrong with a target's name, which becomes part of its mount point."""
-    wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
-    if wrong or len(name.encode()) > MAX_NAME_BYTES:
-        return ["this name cannot be a mount point; use letters, digits, '.', '_' and '-'"]
-    return []
 
 
 def parse_json(
@@ -794,13 +729,9 @@ def parse_json(
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members.
-
-    Raises ValueError where one is there twice, as the first would silently be lost.
-    """
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    """A JSON object's members. Raises ValueError where one is there twice: the first would be lost."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
             raise ValueError(f"{json.dumps(name)} is there twice; keep one")
     return dict(pairs)
 
@@ -825,8 +756,7 @@ def near(word: str, words: Iterable[str]) -> str:
 def parse_target(
     name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
 ) -> Target:
-    """One target from its two JSON objects."""
-    store = Store(name, "", "", "", "", "")
+    place = Store(name, "", "", "", "", "").setting
     texts = {}
     for key, value in {**given, **secret}.items():
         if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
@@ -834,36 +764,34 @@ def parse_target(
         if isinstance(value, str) and is_plain(value):
             texts[key] = value
         elif value is not None:
-            mistake = NOT_PLAIN if isinstance(value, str) else "write a JSON string"
-            mistakes.append(f"{store.setting(key)}: {mistake}")
+            mistakes.append(f"{place(key)}: {NOT_PLAIN if isinstance(value, str) else 'write a JSON string'}")
             texts[key] = UNREADABLE
-    encryption = texts.get("encryption", DEFAULT_ENCRYPTION)
-    if encryption not in ENCRYPTION_MODES:
-        mistakes.append(f"{store.setting('encryption')}: unknown mode; {near(encryption, ENCRYPTION_MODES)}")
-    compression = texts.get("compression", DEFAULT_COMPRESSION)
-    if mistake := compression_mistake(compression):
-        mistakes.append(f"{store.setting('compression')}: {mistake}")
+    fields = parse_fields(TARGET_TEXTS, texts, place, mistakes)
     passphrase = texts.get("borg_passphrase", "")
-    if mistake := passphrase_mistake(passphrase, encryption):
-        mistakes.append(f"{store.setting('borg_passphrase')}: {mistake}")
-    prune = parse_prune(store.setting("prune"), texts.get("prune", ""), mistakes)
-    compact = parse_compact(store.setting("compact"), given.get("compact", True), mistakes)
-    check = parse_check(store.setting("check"), texts.get("check", ""), mistakes)
+    if fields["encryption"] == "none":
+        pass  # it has no use for one
+    elif not passphrase:
+        words = "is missing; `openssl rand -base64 48` makes a good one (one line)"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    elif passphrase.endswith("\n") or "\r" in passphrase:
+        words = "holds a line end, which borg would not take as part of it; remove it"
+        mistakes.append(f"{place('borg_passphrase')}: {words}")
+    compact = given.get("compact", True)
+    if isinstance(compact, bool):
+        compact = DEFAULT_COMPACT_PERCENT if compact else None
+    elif not (isinstance(compact, int) and 0 <= compact <= 100):
+        mistakes.append(f"{place('compact')}: write true, false, or a threshold in percent from 0 to 100")
     store = parse_store(name, texts, mistakes)
     mistakes += missing_settings(store)
-    must_match = "encryption" in texts
-    return Target(name, store, passphrase, encryption, must_match, compression, prune, compact, check)
+    return Target(
+        name, store, passphrase, must_match="encryption" in texts, compact_percent=compact, **fields
+    )
 
 
-def passphrase_mistake(passphrase: str, encryption: str) -> str | None:
-    """What is wrong with a passphrase; mode `none` has no use for one."""
-    if encryption == "none":
-        return None
-    if not passphrase:
-        return "is missing; `openssl rand -base64 48` makes a good one (one line)"
-    if passphrase.endswith("\n") or "\r" in passphrase:
-        return "holds a line end, which borg would not take as part of it; remove it"
-    return None
+def parse_encryption(text: str) -> str:
+    if text not in ENCRYPTION_MODES:
+        raise ValueError(f"unknown mode; {near(text, ENCRYPTION_MODES)}")
+    return text
 
 
 COMPRESSION_LEVELS = {"none": None, "lz4": None, "zstd": (1, 22), "zlib": (0, 9), "lzma": (0, 9)}
@@ -871,51 +799,36 @@ OBFUSCATION_LEVELS = {*range(1, 7), *range(110, 124), 250}
 COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
 
 
-def compression_mistake(specification: str) -> str | None:
-    """What borg would refuse in a compression specification (`borg help compression`), else None."""
+def parse_compression(specification: str) -> str:
+    """Refuses what borg would refuse (`borg help compression`)."""
     name, *rest = specification.split(",")
     if name == "auto" and rest:
-        return compression_mistake(",".join(rest)) if rest[0] != "obfuscate" else "obfuscate goes before auto"
-    if name == "obfuscate" and len(rest) >= 2:
+        if rest[0] == "obfuscate":
+            raise ValueError("obfuscate goes before auto")
+        parse_compression(",".join(rest))
+    elif name == "obfuscate" and len(rest) >= 2:
         if not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) in OBFUSCATION_LEVELS):
-            return "the level of obfuscate is 1-6, 110-123 or 250"
-        return compression_mistake(",".join(rest[1:]))
-    if name not in COMPRESSION_LEVELS or len(rest) > 1:
-        return COMPRESSION_HELP
-    levels = COMPRESSION_LEVELS[name]
-    if rest and (levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0])):
-        return COMPRESSION_HELP
-    if rest and levels and not levels[0] <= int(rest[0]) <= levels[1]:
-        return f"the level of {name} is {levels[0]} to {levels[1]}"
-    return None
+            raise ValueError("the level of obfuscate is 1-6, 110-123 or 250")
+        parse_compression(",".join(rest[1:]))
+    elif name not in COMPRESSION_LEVELS or len(rest) > 1:
+        raise ValueError(COMPRESSION_HELP)
+    elif rest:
+        levels = COMPRESSION_LEVELS[name]
+        if levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0]):
+            raise ValueError(COMPRESSION_HELP)
+        if not levels[0] <= int(rest[0]) <= levels[1]:
+            raise ValueError(f"the level of {name} is {levels[0]} to {levels[1]}")
+    return specification
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Parses options; raises ValueError with what is wrong."""
+    """Parses options; raises ValueError with what is wrong, where argparse would end the program."""
 
     def __init__(self) -> None:
-        """Knows no options yet."""
         super().__init__(add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError where argparse would end the program."""
         raise ValueError(message)
-
-
-class PruneParser(OptionParser):
-    """The options of `borg prune` that a target's `prune` may hold."""
-
-    def __init__(self) -> None:
-        """Declares the options as borg 1.4 has them."""
-        super().__init__()
-        for names in KEEP_OPTIONS:
-            self.add_argument(*names, type=int, dest=names[-1], metavar="N")
-        self.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
-        self.add_argument("-c", "--checkpoint-interval", type=int)
-        for flag in ("--list", "--stats", "--quick-stats", "--save-space", "--force", "--verbose", "--info"):
-            self.add_argument(
-                *({"--stats": ["-s"], "--verbose": ["-v"]}.get(flag, [])), flag, action="store_true"
-            )
 
 
 KEEP_OPTIONS = (
@@ -929,6 +842,12 @@ KEEP_OPTIONS = (
     ("--keep-3monthly",),
     ("-y", "--keep-yearly"),
 )
+KEEP_HELP = "write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
+PRUNE_HELP = {
+    "-n": "it would prune nothing: leave `prune` out instead",
+    "--dry-": "it would prune nothing: leave `prune` out instead",
+    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
+}
 
 
 def keep_interval(text: str) -> str:
@@ -938,67 +857,55 @@ def keep_interval(text: str) -> str:
     return text
 
 
-def parse_prune(setting: str, text: str, mistakes: list[str]) -> tuple[str, ...]:
-    """The words of a target's `prune`; a mistake where borg would refuse them or where they keep nothing."""
+def parse_prune(text: str) -> tuple[str, ...]:
+    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
+    parser = OptionParser()
+    for names in KEEP_OPTIONS:
+        parser.add_argument(*names, type=int, dest=names[-1], metavar="N")
+    parser.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
+    parser.add_argument("-c", "--checkpoint-interval", type=int)
+    for flag in ("--list", "--quick-stats", "--save-space", "--force", "--info"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-s", "--stats", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
     try:
         words = shlex.split(text)
-        options, unknown = PruneParser().parse_known_args(words)
+        options, unknown = parser.parse_known_args(words)
     except ValueError as error:
-        mistakes.append(f"{setting}: {error}; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6")
-        return ()
+        raise ValueError(f"{error}; {KEEP_HELP}") from None
     given = {
         name: value
         for name, value in vars(options).items()
         if name.startswith("--keep") and value is not None
     }
     if unknown:
-        mistakes.append(
-            f"{setting}: {unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
+        raise ValueError(
+            f"{unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
         )
-    elif words and not options.keep_within and not any(given.values()):
-        mistakes.append(
-            f"{setting}: keeps nothing; write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
-        )
-    elif len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
-        mistakes.append(f"{setting}: --keep-13weekly and --keep-3monthly exclude each other; keep one")
+    if words and not options.keep_within and not any(given.values()):
+        raise ValueError(f"keeps nothing; {KEEP_HELP}")
+    if len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
+        raise ValueError("--keep-13weekly and --keep-3monthly exclude each other; keep one")
     return tuple(words)
-
-
-PRUNE_HELP = {
-    "-n": "it would prune nothing: leave `prune` out instead",
-    "--dry-": "it would prune nothing: leave `prune` out instead",
-    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
-}
-
-
-def parse_compact(setting: str, value: object, mistakes: list[str]) -> int | None:
-    """borg's compaction threshold in percent from `true`, `false` or a number."""
-    if isinstance(value, bool):
-        return DEFAULT_COMPACT_PERCENT if value else None
-    if isinstance(value, int) and 0 <= value <= 100:
-        return value
-    mistakes.append(f"{setting}: write true, false, or a threshold in percent from 0 to 100")
-    return None
 
 
 CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
 TIME_UNITS = {"s": 1, "m": 60, "h": 3600}  # in seconds
-CHECK_HELP = (
-    "write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
-    " units are s, m, h, periods day, week, month"
-)
 
 
-def parse_check(setting: str, text: str, mistakes: list[str]) -> CheckPlan | None:
+def parse_check(text: str) -> CheckPlan | None:
     """A target's `check`: a duration or `full`, and a period where it is not done in each run."""
-    if text in ("", UNREADABLE):
+    if not text:
         return None
     amount, slash, every = text.partition("/")
     seconds = None if amount == "full" else parse_duration(amount)
     if (seconds or amount == "full") and (every in CHECK_PERIODS if slash else True):
         return CheckPlan(seconds, every)
-    mistakes.append(f"{setting}: {text!r} is not understood; {CHECK_HELP}")
-    return None
+    raise ValueError(
+        f"{text!r} is not understood;"
+        " write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
+        " units are s, m, h, periods day, week, month"
+    )
 
 
 def parse_duration(text: str) -> int | None:
@@ -1007,22 +914,25 @@ def parse_duration(text: str) -> int | None:
     return int(found[1]) * TIME_UNITS[found[2]] if found else None
 
 
+# As SETTINGS, for a target's settings that are texts.
+TARGET_TEXTS = {
+    "encryption": ("encryption", parse_encryption, DEFAULT_ENCRYPTION),
+    "compression": ("compression", parse_compression, DEFAULT_COMPRESSION),
+    "prune": ("prune", parse_prune, ()),
+    "check": ("check", parse_check, None),
+}
+
+
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
     """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
-    mistakes = []
-    for index, first in enumerate(stores):
-        for second in stores[index + 1 :]:
-            same_bucket = (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
-            if not (first.bucket and same_bucket):
-                continue
-            if first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(
-                first.key_prefix
-            ):
-                mistakes.append(
-                    f"{second.setting('path')}: overlaps {first.setting('path')}"
-                    f" ({second.location} and {first.location} on one server); give each a place of its own"
-                )
-    return mistakes
+    return [
+        f"{second.setting('path')}: overlaps {first.setting('path')}"
+        f" ({second.location} and {first.location} on one server); give each a place of its own"
+        for first, second in itertools.combinations(stores, 2)
+        if first.bucket
+        and (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
+        and (first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(first.key_prefix))
+    ]
 
 
 def endpoint_key(store: Store) -> tuple[str, int | None]:
@@ -1042,7 +952,7 @@ def endpoint_key(store: Store) -> tuple[str, int | None]:
 
 def uri_encode(text: str, safe: str = "") -> str:
     """UriEncode() of the specification: everything but unreserved characters as %XX of its UTF-8 bytes."""
-    return urllib.parse.quote(text, safe=safe + "-._~")
+    return urllib.parse.quote(text, safe=safe + "-._~", errors="surrogateescape")
 
 
 def canonical_query(query: Sequence[tuple[str, str]]) -> str:
@@ -1068,51 +978,29 @@ def canonical_request(
     )
 
 
-def string_to_sign(canonical: str, when: datetime, region: str, service: str = "s3") -> str:
-    """Task 2: the string to sign."""
-    scope = f"{when:%Y%m%d}/{region}/{service}/aws4_request"
-    return (
-        f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    )
-
-
-def signing_key(secret_access_key: str, when: datetime, region: str, service: str = "s3") -> bytes:
-    """Task 3, first half: the key derived for one day, region and service."""
-    key = f"AWS4{secret_access_key}".encode()
-    for part in (f"{when:%Y%m%d}", region, service, "aws4_request"):
-        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    return key
-
-
 def authorization(
-    method: str,
-    path: str,
-    query: Sequence[tuple[str, str]],
-    headers: Mapping[str, str],
-    payload_hash: str,
-    access_key_id: str,
-    secret_access_key: str,
-    when: datetime,
-    region: str,
+    canonical: str, access_key_id: str, secret_access_key: str, when: datetime, region: str
 ) -> str:
-    """Task 3: the value of the Authorization header."""
-    text = string_to_sign(canonical_request(method, path, query, headers, payload_hash), when, region)
-    signature = hmac.new(
-        signing_key(secret_access_key, when, region), text.encode(), hashlib.sha256
-    ).hexdigest()
-    signed_headers = ";".join(sorted(name.lower() for name in headers))
-    credential = f"{access_key_id}/{when:%Y%m%d}/{region}/s3/aws4_request"
-    return f"AWS4-HMAC-SHA256 Credential={credential},SignedHeaders={signed_headers},Signature={signature}"
+    """Tasks 2 and 3: the value of the Authorization header, from the canonical request."""
+    scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
+    digest = hashlib.sha256(encode_key(canonical)).hexdigest()
+    text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
+    key = f"AWS4{secret_access_key}".encode()
+    for part in (f"{when:%Y%m%d}", region, "s3", "aws4_request", text):  # with the last one it signs
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    names = canonical.split("\n")[-2]
+    return f"AWS4-HMAC-SHA256 Credential={access_key_id}/{scope},SignedHeaders={names},Signature={key.hex()}"
 
 
 @dataclass(frozen=True)
 class S3Object:
-    """One line of a listing."""
-
     key: str
     size_bytes: int
     last_modified: datetime
     etag: str = ""  # without quotes
+    is_shown: bool = True  # by a mount
+    # What HEAD says of it, once that is known: `headers` by name, `tags`, `storage_class`.
+    facts: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -1236,13 +1124,15 @@ class S3Client:
         except ValueError as error:
             raise self._error(answer.status, "BadListing", str(error)) from error
 
-    def list_objects(self, prefix: str, start_after: str = "") -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key; one request for each 1,000.
+    def list_objects(
+        self, prefix: str, start_after: str = "", where: tuple[str, str] | None = None
+    ) -> Iterator[S3Object]:
+        """All objects below `prefix`, or those after a key or from a page on; one request for each 1,000.
 
         They are in key order, unless the server has another one (S3's directory buckets). Some servers ignore
         where a listing is to start.
         """
-        where, last = ("start-after", start_after) if start_after else None, None
+        where, last = ("start-after", start_after) if start_after else where, None
         empty = 0
         while True:
             objects, following = self.list_page(prefix, where)
@@ -1260,15 +1150,37 @@ class S3Client:
 
     def get(self, key: str, span: tuple[int, int] | None = None) -> bytes:
         """The content of an object, or the bytes from the first to the last of `span`."""
-        if not span:
-            return self.request("GET", key).body
-        first, last = span
-        answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}"})
+        return (self.get_span(key, *span) if span else self.request("GET", key)).body
+
+    def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
+        """The content of an object of about this size, piece by piece, all of one version, and its headers.
+
+        Raises S3Error, where it is overwritten meanwhile, too.
+        """
+        if size_bytes <= LARGEST_PIECE_BYTES:
+            yield self.request("GET", key)
+            return
+        head = self.request("HEAD", key)
+        size_bytes, version = int(head.headers["content-length"]), {"If-Match": head.headers.get("etag", "*")}
+        for first in range(0, size_bytes, LARGEST_PIECE_BYTES):
+            last = min(first + LARGEST_PIECE_BYTES, size_bytes) - 1
+            answer = self.get_span(key, first, last, version)
+            yield dataclasses.replace(
+                answer, headers={**answer.headers, "etag": head.headers.get("etag", "")}
+            )
+
+    def tags(self, key: str) -> dict[str, str]:
+        root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
+        tags = root.iterfind(".//{*}Tag")
+        return {tag.findtext("{*}Key", ""): tag.findtext("{*}Value", "") for tag in tags}
+
+    def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
+        answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
         whole = answer.status == 200 and first == 0  # an object that has no more
         if len(answer.body) == last - first + 1 and (
             whole or answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/")
         ):
-            return answer.body
+            return answer
         words = f"the bytes {first}-{last} of {key!r} were asked for, and others came"
         raise self._error(answer.status, "RangeIgnored", words)
 
@@ -1280,21 +1192,26 @@ class S3Client:
         try:
             return self.request("GET", key)
         except S3Error as error:
-            if error.code == "NoSuchKey" or (error.status == 403 and not self._is_listed(key)):
+            if error.code == "NoSuchKey":
+                return None
+            if error.status == 403 and not any(entry.key == key for entry in self.list_page(key, limit=1)[0]):
                 return None
             raise
 
-    def _is_listed(self, key: str) -> bool:
-        return any(entry.key == key for entry in self.list_page(key, limit=1)[0])
-
-    def put(self, key: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
-        """Writes an object, under the condition that `headers` may name.
+    def put(
+        self,
+        key: str,
+        body: bytes,
+        headers: Mapping[str, str] | None = None,
+        query: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
+        """Writes an object, or the part of one that `query` names, under the condition in `headers`.
 
         A bucket with object lock takes no object without its MD5.
         """
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         headers = {"Content-MD5": md5, **(headers or {})}
-        return self.request("PUT", key, headers=headers, body=body)
+        return self.request("PUT", key, query, headers, body)
 
     def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
         """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
@@ -1313,6 +1230,8 @@ class S3Client:
         while True:
             try:
                 answer = self._answer(lambda: self._exchange(method, key, query, headers or {}, body))
+                if answer.status == 200 and method in ("PUT", "POST") and xml_text(answer.body, "Code"):
+                    answer = dataclasses.replace(answer, status=500)  # it took long, and failed in the end
                 if answer.status < 300:
                     return answer
                 error = self._refusal(answer, method, key)
@@ -1342,25 +1261,25 @@ class S3Client:
     def _exchange(
         self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
     ) -> Answer:
-        """Signs and sends one request and reads the answer to its end."""
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
-        host = self._url.netloc
         headers = {
             **extra,
-            "Host": host,
+            "Host": self._url.netloc,
             "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
             "x-amz-content-sha256": payload_hash,
         }
+        canonical = canonical_request(method, path, query, headers, payload_hash)
         keys = (self.store.access_key_id, self.store.secret_access_key)
-        headers["Authorization"] = authorization(
-            method, path, query, headers, payload_hash, *keys, when, self.region
-        )
+        headers["Authorization"] = authorization(canonical, *keys, when, self.region)
         target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
         connection, is_new = self._connection()
         sent = boot_seconds()
         try:
-            connection.request(method, target, body=body or None, headers=headers)
+            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
+            fields = {name: encode_key(value) for name, value in headers.items()}
+            fields |= {"Content-Length": str(len(body))} if body else {}
+            connection.request(method, target, io.BytesIO(body) if body else None, fields)
             response = connection.getresponse()
             is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
             content = response.read(READ_BYTES) if is_ignored else response.read()
@@ -1403,7 +1322,6 @@ class S3Client:
         return True
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
-        """The error for an answer that is not success, in S3's own words."""
         code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
         message = xml_text(answer.body, "Message") or http_reason(answer.status)
         if answer.status in REDIRECTS and not xml_text(answer.body, "Code"):
@@ -1417,7 +1335,6 @@ class S3Client:
     def _error(
         self, status: int, code: str, message: str, asked_for: str = "", permission: str = ""
     ) -> S3Error:
-        """An error that names the store, the code and the remedy."""
         settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
         default = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
         hint = S3_HINTS.get(str(status)) or S3_HINTS.get(f"{asked_for} {code}", default)
@@ -1462,14 +1379,20 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     if not root.tag.endswith("ListBucketResult"):
         raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
     space = root.tag[: root.tag.find("}") + 1]
-    decode = urllib.parse.unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
-    objects = [
-        parse_entry_of(listed, decode)
-        for listed in (
-            {element.tag[len(space) :]: element.text or "" for element in entry}
-            for entry in root.iter(f"{space}Contents")
-        )
-    ]
+    is_encoded = root.findtext(f"{space}EncodingType") == "url"
+    decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
+    objects = []
+    for entry in root.iter(f"{space}Contents"):
+        listed = {element.tag[len(space) :]: element.text or "" for element in entry}
+        key = decode(listed.get("Key", ""))
+        try:
+            modified = datetime.fromisoformat(listed.get("LastModified", ""))
+            size_bytes = int(listed.get("Size", ""))
+        except ValueError as error:
+            raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
+        # S3's times are UTC, also where a server does not say so.
+        modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+        objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
     if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
         return objects, None
     if token := root.findtext(f"{space}NextContinuationToken"):
@@ -1478,19 +1401,6 @@ def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
     if not keys or keys != sorted(keys):
         raise ValueError("a page of the listing is truncated, and does not say how it goes on")
     return objects, ("start-after", keys[-1])
-
-
-def parse_entry_of(listed: Mapping[str, str], decode: Callable[[str], str]) -> S3Object:
-    """An object from the elements of its entry in a listing. Raises ValueError."""
-    key = decode(listed.get("Key", ""))
-    try:
-        modified = datetime.fromisoformat(listed.get("LastModified", ""))
-        size_bytes = int(listed.get("Size", ""))
-    except ValueError as error:
-        raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
-    # S3's times are UTC, also where a server does not say so.
-    modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-    return S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"'))
 
 
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
@@ -1502,22 +1412,279 @@ def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
 def xml_text(body: bytes, name: str) -> str:
     """The text of the first element `name` in an XML error document, empty where there is none."""
     try:
-        for element in ElementTree.fromstring(body).iter():
-            if element.tag.rpartition("}")[2] == name:
-                return (element.text or "").strip()
+        return (ElementTree.fromstring(body).findtext(f".//{{*}}{name}") or "").strip()
     except ElementTree.ParseError:
-        pass
-    return ""
+        return ""
 
 
 def http_reason(status: int) -> str:
-    """The standard phrase for an HTTP status."""
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
+KEPT_HEADERS = frozenset(
+    {
+        "content-type",
+        "cache-control",
+        "content-disposition",
+        "content-encoding",
+        "content-language",
+        "expires",
+        "x-amz-website-redirect-location",
+    }
+)
+USER_METADATA = "x-amz-meta-"
+
+
+def headers_of(answer: Answer) -> dict[str, str]:
+    """Those of an object's headers that are its own, in S3's order and letters."""
+    return {
+        name: text.encode("latin-1").decode("utf-8", "surrogateescape")
+        for name, text in answer.headers.items()
+        if name in KEPT_HEADERS or name.startswith(USER_METADATA)
+    }
+
+
 def describe_fault(fault: Exception) -> str:
-    """A connection fault in a few words."""
     return str(fault) or type(fault).__name__
+
+
+# -------------------------------------------------------------------------------------------------- Catalog
+
+# What a source lists, what an archive holds, and what a bucket is to get are the same kind of table. It lies
+# on disk, so that memory does not grow with the bucket. It is a cache: whatever is wrong with it costs time.
+
+CATALOG_ID, CATALOG_VERSION = 0x53334263, 1  # PRAGMA application_id and user_version of SQLite
+CATALOG_TABLES = f"""
+PRAGMA journal_mode = OFF; -- nothing is ever undone: a file that is not finished is thrown away
+PRAGMA synchronous = OFF;
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA application_id = {CATALOG_ID};
+PRAGMA user_version = {CATALOG_VERSION};
+CREATE TABLE objects (
+    key BLOB PRIMARY KEY, size INTEGER, modified INTEGER, etag TEXT, is_shown INTEGER, facts TEXT
+) WITHOUT ROWID;
+CREATE TABLE archives (
+    repository TEXT, label TEXT, objects INTEGER, as_of REAL, PRIMARY KEY (repository, label)
+) WITHOUT ROWID;
+"""
+CATALOG_PAGE = 1000  # rows at a time, and objects of a listing
+# An object is hidden by others below its name: their keys begin with it and a slash, and 0 comes after that.
+# (What || makes is text, which compares as more than any BLOB.)
+IS_COVERED = """
+EXISTS (
+    SELECT 1 FROM objects AS low
+    WHERE low.key >= CAST(objects.key || '/' AS BLOB) AND low.key < CAST(objects.key || '0' AS BLOB)
+)
+"""
+HIDE_COVERED = f"UPDATE objects SET is_shown = 0 WHERE is_shown AND {IS_COVERED}"
+TAKE_HEADERS = """
+UPDATE objects SET facts = (
+    SELECT facts FROM last.objects AS old WHERE old.key = objects.key AND old.size = objects.size
+    AND old.modified = objects.modified AND old.etag = objects.etag
+)
+"""
+TAKE_ARCHIVES = """
+INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXISTS (
+    SELECT 1 FROM main.archives AS new
+    WHERE new.repository = old.repository AND new.label = old.label AND new.as_of >= old.as_of
+)
+"""
+NOTE_ARCHIVE = """
+INSERT INTO archives VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    objects = coalesce(excluded.objects, objects), as_of = coalesce(excluded.as_of, as_of)
+"""
+# What is directly in a folder, not further down.
+HIDE_FOLDER = """
+UPDATE objects SET is_shown = 0 WHERE key > :folder AND key < :end AND instr(substr(key, :length), X'2F') = 0
+"""
+UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
+NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
+# XML 1.0 has no place for these ("Char" in its grammar): a page of a listing that has one cannot be read. A
+# return is read as a line end (2.11 there).
+NOT_IN_XML = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def is_showable(key: str, size_bytes: int) -> bool:
+    """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
+    name = key if size_bytes else key.removesuffix("/")
+    is_long = any(len(part.encode("utf-8", "surrogateescape")) > NAME_MAX_BYTES for part in name.split("/"))
+    return not (is_long or UNREPRESENTABLE.search(name) or NOT_IN_XML.search(name) or "\r" in name)
+
+
+class CatalogError(BackupError):
+    """SQLite's own words about a catalog that cannot be used."""
+
+
+class Catalog:
+    """Objects in an SQLite file, by key. Safe to use from several threads; methods raise CatalogError."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes a new one at `path`, in place of what may be there."""
+        self.path, self._lock = path, threading.RLock()
+        path.unlink(missing_ok=True)
+        with self._told():
+            self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
+            self._db.executescript(CATALOG_TABLES)
+
+    @contextlib.contextmanager
+    def _told(self, path: Path | None = None) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                hint = DISK_HELP if "full" in str(error) else TRY_AGAIN
+                raise CatalogError(f"the catalog {path or self.path}: {error}", hint) from error
+
+    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        with self._told():
+            return self._db.execute(sql, values).fetchall()
+
+    def add(self, objects: Iterable[S3Object]) -> None:
+        """Takes objects in; one with a key that is there already replaces it."""
+        self.insert("objects", ((encode_key(each.key), *self._values(each)) for each in objects))
+
+    def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Takes rows in."""
+        rows = iter(rows)
+        while page := list(itertools.islice(rows, CATALOG_PAGE)):
+            with self._told():
+                marks = ", ".join("?" * len(page[0]))
+                self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", page)
+
+    @staticmethod
+    def _values(each: S3Object) -> tuple[Any, ...]:
+        modified = (each.last_modified - EPOCH) // timedelta(microseconds=1)
+        facts = None if each.facts is None else json.dumps(each.facts)
+        return each.size_bytes, modified, each.etag, each.is_shown, facts
+
+    def rows(self, where: str = "1", values: Sequence[Any] = (), after: str = "") -> Iterator[S3Object]:
+        """The objects behind the key `after` for which `where` holds, a condition of SQL, in key order."""
+        sql, last = (
+            f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?",
+            encode_key(after),
+        )
+        while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
+            yield from itertools.starmap(self._object, page)
+            last = page[-1][0]
+
+    @staticmethod
+    def _object(key: bytes, size_bytes: int, modified: int, etag: str, is_shown: int, facts: str) -> S3Object:
+        when = EPOCH + timedelta(microseconds=modified)
+        known = None if facts is None else json.loads(facts)
+        return S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
+
+    def find(self, key: str) -> S3Object | None:
+        """An object; None where there is none."""
+        found = self.execute("SELECT * FROM objects WHERE key = ?", [encode_key(key)])
+        return self._object(*found[0]) if found else None
+
+    def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
+        """The number of the objects for which `where` holds, and of their bytes."""
+        return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE {where}", values)[0]
+
+    def unlistable(self) -> set[str]:
+        """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
+
+        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key:
+        it first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
+        """
+        found, recent, previous = set(), deque[tuple[int, str]](), None
+        if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
+            return found
+        for number, each in enumerate(self.rows()):
+            for folder in ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]:
+                if previous is None or not previous.startswith(folder):
+                    recent.append((number, folder))
+            while recent and recent[0][0] < number - CATALOG_PAGE:
+                recent.popleft()
+            if bad := [*NOT_IN_XML.finditer(each.key)]:
+                found.update(folder for _, folder in recent)
+                found.update(each.key[: each.key.rfind("/", 0, match.start()) + 1] for match in bad)
+            previous = each.key
+        return found
+
+    def hide(self, unlistable: Iterable[str]) -> None:
+        """Notes what no mount shows, though the keys would do, when all are in."""
+        for folder in unlistable:
+            key = encode_key(folder)
+            end = key[:-1] + b"0" if key else b"\xff" * 5
+            self.execute(HIDE_FOLDER, {"folder": key, "end": end, "length": len(key) + 1})
+        self.execute(HIDE_COVERED)
+
+    def open_last(self, path: Path) -> None:
+        """Opens another one beside this, and takes over what is known of archives."""
+        with self._told(path):
+            self._db.commit()
+            self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
+            for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
+                [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
+                if found != right:
+                    raise sqlite3.DatabaseError(f"it is not of this version ({pragma} {found})")
+            if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
+            self._db.execute(TAKE_ARCHIVES)
+
+    def know_headers(self) -> None:
+        """Takes over what the last one knows of objects that have not changed."""
+        self.execute(TAKE_HEADERS)
+
+    def close_last(self) -> None:
+        """Closes the other one."""
+        with contextlib.suppress(CatalogError), self._told():
+            self._db.commit()
+            self._db.execute("DETACH last")
+
+    def note_archive(
+        self, repository: str, label: str, objects: int | None, as_of: float | None = None
+    ) -> None:
+        """Notes of the newest archive of a label how many objects it has, and of when; None: as before."""
+        self.execute(NOTE_ARCHIVE, [repository, label, objects, as_of])
+
+    def close(self) -> None:
+        """Ends it, all written."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.interrupt()  # somebody who was stopped may have left a long query
+        with self._told():
+            self._db.commit()
+            self._db.close()
+
+
+def encode_key(key: str) -> bytes:
+    """A key as S3 sorts them."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def decode_key(key: bytes) -> str:
+    """A key as all else has it."""
+    return key.decode("utf-8", "surrogateescape")
+
+
+def manifest_line(each: S3Object) -> str:
+    """An object's line in an archive's manifest; what is not known is left out."""
+    path = {} if each.is_shown else {"path": odd_path(each.key)}
+    facts = {"key": each.key, "size": each.size_bytes, "modified": each.last_modified.isoformat()}
+    return json.dumps({**facts, "etag": each.etag, **(each.facts or {}), **path}, separators=(",", ":"))
+
+
+def parse_manifest_line(line: str) -> S3Object:
+    """The object of a manifest's line. Raises ValueError where it is none."""
+    try:
+        found = json.loads(line)
+        values = [found.pop(name) for name in ("key", "size", "modified", "etag")]
+        modified, is_shown = datetime.fromisoformat(values[2]), found.pop("path", None) is None
+        return S3Object(values[0], values[1], modified, values[3], is_shown, found or None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{line[:100]!r} is no line of a manifest ({error!r})") from error
+
+
+# Where an archive has what is not the source's own files. borg deduplicates the manifest like all else.
+MANIFEST_PATH = "data/s3borgbackup/manifest.jsonl"
+
+
+def odd_path(key: str) -> str:
+    """Where an archive holds an object that no mount can show."""
+    return f"data/s3borgbackup/objects/{hashlib.sha256(encode_key(key)).hexdigest()[:32]}"
 
 
 # ---------------------------------------------------------------------------------------------------- Lease
@@ -1534,7 +1701,6 @@ LEASE_NAME = f"{OWN_PREFIX}lease"
 PROBE_NAME = f"{OWN_PREFIX}probe-"
 KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
 CHECKED_NAME = f"{OWN_PREFIX}checked"
-COMPARED_NAME = f"{OWN_PREFIX}compared-"  # and the label; see `note_comparison`
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -1550,25 +1716,6 @@ def boot_seconds() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class SignalEvent(ctypes.Structure):
-    """`struct sigevent` of <signal.h>; sigev_notify 0 is SIGEV_SIGNAL."""
-
-    _fields_ = (
-        ("sigev_value", ctypes.c_void_p),
-        ("sigev_signo", ctypes.c_int),
-        ("sigev_notify", ctypes.c_int),
-        ("padding", ctypes.c_byte * 48),
-    )
-
-
-class TimerSpec(ctypes.Structure):
-    """`struct itimerspec` of <time.h>."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_long) for name in ("interval_sec", "interval_nsec", "value_sec", "value_nsec")
-    )
-
-
 class DeadMansSwitch:
     """Has the kernel kill this process, and with it its children, unless the moment is put off in time.
 
@@ -1578,10 +1725,9 @@ class DeadMansSwitch:
     """
 
     def __init__(self) -> None:
-        """Makes the timer; it does not run yet."""
         self._timer = ctypes.c_void_p()
-        event = SignalEvent(None, signal.SIGKILL, 0)
-        if LIBC.timer_create(time.CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)):
+        event = struct.pack("Pii48x", 0, signal.SIGKILL, 0)  # `struct sigevent` of <signal.h>; SIGEV_SIGNAL
+        if LIBC.timer_create(time.CLOCK_BOOTTIME, event, ctypes.byref(self._timer)):
             raise BackupError(
                 f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
                 "Let the container's seccomp profile allow it.",
@@ -1590,11 +1736,11 @@ class DeadMansSwitch:
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
         whole = int(at_boot_seconds)
-        spec = TimerSpec(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
-        LIBC.timer_settime(self._timer, TIMER_ABSTIME, ctypes.byref(spec), None)
+        # `struct itimerspec` of <time.h>: no interval; seconds and nanoseconds
+        spec = (ctypes.c_long * 4)(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
+        LIBC.timer_settime(self._timer, TIMER_ABSTIME, spec, None)
 
     def close(self) -> None:
-        """Removes the timer."""
         LIBC.timer_delete(self._timer)
 
 
@@ -1602,28 +1748,31 @@ class NoSwitch(DeadMansSwitch):
     """For who only reads under a lease: going on late harms nobody."""
 
     def __init__(self) -> None:
-        """Makes no timer."""
+        pass
 
     def arm(self, at_boot_seconds: float) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as its object says."""
+    """Who holds a lease, as its object says, and how that was when we looked at it."""
 
     run_id: str
     host: str
     purpose: str
     since: str
     ttl_seconds: int
+    etag: str = ""
+    age_seconds: float = 0.0  # since its last renewal, by the server's clock
 
     def body(self, number: int) -> bytes:
         """The object's content. No two writes are alike, as equal content would have equal ETags."""
-        return json.dumps({**dataclasses.asdict(self), "write": number}).encode()
+        fields = {name: value for name, value in vars(self).items() if name not in ("etag", "age_seconds")}
+        return json.dumps({**fields, "write": number}).encode()
 
     @classmethod
     def parse(cls, body: bytes) -> Holder:
@@ -1637,45 +1786,23 @@ class Holder:
             return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
 
     def __str__(self) -> str:
-        """Who it is, in a few words."""
         return f"{self.purpose} on {self.host}, since {self.since}"
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """A lease object as it was when we looked."""
-
-    holder: Holder
-    etag: str
-    age_seconds: float  # since its last renewal, by the server's clock
 
     @property
     def has_expired(self) -> bool:
-        """Whether anybody may take it."""
-        return self.age_seconds > self.holder.ttl_seconds + LEASE_MARGIN_SECONDS
+        return self.age_seconds > self.ttl_seconds + LEASE_MARGIN_SECONDS
 
 
-def look_at_lease(client: S3Client) -> Sighting | None:
+def look_at_lease(client: S3Client) -> Holder | None:
     """The lease object as it is now; None where there is none. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{LEASE_NAME}")
     if not answer:
         return None
     now, then = answer.time("Date"), answer.time("Last-Modified")
     age = (now - then).total_seconds() if now and then else 0.0
-    return Sighting(Holder.parse(answer.body), answer.headers.get("etag", ""), age)
-
-
-class Member(Protocol):
-    """What works under a lease: a child process."""
-
-    def send(self, signum: int) -> None:
-        """Sends it a signal."""
-
-    def hold(self, why: str) -> None:
-        """Stops it (SIGSTOP) until all who hold it let it go."""
-
-    def let_go(self, why: str) -> None:
-        """Has it go on (SIGCONT), as far as `why` is concerned."""
+    return dataclasses.replace(
+        Holder.parse(answer.body), etag=answer.headers.get("etag", ""), age_seconds=age
+    )
 
 
 class Lease:
@@ -1712,11 +1839,11 @@ class Lease:
         self._own_writes = 0  # that are under way
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
         self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
-        self._members: list[Member] = []
-        self._lock, self._over = threading.RLock(), threading.Event()
+        self._members: list[Child] = []
+        self._lock, self.is_over = threading.RLock(), threading.Event()
         self._switch = switch or DeadMansSwitch()
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._renew_on, self._guard)
+            threading.Thread(target=target, daemon=True) for target in (self._renew, self._guard)
         ]
 
     def acquire(self, wait_seconds: float | None) -> None:
@@ -1729,29 +1856,36 @@ class Lease:
         while current := self._try_to_take():
             first = first or current
             waited = boot_seconds() - start
-            limit = current.holder.ttl_seconds + 10 * LEASE_MARGIN_SECONDS
-            is_alive = current.etag != first.etag
-            if waited >= (limit if wait_seconds is None else wait_seconds) or (
-                wait_seconds is None and is_alive
-            ):
+            limit, is_alive = wait_seconds, False
+            if wait_seconds is None:
+                limit, is_alive = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS, current.etag != first.etag
+            if waited >= limit or is_alive:
                 raise StillRunning(
-                    f"{self._client.store.name}: another run works on this repository: {current.holder}",
+                    f"{self._client.store.name}: another run works on this repository: {current}",
                     "Let it finish, or wait for it with LEASE_WAIT.",
                 )
             if current is first:
-                ours = current.holder.run_id == self._holder.run_id
-                who = "its first try" if ours else current.holder
+                who = "its first try" if current.run_id == self._holder.run_id else current
                 self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
-            self._pause(min(2.0, current.holder.ttl_seconds / 10))
+            self._pause(min(2.0, current.ttl_seconds / 10))
         if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
             self._arm()
             for thread in self._threads:
                 thread.start()
             self.enforced = self._is_enforced()
-        if not self.enforced:
-            self._go_without()
+        if self.enforced:
+            return
+        self._end_threads()
+        self._switch.arm(0)
+        self.suspended = False
+        self._notice(
+            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
+            " cannot exclude each other: see to it that only one works on the repository at a time"
+        )
+        with contextlib.suppress(S3Error):
+            self._client.delete(self._key)
 
-    def _try_to_take(self) -> Sighting | None:
+    def _try_to_take(self) -> Holder | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
         for _ in range(5):
             try:
@@ -1765,13 +1899,13 @@ class Lease:
             current = look_at_lease(self._client)
             if current is None:  # given back just now
                 continue
-            holder, ours = current.holder, self._holder
-            is_ours = (holder.run_id, holder.since) == (ours.run_id, ours.since)  # a run may try twice
+            ours = self._holder
+            is_ours = (current.run_id, current.since) == (ours.run_id, ours.since)  # a run may try twice
             if not (is_ours or current.has_expired):
                 return current
             if self._write(self._client, {"If-Match": current.etag}):
                 if not is_ours:
-                    self._notice(f"an expired lease is taken over: {current.holder}")
+                    self._notice(f"an expired lease is taken over: {current}")
                 return None
         raise BackupError(
             f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
@@ -1818,18 +1952,7 @@ class Lease:
                 raise
             return False
 
-    def _go_without(self) -> None:
-        self._end_threads()
-        self._switch.arm(0)
-        self.suspended = False
-        self._notice(
-            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
-            " cannot exclude each other: see to it that only one works on the repository at a time"
-        )
-        with contextlib.suppress(S3Error):
-            self._client.delete(self._key)
-
-    def add(self, member: Member) -> None:
+    def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
         with self._lock:
             self._members.append(member)
@@ -1839,10 +1962,7 @@ class Lease:
                 member.hold(HELD_BY_LEASE)
 
     def write(self, request: Callable[[S3Client], object]) -> None:
-        """Has `request` write to the store while the lease holds, and again while S3 fails.
-
-        Raises S3Error, Stuck, and what `pause` raises.
-        """
+        """Has `request` write under the lease, and again while S3 fails. Raises S3Error, Stuck, Stopped."""
         give_up = time.monotonic() + self._patience_seconds
         while True:
             with self._lock:
@@ -1876,34 +1996,31 @@ class Lease:
         if self.lost:
             raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
 
-    def _renew_on(self) -> None:
-        """The renewing thread's life."""
+    def _renew(self) -> None:
         ttl = self._holder.ttl_seconds
-        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
+        while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
-                self._renew()
+                if not self._write(self._renewing_client, {"If-Match": self._etag}):
+                    current = look_at_lease(self._renewing_client)
+                    if current is None or current.run_id != self._holder.run_id:
+                        who = current or "its object was deleted"
+                        self._lose(f"the lease on the repository was lost ({who})")
+                        return
+                    self._write(self._renewing_client, {"If-Match": current.etag})
             except S3Error as error:
                 self._trouble = str(error)
-
-    def _renew(self) -> None:
-        if not self._write(self._renewing_client, {"If-Match": self._etag}):
-            current = look_at_lease(self._renewing_client)
-            if current is None or current.holder.run_id != self._holder.run_id:
-                who = current.holder if current else "its object was deleted"
-                self._lose(f"the lease on the repository was lost ({who})")
-                return
-            self._write(self._renewing_client, {"If-Match": current.etag})
-        with self._lock:
-            self._arm()
-            if self.suspended and self._is_fresh:
-                self.suspended = False
-                self._notice("the lease is renewed: the work goes on")
-                for member in self._members:
-                    member.let_go(HELD_BY_LEASE)
+                continue
+            with self._lock:
+                self._arm()
+                if self.suspended and self._is_fresh:
+                    self.suspended = False
+                    self._notice("the lease is renewed: the work goes on")
+                    for member in self._members:
+                        member.let_go(HELD_BY_LEASE)
 
     def _guard(self) -> None:
         """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
-        while not self._over.wait(GUARD_SECONDS):
+        while not self.is_over.wait(GUARD_SECONDS):
             with self._lock:
                 if self.suspended or self.lost or self._is_fresh:
                     continue
@@ -1920,10 +2037,10 @@ class Lease:
             for member in self._members:
                 member.send(signal.SIGKILL)
             self._switch.arm(0)
-            self._over.set()
+            self.is_over.set()
 
     def _end_threads(self) -> None:
-        self._over.set()
+        self.is_over.set()
         for thread in self._threads:
             if thread.ident and not self.expires:
                 thread.join(CLEANUP_SECONDS)
@@ -1946,29 +2063,9 @@ def refuses_conditions(error: S3Error) -> bool:
     return error.status == 501 or error.code in ("NotImplemented", "InvalidArgument")
 
 
-@contextlib.contextmanager
-def leased(
-    client: S3Client,
-    holder: Holder,
-    wait_seconds: float | None,
-    patience_seconds: float,
-    notice: Callable[[str], None],
-    pause: Callable[[float], None],
-    switch: DeadMansSwitch | None = None,
-) -> Iterator[Lease]:
-    """The lease on the repository in `client`'s store. Raises what `Lease.acquire` raises."""
-    lease = Lease(client, holder, patience_seconds, notice, pause, switch)
-    try:
-        lease.acquire(wait_seconds)
-        yield lease
-    finally:
-        lease.release()
-
-
 # ------------------------------------------------------------------------------------------------ Processes
 
 Result = TypeVar("Result")
-
 
 DEFECT = "this is a defect of the program, please report it"
 
@@ -1983,16 +2080,15 @@ class Console:
     def __init__(
         self, debug: bool, as_json: bool = False, run_id: str = "", environ: Mapping[str, str] | None = None
     ) -> None:
-        """`debug` shows the lines that are otherwise left out.
-
-        Without an `environ` that allows it there are no colours.
-        """
+        """`debug` shows further lines; colours are for an `environ` that allows them."""
         self.debug_is_shown = debug
         self.as_json = as_json
         self.troubles = Troubles()
         self.secrets: Collection[str] = ()  # that no traceback may show
         self._run_id = run_id
-        self._colours = not as_json and environ is not None and allows_colours(environ)
+        # https://no-color.org
+        unwelcome = as_json or environ is None or environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
+        self._colours = not unwelcome
         self._lock = threading.Lock()
         self._stream = sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
@@ -2007,22 +2103,17 @@ class Console:
 
     def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
         """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
-        self._print("info", name, text, event, numbers)
+        self._print("info", name, text, event, **numbers)
 
     def debug(self, name: str, text: str) -> None:
-        """Something that only a search for a fault is interested in."""
         if self.debug_is_shown:
             self._print("debug", name, text)
 
     def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """Something that did not go as planned and did not stop the work."""
-        self.troubles.add("warning", name, text)
-        self._print("warning", name, text, event, numbers)
+        self._print("warning", name, text, event, **numbers)
 
     def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """A failure."""
-        self.troubles.add("error", name, text)
-        self._print("error", name, text, event, numbers)
+        self._print("error", name, text, event, **numbers)
 
     def defect(self, name: str, error: BaseException) -> None:
         """An exception that nobody foresaw. Its words may be anybody's, and quote what is secret."""
@@ -2032,24 +2123,20 @@ class Console:
             print(trace, end="", file=sys.stderr)
 
     def plain(self, text: str) -> None:
-        """Text of several lines, such as a table."""
         for line in text.splitlines():
             self._print("info", "", line)
 
     def progress(self, name: str, text: str, /, **numbers: Any) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
         now = time.monotonic()
-        if self._terminal:
-            self._show_live(now, name, text)
-        elif now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
-            self._progress_due[name] = now + PROGRESS_SECONDS
-            self.info(name, text, "progress", **numbers)
-
-    def _show_live(self, now: float, name: str, text: str) -> None:
-        """One line for all that are at work; who has been silent for a while is at work no more."""
+        if not self._terminal:
+            if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
+                self._progress_due[name] = now + PROGRESS_SECONDS
+                self.info(name, text, "progress", **numbers)
+            return
         with self._lock, contextlib.suppress(OSError):
             self._latest_progress[name] = now, text
-            shown = {
+            shown = {  # one line for all that are at work; who has been silent for a while is so no more
                 name: text
                 for name, (when, text) in self._latest_progress.items()
                 if now - when < LIVE_SECONDS
@@ -2059,40 +2146,27 @@ class Console:
             print(f"\r\033[K{''.join(parts).rstrip()}", end="", file=self._stream, flush=True)
             self._progress_is_shown = True
 
-    def _print(
-        self,
-        level: str,
-        name: str,
-        text: str,
-        event: str = "message",
-        numbers: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _print(self, level: str, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
+        if level in COLOURS:
+            self.troubles.add(level, name, text)
         stream = sys.stderr if level in COLOURS else self._stream
+        now = datetime.now(UTC)
         if self.as_json:
-            line = json_line(datetime.now(UTC), level, self._run_id, name, event, text, numbers or {})
+            line = json_line(now, level, self._run_id, name, event, text, numbers)
         else:
-            line = self._text_line(level, name, text, self._colours and stream.isatty())
+            label = f"{level}: " if level in COLOURS else ""
+            if label and self._colours and stream.isatty():
+                label = f"\033[{COLOURS[level]}m{level}:\033[0m "
+            clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
+            line = f"{clock}{f'[{name}] ' if name else ''}{label}{printable(text)}"
         with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
             if self._progress_is_shown:
                 print("\r\033[K", end="", file=self._stream, flush=True)
                 self._progress_is_shown = False
             print(line, file=stream, flush=True)
 
-    def _text_line(self, level: str, name: str, text: str, colours: bool) -> str:
-        """A line for people. Only the word `warning` or `error` is coloured."""
-        clock = "" if self._terminal else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
-        label = f"{level}: " if level in COLOURS else ""
-        if label and colours:
-            label = f"\033[{COLOURS[level]}m{level}:\033[0m "
-        return f"{clock}[{name}] {label}{printable(text)}" if name else f"{label}{printable(text)}"
-
 
 COLOURS = {"warning": 33, "error": 31}  # yellow and red (ECMA-48, "Select Graphic Rendition")
-
-
-def allows_colours(environ: Mapping[str, str]) -> bool:
-    """Whether colours are welcome on a terminal (https://no-color.org)."""
-    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
 def json_line(
@@ -2117,24 +2191,20 @@ class Troubles:
     """The warnings and errors that were printed: the first of either kind, and how many more there are."""
 
     def __init__(self) -> None:
-        """None."""
         self.more = 0
         self._named: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
 
     def add(self, level: str, name: str, text: str) -> None:
-        """Takes in a line about `name`."""
         if len(self._named[level]) < MAX_TROUBLES:
             self._named[level].append((name, " ".join(text.split())))
         else:
             self.more += 1
 
     def about(self, level: str, names: Iterable[str]) -> list[str]:
-        """The errors or warnings about one of `names`."""
         names = set(names)
         return [text for name, text in self._named[level] if name in names]
 
     def names(self) -> list[str]:
-        """What there are any about."""
         return list(dict.fromkeys(name for named in self._named.values() for name, _ in named))
 
     def lines(self) -> list[str]:
@@ -2155,20 +2225,15 @@ class Stop:
     """The stop signals that came. Handlers only note them; whoever waits asks."""
 
     def __init__(self) -> None:
-        """Nothing came yet."""
         self.signals: list[int] = []
 
     def install(self) -> None:
         """Takes over SIGTERM, SIGINT and SIGHUP. Only the main thread may call this."""
         for signum in STOP_SIGNALS:
-            signal.signal(signum, self._note)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.signals.append(signum)
+            signal.signal(signum, lambda signum, _frame: self.signals.append(signum))
 
     @property
     def requested(self) -> bool:
-        """Whether the work is to end."""
         return bool(self.signals)
 
     @property
@@ -2205,8 +2270,6 @@ class Report:
 
 @dataclass
 class Runtime:
-    """What every part of a run needs."""
-
     settings: Settings
     environ: Mapping[str, str]
     console: Console
@@ -2216,14 +2279,23 @@ class Runtime:
 
     @property
     def run_id(self) -> str:
-        """What tells this run from all others."""
         return self.report.run_id
+
+
+PIPES = {
+    "stdin": subprocess.DEVNULL,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "start_new_session": True,
+}
 
 
 class Child:
     """A running child process in a session of its own, so that only we send it signals.
 
-    Its output is read to the end by threads that hand every line to `on_output` or `on_error`.
+    Its output is read to the end by threads that hand every line to `on_output` or `on_error`. Or `consume`
+    reads its standard output as it is, in a thread of its own: then it has ended when that thread has, too.
+    Where that leaves early the child finds its pipe closed.
     """
 
     is_watched = True  # whether it is stuck when nothing moves for long
@@ -2232,24 +2304,14 @@ class Child:
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
-        on_output: Callable[[str], None],
-        on_error: Callable[[str], None],
+        on_output: Callable[[str], None] | None,
+        on_error: Callable[[str], None] | None,
         pass_fds: Sequence[int] = (),
         dies_with_us: bool = True,
-    ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us, start_new_session=True, **pipes)
-        self._look_after((self._process.stdout, on_output), (self._process.stderr, on_error))
-
-    def _start(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        pass_fds: Sequence[int],
-        dies_with_us: bool,
+        consume: Callable[[IO[bytes]], None] | None = None,
         **how: Any,
     ) -> None:
+        """Starts the process, with pipes unless `how` tells Popen otherwise. Raises BackupError."""
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -2257,19 +2319,25 @@ class Child:
                 pass_fds=pass_fds,
                 # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
                 preexec_fn=die_with_parent if dies_with_us else None,
-                **how,
+                **(how or PIPES),
             )
         except OSError as error:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
-
-    def _look_after(self, *streams: tuple[IO[bytes], Callable[[str], None]]) -> None:
-        """Reads these streams, and waits for the end."""
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
         self._ended = threading.Event()
-        self._readers = [threading.Thread(target=read_lines, args=pair, daemon=True) for pair in streams]
+        lines = [(self._process.stdout, None if consume else on_output), (self._process.stderr, on_error)]
+        self._readers = [
+            threading.Thread(target=read_lines, args=pair, daemon=True) for pair in lines if pair[1]
+        ]
+
+        def work() -> None:
+            with self._process.stdout as stream:
+                consume(stream)
+
+        self.consumed = in_background(work) if consume else None
         for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
             thread.start()
 
@@ -2281,12 +2349,13 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process id."""
         return self._process.pid
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code (128+N for signal N), or None when the process still runs after `seconds`."""
+        """The exit code (128+N for signal N), or None when it is not done after `seconds`."""
         if not self._ended.wait(seconds):
+            return None
+        if self.consumed and concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
             return None
         code = self._process.returncode
         return code if code >= 0 else 128 - code
@@ -2310,7 +2379,6 @@ class Child:
                     self.send(signal.SIGCONT)
 
     def is_held(self, why: str) -> bool:
-        """Whether it is stopped for this reason."""
         return why in self._holders
 
     def kill(self) -> bool:
@@ -2319,55 +2387,21 @@ class Child:
         return self.wait(KILL_SECONDS) is not None
 
 
-class StreamedChild(Child):
-    """A child whose standard output `consume` reads as it is, in a thread of its own.
-
-    It has ended when that thread has, too. Where that leaves early the child finds its pipe closed.
-    """
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        consume: Callable[[IO[bytes]], None],
-        on_error: Callable[[str], None],
-        pass_fds: Sequence[int] = (),
-    ) -> None:
-        """Starts the process. Raises BackupError when it cannot be started."""
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self._start(argv, env, pass_fds, dies_with_us=True, start_new_session=True, **pipes)
-        self._look_after((self._process.stderr, on_error))
-
-        def work() -> None:
-            with self._process.stdout as stream:
-                consume(stream)
-
-        self.consumed = in_background(work)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit code, or None when it or whoever reads its output is not done after `seconds`."""
-        code = super().wait(seconds)
-        if code is None or concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
-            return None
-        return code
-
-
 class ForegroundChild(Child):
     """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
 
     It is the terminal's foreground process group, as a shell's command would be: it may read from the
-    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on.
+    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on. Only the main
+    thread may start it.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
-        """Starts the process. Raises BackupError when it cannot be started. Only for the main thread."""
         self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
         before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
         try:
-            self._start(argv, env, pass_fds, dies_with_us=True, process_group=0)
+            super().__init__(argv, env, None, None, pass_fds, process_group=0)
         finally:
             signal.signal(signal.SIGTSTP, before)
-        self._look_after()
 
     @contextlib.contextmanager
     def in_foreground(self) -> Iterator[None]:
@@ -2406,7 +2440,6 @@ def die_with_parent() -> None:
 
 
 def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
-    """Hands each line of `stream` to `on_line` until its end."""
     with stream:
         for line in stream:
             on_line(line.decode("utf-8", "replace").rstrip("\n"))
@@ -2432,13 +2465,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Stillness:
-    """How long nothing has moved.
-
-    Each meter returns a number that grows by 1 or more where there is progress.
-    """
+    """How long no meter has moved, whose numbers grow by 1 or more where there is progress."""
 
     def __init__(self, meters: Sequence[Callable[[], float]]) -> None:
-        """The time runs from now on."""
         self._meters, self._moved_at = meters, time.monotonic()
         self._before = [meter() for meter in meters]
 
@@ -2466,10 +2495,7 @@ class StallClock:
         beside: Callable[[], float] | None = None,
         hasty: bool = True,
     ) -> None:
-        """The time runs from now on.
-
-        About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
-        """
+        """About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count."""
         self._seconds, self._mounts = seconds, mounts
         self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
         self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
@@ -2538,17 +2564,6 @@ def terminate(child: Child, stop: Stop) -> None:
         if stop.hurried or time.monotonic() > give_up:
             child.kill()
             return
-
-
-def run_quickly(argv: Sequence[str], env: Mapping[str, str], seconds: float) -> tuple[int, str]:
-    """Runs a small program and returns exit code and output; 124 when it took longer than `seconds`."""
-    lines: list[str] = []
-    child = Child(argv, env, lines.append, lines.append)
-    code = child.wait(seconds)
-    if code is None:
-        child.kill()
-        return 124, "no answer"
-    return code, " ".join(lines)
 
 
 def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
@@ -2625,21 +2640,17 @@ def container_memory_mb(root: Path = Path("/")) -> int:
         lines = []
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in CGROUP_FILES:
+        if not controllers:
+            folder, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
             continue
-        folder, name = CGROUP_FILES[kind]
         path = Path(group.lstrip("/"))
         for part in (path, *path.parents):
             with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
                 limits.append(int((root / folder / part / name).read_text(encoding="ascii")))
     return min(limits) // 1_000_000
-
-
-CGROUP_FILES = {
-    "": ("sys/fs/cgroup", "memory.max"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-}
 
 
 def targets_at_once(settings: Settings, memory_mb: int) -> int:
@@ -2674,37 +2685,14 @@ def piece_bytes(window_bytes: int) -> int:
     return min(max(window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
 
 
-def read_ahead_flags(store: Store, memory_mb: int, cache_mb: int) -> list[str]:
-    """How much TigrisFS reads ahead by itself, with sizes that are safe with such a cache.
-
-    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
-    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
-    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
-    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
-    """
-    if store.target is None:
-        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
-        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
-    else:
-        large_kb = cache_mb * 1024 // 16
-        ahead_kb, part_kb = 1024, large_kb // 2
-    flags = {"--read-ahead": ahead_kb, "--read-ahead-large": large_kb, "--read-ahead-parallel": part_kb}
-    return [word for flag, kilobytes in flags.items() for word in (flag, str(kilobytes))]
-
-
 def tigrisfs_command(
     store: Store,
     region: str,
     mount_point: Path,
     read_only: bool,
     sizes: Sequence[str],
-    metadata: bool = False,
 ) -> list[str]:
-    """The command line that mounts `store`; its keys go through the environment.
-
-    `sizes` are its flags for memory (`memory_flags`). `metadata` shows objects' user metadata as extended
-    attributes, at the cost of a HEAD request for each.
-    """
+    """The command line that mounts `store`, with `memory_flags`; its keys go through the environment."""
     return [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
@@ -2712,13 +2700,12 @@ def tigrisfs_command(
         *("--endpoint", store.endpoint, "--region", region),
         "--no-detect",  # it asks for an absent object: who may use a prefix only is told 403 (AWS)
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
-        *(() if metadata else ("--disable-xattr",)),
+        "--disable-xattr",  # it would ask for each object's headers
         *sizes,
         *("--stat-cache-ttl", METADATA_TTL),
         *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
         *("--http-timeout", READ_TIMEOUT if read_only else WRITE_TIMEOUT),
         *("--max-parallel-parts", PARALLEL_PARTS),
-        *store.mount_flags,
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
@@ -2726,9 +2713,27 @@ def tigrisfs_command(
 
 
 def memory_flags(settings: Settings, memory_mb: int, store: Store) -> list[str]:
-    """TigrisFS's flags for its cache, and for what it reads ahead."""
+    """TigrisFS's flags for its cache, and for what it reads ahead by itself, in sizes that are safe.
+
+    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
+    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
+    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
+    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
+    """
     cache_mb = data_cache_mb(memory_mb, store, targets_at_once(settings, memory_mb))
-    return ["--memory-limit", str(cache_mb), *read_ahead_flags(store, memory_mb, cache_mb)]
+    if store.target is None:
+        piece_kb = piece_bytes(read_ahead_bytes(memory_mb, store)) // 1024
+        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
+    else:
+        large_kb = cache_mb * 1024 // 16
+        ahead_kb, part_kb = 1024, large_kb // 2
+    sizes = {
+        "--memory-limit": cache_mb,
+        "--read-ahead": ahead_kb,
+        "--read-ahead-large": large_kb,
+        "--read-ahead-parallel": part_kb,
+    }
+    return [word for flag, number in sizes.items() for word in (flag, str(number))]
 
 
 def tigrisfs_environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
@@ -2758,13 +2763,9 @@ SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF",
 
 
 class TigrisLog:
-    """Reads TigrisFS's log.
-
-    Warnings and errors are shown under the mount's name, the rest only when debugging.
-    """
+    """TigrisFS's log. Warnings and errors are shown under the mount's name, the rest when debugging."""
 
     def __init__(self, name: str, console: Console) -> None:
-        """Nothing was read yet."""
         self.complaints: deque[str] = deque(maxlen=5)
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.failed_uploads = 0
@@ -2778,7 +2779,6 @@ class TigrisLog:
         self._window_start, self._shown, self._hidden = 0.0, 0, 0
 
     def feed(self, line: str) -> None:
-        """Takes one line."""
         try:
             entry = json.loads(line)
             level, message = str(entry.get("level", "warn")), str(entry.get("message", "")).strip()
@@ -2797,41 +2797,32 @@ class TigrisLog:
             if match[1] in self.arrived:  # it repeats that as long as it lives
                 return
             self.unfinished.add(match[1])
-        self._note_refusal(message)
+        now = time.monotonic()
+        match = REFUSED_WRITE.match(message)
+        if match and int(match[4]) not in RETRIED_STATUSES and match[2] not in PASSING_CODES:
+            times, last = self._refused.get(match[1], (0, now))
+            times = times + 1 if now - last < COMPLAINT_SECONDS else 1
+            self._refused[match[1]] = (times, now)
+            if times >= REFUSED_TIMES:
+                self._refusal = (match[1], match[2], match[3], match[4])
         self.complaints.append(message)
         if message.startswith("Conflict detected"):
             self.lost = "; ".join(list(self.complaints)[-2:])
         self.failed_uploads += message.startswith("Failed to flush")
-        self.complained_at = time.monotonic()
-        self._show(f"tigrisfs: {message}")
-
-    def _note_refusal(self, message: str) -> None:
-        match, now = REFUSED_WRITE.match(message), time.monotonic()
-        if not match or int(match[4]) in RETRIED_STATUSES or match[2] in PASSING_CODES:
-            return
-        times, last = self._refused.get(match[1], (0, now))
-        times = times + 1 if now - last < COMPLAINT_SECONDS else 1
-        self._refused[match[1]] = (times, now)
-        if times >= REFUSED_TIMES:
-            self._refusal = (match[1], match[2], match[3], match[4])
-
-    def _show(self, text: str) -> None:
-        now = time.monotonic()
+        self.complained_at = now
         if now - self._window_start > 60:
             if self._hidden:
-                self._console.warning(
-                    self._name, f"tigrisfs: {self._hidden} more such lines in the last minute"
-                )
+                words = f"tigrisfs: {self._hidden} more such lines in the last minute"
+                self._console.warning(self._name, words)
             self._window_start, self._shown, self._hidden = now, 0, 0
         if self._shown < COMPLAINTS_A_MINUTE:
             self._shown += 1
-            self._console.warning(self._name, text)
+            self._console.warning(self._name, f"tigrisfs: {message}")
         else:
             self._hidden += 1
 
     @property
     def is_complaining(self) -> bool:
-        """Whether it complained a short while ago."""
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
 
     @property
@@ -2841,19 +2832,13 @@ class TigrisLog:
 
     @property
     def reason(self) -> str:
-        """What it complained about last."""
         return self.complaints[-1] if self.complaints else "tigrisfs said nothing about it"
 
 
-def mount_table() -> dict[str, str]:
-    """Mount point -> file system type in this process's mount namespace."""
-    return parse_mount_table(Path("/proc/self/mountinfo").read_bytes().decode("utf-8", "surrogateescape"))
-
-
-def parse_mount_table(text: str) -> dict[str, str]:
-    """Mount point -> file system type from the text of /proc/PID/mountinfo, proc(5)."""
+def mount_table(source: Path = Path("/proc/self/mountinfo")) -> dict[str, str]:
+    """Mount point -> file system type in this process's mount namespace, proc(5)."""
     table = {}
-    for line in text.splitlines():
+    for line in source.read_bytes().decode("utf-8", "surrogateescape").splitlines():
         fields, _, rest = line.partition(" - ")
         raw = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
         table[raw] = rest.split(" ")[0]
@@ -2876,11 +2861,10 @@ class Mount:
     usable: bool = False  # it was listed
     is_by_hand: bool = False  # what a person wrote is worth waiting for
     is_shared: bool = False  # by several borgs
+    unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
-    ask: Callable[[S3Client], object] = lambda client: client.list_page(client.store.key_prefix, limit=1)
 
     def __post_init__(self) -> None:
-        """Begins to note when tigrisfs has moved something, and be it in vain."""
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
         self._stillness = Stillness([lambda: (io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges) / unit])
 
@@ -2892,7 +2876,6 @@ class Mount:
 
     @property
     def is_alive(self) -> bool:
-        """Whether somebody serves it."""
         return self.child.wait(0) is None and str(self.path) in mount_table()
 
     def check_alive(self) -> None:
@@ -2931,12 +2914,9 @@ class Mount:
             self._find_arrived(key)
 
     def answers(self) -> bool:
-        """Whether S3 answers us, and we may write where we want to.
-
-        Raises S3Error when the keys or the bucket are gone.
-        """
+        """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
         try:
-            self.ask(self.client)
+            self.client.list_page(self.store.key_prefix, limit=1)
         except S3Error as error:
             if error.status in (401, 403, 404):
                 raise
@@ -2990,7 +2970,12 @@ class Mount:
 
 @contextlib.contextmanager
 def mounted(
-    runtime: Runtime, store: Store, region: str, read_only: bool, lease: Lease | None = None
+    runtime: Runtime,
+    store: Store,
+    region: str,
+    read_only: bool,
+    lease: Lease | None = None,
+    unlistable: Collection[str] = (),
 ) -> Iterator[Mount]:
     """`store` being mounted at its mount point; on leaving it is unmounted and everything is uploaded.
 
@@ -3001,13 +2986,14 @@ def mounted(
     remove_temporary_mounts(runtime)
     log = TigrisLog(store.name, runtime.console)
     sizes = memory_flags(runtime.settings, runtime.memory_mb, store)
-    metadata = runtime.settings.source_metadata and store.target is None
-    argv = tigrisfs_command(store, region, path, read_only, sizes, metadata)
+    if unlistable:  # it would list what follows each name that it looks up
+        sizes.append("--no-preload-dir")
+    argv = tigrisfs_command(store, region, path, read_only, sizes)
     child = Child(argv, tigrisfs_environment(store, runtime.environ), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
-    mount = Mount(store, path, child, log, client, lease, holds_nothing=read_only)
-    over = threading.Event()
+    mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
+    over, failure = threading.Event(), None
     try:
         if lease:
             lease.add(child)
@@ -3015,20 +3001,19 @@ def mounted(
             in_background(lambda: keep_awake(mount, over))
         yield mount
     except BaseException as error:
+        failure = error
+        raise
+    finally:
         over.set()
-        if isinstance(error, Stuck) or not mount.usable:
+        if isinstance(failure, Stuck) or not mount.usable:
             abandon(runtime, mount)
         else:
             try:
                 unmount(runtime, mount)
-            except BackupError as second:  # the first error is the one to raise
-                runtime.console.warning(store.name, str(second))
-        raise
-    over.set()
-    if mount.usable:
-        unmount(runtime, mount)
-    else:
-        abandon(runtime, mount)
+            except BackupError as second:
+                if not failure:
+                    raise
+                runtime.console.warning(store.name, str(second))  # the first error is the one to raise
 
 
 @contextlib.contextmanager
@@ -3100,12 +3085,20 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     return path
 
 
-def probe_mount(runtime: Runtime, store: Store, path: Path) -> None:
+def probe_mount(runtime: Runtime, store: Store, path: Path, is_listable: bool = True) -> None:
     """Lists a mount's root: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
 
-    Raises OSError when the mount is dead, BackupError when it does not answer.
+    Where that cannot be listed it is opened, which the kernel does not do by itself either. Raises OSError
+    when the mount is dead, BackupError when it does not answer.
     """
-    within(MOUNT_SECONDS, f"{store.name}: listing {path}", lambda: next(os.scandir(path), None), runtime.stop)
+
+    def look() -> None:
+        if is_listable:
+            next(os.scandir(path), None)
+        else:
+            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+
+    within(MOUNT_SECONDS, f"{store.name}: listing {path}", look, runtime.stop)
 
 
 TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
@@ -3136,10 +3129,7 @@ NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
-    """Detaches a mount that nobody serves any more; returns whether it was one.
-
-    Raises BackupError when it does not answer.
-    """
+    """Whether a mount was dead, and is detached now. Raises BackupError when it does not answer."""
     try:
         probe_mount(runtime, store, path)
     except OSError as error:
@@ -3168,7 +3158,7 @@ def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
         if time.monotonic() > deadline:
             raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN)
     try:
-        probe_mount(runtime, mount.store, mount.path)
+        probe_mount(runtime, mount.store, mount.path, "" not in mount.unlistable)
     except OSError as error:
         raise BackupError(
             f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}", TRY_AGAIN
@@ -3197,12 +3187,8 @@ def warm_up(runtime: Runtime, mount: Mount) -> None:
     lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay
     cached for METADATA_TTL.
     """
-
-    def walk() -> None:
-        for _ in walk_files(mount.store, mount.path):
-            pass
-
-    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", in_background(walk))
+    work = in_background(lambda: deque(walk_files(mount.store, mount.path), maxlen=0))
+    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", work)
 
 
 def until_done(
@@ -3237,11 +3223,14 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
         number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
         if number != errno.EPERM:
             return os.strerror(number) if number else ""
-        argv = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
-        code, words = run_quickly(argv, minimal_environment(runtime.environ, ()), MOUNT_SECONDS)
+        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
+        child = Child(argv, minimal_environment(runtime.environ, ()), lines.append, lines.append)
     except BackupError as error:
         return error.message
-    return words or f"fusermount3 ended with {code}" if code else ""
+    if (code := child.wait(MOUNT_SECONDS)) is None:
+        child.kill()
+        return "no answer"
+    return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
 
 
 def unmount(runtime: Runtime, mount: Mount) -> None:
@@ -3279,19 +3268,8 @@ def unmount(runtime: Runtime, mount: Mount) -> None:
     runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
 
 
-def flush_patience(runtime: Runtime, mount: Mount) -> float:
-    """How many seconds the upload after an unmount may take, as long as it makes progress."""
-    if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
-        return HURRIED_FLUSH_SECONDS
-    failing = runtime.stop.requested and mount.log.is_complaining
-    return FAILING_FLUSH_SECONDS if failing else math.inf
-
-
 def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
-    """The exit code of tigrisfs, which ends when everything is uploaded.
-
-    Kills it when that takes too long.
-    """
+    """The exit code of tigrisfs, which ends when all is uploaded, and is killed when that takes too long."""
     start, told = time.monotonic(), False
     stall = StallClock(runtime.settings.stall_seconds, [mount])
     while (code := mount.child.wait(POLL_SECONDS)) is None:
@@ -3305,9 +3283,14 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
             runtime.console.info(
                 mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
             )
+        limit = math.inf  # as long as it makes progress
+        if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
+            limit = HURRIED_FLUSH_SECONDS
+        elif runtime.stop.requested and mount.log.is_complaining:
+            limit = FAILING_FLUSH_SECONDS
         try:
             stall.check(lambda: f"{mount.store.name}: the upload does not end: {mount.log.reason}")
-            if waited > flush_patience(runtime, mount):
+            if waited > limit:
                 raise BackupError(
                     f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
                     "What borg wrote last is not in the bucket; the archives of earlier runs are.",
@@ -3321,88 +3304,59 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
-# borg reads one object after the other, and waits for S3 at each. So threads read what it is going to read
-# through the same mount, and TigrisFS keeps it until borg comes. The objects that borg will read, in its
-# order, are taken as one stream; what is read ahead is a window of it that begins where the slowest borg is.
+# borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
+# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is
+# taken as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg
+# is told of an object before that has come into the window.
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """One of the objects that are read, one after the other."""
+
+    path: str
+    size: int  # in bytes
+    modified: float = math.inf  # in seconds since 1970
+    fetch: Callable[[], None] | None = None  # reads it in another way than through the mount
 
 
 @dataclass(frozen=True)
 class Place:
-    """An object's place in the stream."""
+    """An object's place in the stream of those that somebody reads."""
 
-    path: str
+    number: int  # among all, from 1 on
+    item: Upcoming
     start: int  # in bytes, as all that follows
-    size: int
 
     @property
     def end(self) -> int:
         """Where the next object begins. A small one counts for more, which bounds how many are ahead."""
-        return self.start + max(self.size, SMALLEST_PLACE_BYTES)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a thread reads at a time: `size` bytes of an object from `offset` on."""
-
-    place: Place
-    offset: int
-    size: int
+        return self.start + max(self.item.size, SMALLEST_PLACE_BYTES)
 
 
 @dataclass(eq=False)
 class Reader:
-    """One borg on its way through the source."""
+    """One borg on its way through the objects."""
 
     since: float = -math.inf  # what was last modified before that, it knows and does not read
     child: Child | None = None  # None: it has not begun yet
-    position: int = 0  # how much of the stream is behind it
+    done: int = 0  # how many objects are behind it
+    offset: int = 0  # how far it is in the next one
     began: float = 0.0
-    held_at: float = 0.0  # 0: it is not held
-    held_seconds: float = 0.0
+    waits_since: float = 0.0  # for others; 0: it does not
+    waited_seconds: float = 0.0
 
-    def held_for(self, now: float) -> float:
-        """How long it was held until now."""
-        return self.held_seconds + (now - self.held_at if self.held_at else 0.0)
+    def waited_for(self, now: float) -> float:
+        """How long it has waited for others until now."""
+        return self.waited_seconds + (now - self.waits_since if self.waits_since else 0.0)
 
-
-def in_borgs_order(folder: str) -> Iterator[os.DirEntry[str]]:
-    """The files below `folder` in the order in which borg archives them.
-
-    Each folder's entries by inode number, subfolders at once (`scandir_inorder` and `Archiver._rec_walk` of
-    borg 1.4).
-    """
-    stack = [by_inode(folder)]
-    while stack:
-        entry = next(stack[-1], None)
-        if entry is None:
-            stack.pop()
-        elif entry.is_dir(follow_symlinks=False):
-            stack.append(by_inode(entry.path))
-        elif entry.is_file(follow_symlinks=False):
-            yield entry
-
-
-def objects_below(folder: str) -> Iterator[tuple[str, int, float]]:
-    """Path, size in bytes and time of last modification of the files below `folder`, in borg's order."""
-    for entry in in_borgs_order(folder):
-        status = entry.stat(follow_symlinks=False)
-        yield entry.path, status.st_size, status.st_mtime
-
-
-def by_inode(folder: str) -> Iterator[os.DirEntry[str]]:
-    """A folder's entries by inode number, or nearly so where there are more than SORTED_AT_ONCE.
-
-    TigrisFS numbers them as it lists them, so that they come nearly sorted: no need to hold a million.
-    """
-    heap: list[tuple[int, str, os.DirEntry[str]]] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            item = entry.inode(), entry.name, entry
-            if len(heap) < SORTED_AT_ONCE:
-                heapq.heappush(heap, item)
-            else:
-                yield heapq.heappushpop(heap, item)[-1]
-    yield from (item[-1] for item in sorted(heap))
+    def wait(self, is_waiting: bool) -> None:
+        """It waits for others, or it does not any more."""
+        now = time.monotonic()
+        if is_waiting and not self.waits_since:
+            self.waits_since = now
+        elif self.waits_since and not is_waiting:
+            self.waited_seconds, self.waits_since = self.waited_for(now), 0.0
 
 
 def file_position(pid: int, path: str) -> int:
@@ -3418,13 +3372,12 @@ def file_position(pid: int, path: str) -> int:
 NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at it
 
 
-def read_piece(piece: Piece) -> None:
-    """Reads a piece into nowhere. Raises OSError."""
-    if not piece.size:
+def read_piece(path: str, offset: int, end: int) -> None:
+    """Reads a piece of a file into nowhere. Raises OSError."""
+    if offset == end:
         return
-    fd = os.open(piece.place.path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
     try:
-        offset, end = piece.offset, piece.offset + piece.size
         while offset < end and (got := os.preadv(fd, [memoryview(NOWHERE)[: end - offset]], offset)):
             offset += got
     finally:
@@ -3432,39 +3385,29 @@ def read_piece(piece: Piece) -> None:
 
 
 class ReadAhead:
-    """Reads the source before one or more borgs do, and keeps these close enough together to share that.
+    """Reads objects before one or more borgs do, and keeps these close enough together to share that.
 
-    It is a help only: what it cannot read, borg will report. A borg that is far ahead of another is held
-    (SIGSTOP); but not when that one does not move, and not for longer than it has worked itself. Then the
-    slower one is left to read by itself.
+    It is a help only: what it cannot read, borg will report. A borg that is ahead of another waits; but not
+    when that one does not move, and not for longer than it has worked itself. Then the slower one is left to
+    read by itself.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        mount: Mount,
-        readers: Sequence[Reader],
-        objects: Iterable[tuple[str, int, float]] | None = None,
-    ) -> None:
-        """Starts the threads. They begin when each reader has begun or left, or a while after the first.
-
-        `objects` are what is read instead of the whole mount, as `objects_below` has them.
-        """
+    def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
+        """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
-        window_bytes = read_ahead_bytes(runtime.memory_mb, settings.source)
-        self._window, self._readers = window_bytes, list(readers)
-        self._objects = objects_below(str(mount.path)) if objects is None else objects
-        self._with_metadata = settings.source_metadata
+        self.moved = 0  # grows with all that is read
+        self._window = read_ahead_bytes(runtime.memory_mb, settings.source)
+        self._items, self._readers, self._has_threads = items, list(readers), threads > 0
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
-        self._piece_bytes = piece_bytes(window_bytes)
+        self._piece_bytes = piece_bytes(self._window)
         self._lock = threading.RLock()
-        self._room, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
         self._ahead: deque[Place] = deque()
-        self._places: dict[str, Place] = {}
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[tuple[Place, int, int]] = deque()
+        self._taken: float = 0  # objects that borgs may be told of
         self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
-        self._over = not threads
-        for work in (self._walk, self._watch, *[self._read] * threads) if threads else ():
+        self.is_over = False
+        for work in (self._walk, self._watch, *[self._read] * threads):
             threading.Thread(target=work, daemon=True).start()
 
     def began(self, reader: Reader, since: float, child: Child) -> None:
@@ -3472,71 +3415,101 @@ class ReadAhead:
         with self._lock:
             reader.since, reader.child = since, child
             reader.began = self._moved_at = time.monotonic()
-            self._room.notify_all()
+            self._changed.notify_all()
 
-    def passed(self, reader: Reader, path: str, offset: float = math.inf) -> None:
-        """`reader` is done with a file, or so far in it; where in a file a borg is, we see by ourselves."""
+    def wait_until_near(self, reader: Reader, number: int) -> None:
+        """Returns when `reader` may be told of the object with this number."""
+        self.wait_until(reader, lambda: number <= self._taken, number)
+
+    def wait_until_passed(self, number: int) -> bool:
+        """Returns when all readers are done with this object; False at the end."""
         with self._lock:
-            if place := self._places.get(path):
-                position = place.start + int(offset) if offset < place.size else place.end
-                reader.position = max(reader.position, position)
-                self._slide()
+            while not self.is_over and number > self._passed:
+                self._changed.wait()
+            return not self.is_over
+
+    def is_left(self, reader: Reader) -> bool:
+        """Whether it goes on by itself."""
+        return reader not in self._readers
+
+    def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
+        """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
+
+        It does not wait, though, before it is done with all objects that come before that `number`.
+        """
+        with self._lock:
+            while reader in self._readers and not self.is_over and not is_so():
+                reader.wait(reader.done + 1 >= number and reader.done > self._passed)
+                self._changed.wait(POLL_SECONDS)
+            reader.wait(False)
+
+    def has_passed(self, number: int) -> bool:
+        """Whether this object is behind all readers."""
+        with self._lock:
+            return number <= self._passed
+
+    @property
+    def _passed(self) -> float:
+        """How many objects are behind all readers."""
+        return min((reader.done for reader in self._readers), default=math.inf)
+
+    def done(self, reader: Reader, number: int, offset: int = 0) -> None:
+        """`reader` is done with so many objects, and is so far in the next one."""
+        with self._lock:
+            reader.done, reader.offset = max((reader.done, reader.offset), (number, offset))
+            self._slide()
 
     def left(self, reader: Reader) -> None:
         """`reader` is at its end, or goes on by itself."""
         with self._lock:
             if reader in self._readers:
                 self._readers.remove(reader)
-                self._let_go(reader)
+                self._hold(reader, False)
                 self._slide()
 
     def close(self) -> None:
         """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
         with self._lock:
-            self._over = True
+            self.is_over, self._taken = True, math.inf
             for reader in self._readers:
-                self._let_go(reader)
-            self._room.notify_all()
+                self._hold(reader, False)
+            self._changed.notify_all()
             self._work.notify_all()
 
     def _slide(self) -> None:
-        """Moves the window to where the slowest reader is, and keeps the others near it."""
-        if not self._readers:
-            self.close()
-            return
-        floor = min(reader.position for reader in self._readers)
-        if floor > self._floor:
-            self._floor, self._moved_at = floor, time.monotonic()
-            while self._ahead and self._ahead[0].end <= floor:
-                del self._places[self._ahead.popleft().path]
-            self._room.notify_all()
-        for reader in self._readers:
-            lead = reader.position - self._floor
-            if lead > self._window * 3 // 4:
-                self._hold(reader)
-            elif lead < self._window // 2:
-                self._let_go(reader)
+        """Moves the window to where the slowest reader is."""
+        passed, before = self._passed, self._floor
+        while self._ahead and self._ahead[0].number <= passed:
+            self._floor = self._ahead.popleft().end
+        if self._ahead:
+            place = self._ahead[0]
+            slowest = [
+                reader.offset for reader in self._readers if reader.done + 1 == place.number == passed + 1
+            ]
+            self._floor = max(self._floor, place.start + min(slowest, default=0))
+        if self._floor > before or not self._ahead:
+            self._moved_at = time.monotonic()
+        self._changed.notify_all()
 
-    def _hold(self, reader: Reader) -> None:
-        if reader.child and not reader.held_at:
-            reader.held_at = time.monotonic()
-            reader.child.hold(HELD_BACK)
-
-    def _let_go(self, reader: Reader) -> None:
-        if reader.child and reader.held_at:
-            reader.held_seconds, reader.held_at = reader.held_for(time.monotonic()), 0.0
-            reader.child.let_go(HELD_BACK)
+    def _hold(self, reader: Reader, is_held: bool) -> None:
+        """Stops a borg in an object that is larger than the window, or has it go on."""
+        if reader.child and is_held != reader.child.is_held(HELD_BACK):
+            (reader.child.hold if is_held else reader.child.let_go)(HELD_BACK)
+            reader.wait(is_held)
 
     def _walk(self) -> None:
-        """The life of the thread that looks for objects to read."""
+        """The life of the thread that puts objects at the stream's end."""
         with self._lock:
-            while not self._over and not self._all_began():
-                self._room.wait(WATCH_SECONDS)
-        with contextlib.suppress(OSError):
-            for path, size_bytes, modified in self._objects:
-                if self._over:
+            while not self.is_over and not self._all_began():
+                self._changed.wait(WATCH_SECONDS)
+        try:
+            for number, item in enumerate(self._items, 1):
+                if self.is_over:
                     return
-                self._take(path, size_bytes, modified)
+                self._take(number, item)
+        except BaseException:
+            self.close()  # nobody waits for what does not come
+            raise
 
     def _all_began(self) -> bool:
         """Whether it is known what is to be read. Who takes too long to begin is left behind."""
@@ -3547,46 +3520,56 @@ class ReadAhead:
                 self.left(reader)
         return not any(reader in self._readers for reader in late)
 
-    def _take(self, path: str, size_bytes: int, modified: float) -> None:
-        """Puts an object that somebody will read at the stream's end, piece by piece as there is room."""
+    def is_read(self, modified: float) -> bool:
+        """Whether one of the readers will read an object of this time."""
+        return any(modified >= reader.since for reader in self._readers)
+
+    def _take(self, number: int, item: Upcoming) -> None:
+        """Takes an object in, piece by piece as there is room; who has none of it is told of it at once."""
         with self._lock:
-            if not any(modified >= reader.since for reader in self._readers):
-                size_bytes = 0
-            if not (size_bytes or self._with_metadata):
+            if not (self._has_threads and self._readers and self.is_read(item.modified)):
+                self._taken = number
+                self._changed.notify_all()
                 return
-            place = Place(path, self._end, size_bytes)
+            place = Place(number, item, self._end)
             self._end = place.end
             self._ahead.append(place)
-            self._places[path] = place
-            for offset in range(0, size_bytes or 1, self._piece_bytes):
-                piece = Piece(place, offset, min(self._piece_bytes, size_bytes - offset))
-                while not self._over and place.start + offset + piece.size - self._floor > self._window:
-                    self._room.wait()
-                self._pieces.append(piece)
+            step = max(item.size, 1) if item.fetch else self._piece_bytes
+            for offset in range(0, max(item.size, 1), step):
+                end = min(offset + step, item.size)
+                room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
+                while not self.is_over and place.start + room - self._floor > self._window:
+                    self._changed.wait()
+                self._pieces.append((place, offset, end))
                 self._work.notify()
+                self._taken = number
+                self._changed.notify_all()
 
     def _read(self) -> None:
         """The life of a thread that reads."""
         while piece := self._next():
+            place, offset, end = piece
             with contextlib.suppress(OSError):
-                if self._with_metadata and not piece.offset:
-                    os.listxattr(piece.place.path)
-                read_piece(piece)
+                if place.item.fetch:
+                    place.item.fetch()
+                else:
+                    read_piece(place.item.path, offset, end)
+            self.moved += 1
 
-    def _next(self) -> Piece | None:
+    def _next(self) -> tuple[Place, int, int] | None:
         """The next piece that borg has not passed yet; None at the end."""
         with self._lock:
-            while not self._over:
+            while not self.is_over:
                 while self._pieces:
                     piece = self._pieces.popleft()
-                    if piece.place.start + piece.offset + piece.size > self._floor:
+                    if piece[0].start + piece[2] > self._floor or piece[0].item.fetch:
                         return piece
                 self._work.wait()
         return None
 
     def _watch(self) -> None:
         """The life of the thread that sees where in a large object borg is, and who waits for too long."""
-        while not self._over:
+        while not self.is_over:
             time.sleep(WATCH_SECONDS)
             with self._lock:
                 for reader in self._readers:
@@ -3595,21 +3578,29 @@ class ReadAhead:
                 self._leave_behind()
 
     def _look(self, reader: Reader) -> None:
-        """Where a reader is within an object of several pieces."""
-        place = next((place for place in self._ahead if place.end > reader.position), None)
-        if place and reader.child and place.size > self._piece_bytes:
-            position = place.start + min(file_position(reader.child.pid, place.path), place.size - 1)
-            reader.position = max(reader.position, position)
+        """Where a reader is within an object of several pieces; who is far ahead there is held."""
+        place = next((place for place in self._ahead if place.number > reader.done), None)
+        if not place or not reader.child or place.item.size <= self._piece_bytes:
+            self._hold(reader, False)
+            return
+        if place.number == reader.done + 1:
+            position = min(file_position(reader.child.pid, place.item.path), place.item.size - 1)
+            reader.offset = max(reader.offset, position)
+        lead = place.start + reader.offset - self._floor
+        if lead > self._window * 3 // 4 or lead < self._window // 2:
+            self._hold(reader, lead > self._window // 2)
 
     def _leave_behind(self) -> None:
         """Leaves the slowest to itself when that has held up others for too long."""
         now = time.monotonic()
-        held = [reader for reader in self._readers if reader.held_at]
+        waiting = [reader for reader in self._readers if reader.waits_since]
         stuck = now - self._moved_at > self._patience_seconds
+        limits = [max(HOLD_SECONDS, (now - reader.began) / 2) for reader in waiting]
         if any(
-            stuck or reader.held_for(now) > max(HOLD_SECONDS, (now - reader.began) / 2) for reader in held
+            stuck or reader.waited_for(now) > limit for reader, limit in zip(waiting, limits, strict=True)
         ):
-            for reader in [reader for reader in self._readers if reader.position == self._floor]:
+            passed = self._passed
+            for reader in [each for each in self._readers if each.done == passed and not each.waits_since]:
                 self.left(reader)
 
 
@@ -3617,16 +3608,23 @@ class ReadAhead:
 
 
 class Verdict(enum.Enum):
-    """What an exit code of borg means."""
-
     OK = "ok"
     WARNING = "warnings"
     FAILURE = "failed"
     BUSY = "busy"  # another run works on the repository
 
 
-# Unreadable content of the source. That a file vanished (107) or is forbidden (105) is a warning.
-IO_ERRORS = frozenset({"BackupIOError", "BackupOSError"})
+# What borg says of a file that it could not read; the exit code is one of the source's content.
+UNREAD_WARNINGS = frozenset(
+    {
+        "BackupError",
+        "BackupIOError",
+        "BackupOSError",
+        "BackupFileNotFoundError",
+        "BackupPermissionError",
+        "BackupRaceConditionError",
+    }
+)
 IO_ERROR_CODE = 106
 
 
@@ -3645,7 +3643,6 @@ def archive_pattern(label: str) -> str:
 
 
 def borg_init(target: Target, repository: Path) -> list[str]:
-    """Makes a repository."""
     return ["init", "--encryption", target.encryption, str(repository)]
 
 
@@ -3665,44 +3662,20 @@ def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
     return ["info", "--json", "--last", "2", *options, str(repository)]
 
 
-def borg_archives(repository: Path) -> list[str]:
-    """Shows all archives, with the number of their objects and bytes: see LIST_SIZES."""
-    return ["list", "--json", "--format", "{archive}{time}{end}{nfiles}{size}", str(repository)]
-
-
-def borg_key_export(repository: Path, form: Sequence[str]) -> list[str]:
-    """Shows the key, in the form that `form`, an option, asks for."""
-    return ["key export", *form, str(repository)]
-
-
-def borg_create(
-    target: Target, label: str, repository: Path, source: Path, metadata: bool = False, comment: str = ""
-) -> list[str]:
-    """Archives `source`, and names each object when it is done; with `metadata` extended attributes, too.
+def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
+    """Archives what it is told of (FED).
 
     The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
     numbers change with every mount. ACLs and flags do not exist on S3; asking for extended attributes
     costs a request for each object.
     """
-    options = ["--files-cache", "ctime,size", "--noacls", "--noflags"]
-    options += [] if metadata else ["--noxattrs"]
+    options = ["--files-cache", "ctime,size", "--noxattrs", "--noacls", "--noflags", "--paths-from-stdin"]
     options += ["--comment", comment] if comment else []
     archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
-    return [
-        "create",
-        "--json",
-        "--list",
-        "--progress",
-        *options,
-        "--compression",
-        target.compression,
-        archive,
-        str(source),
-    ]
+    return ["create", "--json", *options, "--compression", target.compression, archive]
 
 
 def borg_names(repository: Path) -> list[str]:
-    """Shows all archives' names and times."""
     return ["list", "--json", str(repository)]
 
 
@@ -3716,37 +3689,23 @@ def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
     return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
 
 
+def borg_read(repository: Path, archive: str, path: str) -> list[str]:
+    """Writes the content of one file in an archive to standard output."""
+    return ["extract", "--stdout", f"{repository}::{archive}", f"pp:{path}"]
+
+
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
-    """Deletes old archives of this label."""
     return ["prune", "--list", "--glob-archives", archive_pattern(label), *target.prune, str(repository)]
 
 
 def borg_compact(target: Target, repository: Path) -> list[str]:
-    """Frees the space of deleted archives."""
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
-
-
-def borg_check_slice(repository: Path, seconds: float) -> list[str]:
-    """Checks segments for some seconds, from where the last slice stopped, which borg keeps in its config."""
-    slice_options = ["--repository-only", "--max-duration", str(max(1, round(seconds)))]
-    return ["check", "--info", "--progress", *slice_options, str(repository)]
-
-
-def borg_check_all(repository: Path, verify_data: bool) -> list[str]:
-    """Checks all segments, the index and the archives, and with `verify_data` each piece of data."""
-    options = ["--verify-data"] if verify_data else []
-    return ["check", "--info", "--progress", *options, str(repository)]
 
 
 def borg_find_archive(repository: Path, pattern: str) -> list[str]:
     """Shows the newest archive whose name matches, with its comment."""
     options = ["--json", "--last", "1", "--format", "{name}{id}{start}{comment}"]
     return ["list", *options, "--glob-archives", pattern, str(repository)]
-
-
-def borg_export_sample(repository: Path, archive: str, patterns: Sequence[str]) -> list[str]:
-    """Writes what matches, in the archive's order, as a tar stream to standard output."""
-    return ["export-tar", *patterns, f"{repository}::{archive}", "-"]
 
 
 def drain(stream: IO[bytes]) -> None:
@@ -3802,7 +3761,6 @@ DAMAGE_HELP = (
 )
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 MAX_NAMED = 100  # objects or warnings; more are counted
 
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
@@ -3832,35 +3790,29 @@ class BorgLog:
     """
 
     def __init__(
-        self, name: str, console: Console, stop: Stop, on_file: Callable[[str, str], None] | None = None
+        self,
+        name: str,
+        console: Console,
+        stop: Stop,
+        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        """Nothing was read yet; `on_file(status, path)` is told of each file that borg has done."""
         self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
         self.error_count = 0
         self.warnings = 0
-        self.io_errors = 0
+        self.is_warning = False  # borg's exit code tells of one: what has no id does not change that
         self.infos: list[str] = []
         self._name, self._console, self._stop = name, console, stop
-        self._on_file = on_file
+        self._on_fed = on_fed
 
     def feed(self, line: str) -> None:
-        """Takes one line."""
         try:
             entry = json.loads(line)
             kind = entry["type"]
         except (ValueError, KeyError, TypeError):
             self._take("ERROR", "", line)
             return
-        if kind == "file_status":
-            if self._on_file:
-                self._on_file(entry["status"], entry["path"])
-        elif kind == "archive_progress" and not entry.get("finished"):
-            self._console.progress(
-                self._name,
-                f"{count(entry['nfiles'], 'object')}, {size(entry['original_size'])}: {entry['path']}",
-                objects=entry["nfiles"],
-                bytes=entry["original_size"],
-            )
+        if kind in ("fed_done", "fed_status") and self._on_fed:
+            self._on_fed(entry)
         elif kind in ("progress_message", "progress_percent") and entry.get("message"):
             self._console.progress(self._name, entry["message"])
         elif kind == "log_message":
@@ -3882,9 +3834,11 @@ class BorgLog:
             )
         elif level in ("ERROR", "CRITICAL"):
             self._take_error(msgid, text)
+        elif level == "WARNING" and self._on_fed and msgid in UNREAD_WARNINGS:
+            self._console.debug(self._name, f"borg: {text}")  # our own client tries
         elif level == "WARNING":
             self.warnings += 1
-            self.io_errors += msgid in IO_ERRORS
+            self.is_warning |= bool(msgid)
             if self.warnings <= MAX_NAMED:
                 self._console.warning(self._name, f"borg: {text}")
         else:
@@ -3903,7 +3857,6 @@ class BorgLog:
         show(self._name, f"borg: {text}")
 
     def report_hidden(self) -> None:
-        """Counts the warnings and errors that were not shown."""
         if self.error_count > MAX_NAMED:
             self._console.error(self._name, f"borg: {self.error_count - MAX_NAMED:,} more errors")
         if self.warnings > MAX_NAMED:
@@ -3920,8 +3873,6 @@ class BorgLog:
 
 @dataclass(frozen=True)
 class BorgResult:
-    """How a borg command went."""
-
     verdict: Verdict
     output: str
     log: BorgLog
@@ -3949,25 +3900,27 @@ class Borg:
     def run(
         self,
         arguments: Sequence[str],
-        on_file: Callable[[str, str], None] | None = None,
+        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
         on_start: Callable[[Child], None] = lambda child: None,
         trusted_before: datetime | None = None,
         consume: Callable[[IO[bytes]], None] | None = None,
         on_output: Callable[[str], None] | None = None,
         own: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
+        waits: Callable[[], float] = lambda: 0,
     ) -> BorgResult:
-        """Runs one command to its end; `on_file(status, path)` is told of each file that it has done.
+        """Runs one command to its end; `on_fed` is told what it reports of what it is fed (FED).
 
         `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
         unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
-        borg. Raises BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a
-        stop signal, and what `consume` raises. An archive that lacks what could not be read is a result.
+        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises
+        BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal,
+        and what `consume` raises. An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
         argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console, runtime.stop, on_file), []
+        log, output = BorgLog(name, runtime.console, runtime.stop, on_fed), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
         with self._environment({"BORG_EXIT_CODES": "modern", **(own or {})}) as (env, fd):
@@ -3975,12 +3928,12 @@ class Borg:
                 env |= {"S3BORGBACKUP_SIZES": "yes", "TZ": "UTC"}
             if trusted_before:
                 env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            kind, take = (StreamedChild, consume) if consume else (Child, on_output or output.append)
-            child = kind(argv, env, take, log.feed, pass_fds=(fd, *pass_fds))
+            take, fds = on_output or output.append, (fd, *pass_fds)
+            child = Child(argv, env, take, log.feed, fds, consume=consume)
             on_start(child)
-            code = self._run_to_end(command, child)
+            code = self._run_to_end(command, child, waits)
         log.report_hidden()
-        if isinstance(child, StreamedChild):
+        if child.consumed:
             child.consumed.result()
         result = BorgResult(verdict(code), "\n".join(output), log)
         lacks_some = command == "create" and code == IO_ERROR_CODE
@@ -4017,7 +3970,7 @@ class Borg:
                 env["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
             yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
 
-    def _run_to_end(self, command: str, child: Child) -> int:
+    def _run_to_end(self, command: str, child: Child, waits: Callable[[], float] = lambda: 0) -> int:
         """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
         leases = [mount.lease for mount in self._mounts if mount.lease]
         for lease in leases:
@@ -4032,7 +3985,7 @@ class Borg:
 
         # What a person has started may wait for somebody else at its standard input.
         hasty = not isinstance(child, ForegroundChild)
-        stall = StallClock(seconds, self._mounts, moved, held, beside=moved, hasty=hasty)
+        stall = StallClock(seconds, self._mounts, moved, held, waits, beside=moved, hasty=hasty)
 
         def check() -> None:
             for mount in self._mounts:
@@ -4067,12 +4020,10 @@ class Borg:
                 child.wait(KILL_SECONDS)
 
     def _complaint(self) -> str:
-        """What TigrisFS complained about last, on whichever mount."""
         words = [f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints]
         return "; ".join(words) or "tigrisfs said nothing about it"
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
-        """The error for a failed command, in borg's own words."""
         name, path = self._target.name, self.repository
         msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
         hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
@@ -4335,7 +4286,7 @@ def trust(until):
     def wrapper(self, *arguments):
         memorize(self, *arguments)
         if self._newest_cmtime:
-            self._newest_cmtime = max(self._newest_cmtime, until)
+            self._newest_cmtime = until
 
     LocalCache.memorize_file = wrapper
 
@@ -4344,6 +4295,49 @@ if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
         trust(int(os.environ["S3BORGBACKUP_TRUSTED_BEFORE"]))
     except (ImportError, AttributeError):
         pass
+"""
+
+
+# borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
+# begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
+# with, which ones it has read and of which it could make no file, and must be told that the list is at its
+# end: whoever feeds it may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
+FED = """\
+
+def be_fed(fd):
+    import json, sys
+    from borg import archiver
+    number = told = at = 0
+
+    def report(kind, **facts):
+        print(json.dumps({"type": kind, "number": number, **facts}), file=sys.stderr, flush=True)
+
+    def paths(*arguments):
+        nonlocal number, told, at
+        rest = b""
+        while part := os.read(fd, 65536):
+            *whole, rest = (rest + part).split(b"\\0")
+            for path in whole:
+                if not path:
+                    return
+                number += 1
+                yield os.fsdecode(path)
+                if time.monotonic() > at + 0.05:
+                    told, at = number, time.monotonic()
+                    report("fed_done")
+            if number > told:
+                told, at = number, time.monotonic()
+                report("fed_done")
+        raise EOFError("the list of what to archive has no end")
+
+    def note(self, status, path):
+        if status in ("A", "M", "C", "E", "d"):
+            report("fed_status", status=status)
+
+    archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
+
+if "S3BORGBACKUP_FED" in os.environ:
+    be_fed(int(os.environ["S3BORGBACKUP_FED"]))
 """
 
 
@@ -4433,19 +4427,23 @@ if "S3BORGBACKUP_HANDED_OVER" in os.environ:
 """
 
 
-# Of an archive only what is asked for is to be read. Patterns for a million paths would have to go through a
-# file of lines, and paths hold line ends. And a tar file has no place for user metadata unless it is of the
-# PAX kind. (Where borg's parts are called otherwise, more is read than is needed, and metadata is left out.)
+# Of an archive only what is asked for is to be read: a file names it, in the archive's order. Patterns for a
+# million paths would take much memory, and paths hold line ends. And a tar file has no place for user
+# metadata unless it is of the PAX kind. (Where borg's parts are called otherwise, more is read than is
+# needed, and metadata is left out.)
 EXPORTED = """\
 
 def export_only(path):
+    import json
     from borg.archive import Archive
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        chosen = frozenset(stream.read().split("\\0"))
-    item_filter = Archive.item_filter
+    chosen = map(json.loads, open(path))
+    item_filter, following = Archive.item_filter, [next(chosen, None)]
 
     def wrapper(self, item, *arguments):
-        return item.path in chosen and item_filter(self, item, *arguments)
+        if item.path != following[0] or not item_filter(self, item, *arguments):
+            return False
+        following[0] = next(chosen, None)
+        return True
 
     Archive.item_filter = wrapper
 
@@ -4484,11 +4482,11 @@ if "S3BORGBACKUP_EXPORTED" in os.environ:
 def borg_additions() -> Iterator[str]:
     """A folder for PYTHONPATH, whose content borg's interpreter executes first.
 
-    PATIENT_FSYNC repeats what failed, which the stall clock bounds; TRUST_OLD, LIST_SIZES, HANDED_OVER and
-    EXPORTED do what they are asked for by variables.
+    PATIENT_FSYNC repeats what failed, which the stall clock bounds; the others do what they are asked for by
+    variables.
     """
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        additions = PATIENT_FSYNC + TRUST_OLD + LIST_SIZES + HANDED_OVER + EXPORTED
+        additions = PATIENT_FSYNC + TRUST_OLD + FED + LIST_SIZES + HANDED_OVER + EXPORTED
         Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
         yield folder
 
@@ -4636,172 +4634,37 @@ def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]
         time.sleep(POLL_SECONDS)
 
 
-def digest_of(text: str) -> int:
-    """64 bits that stand for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())
-
-
-class Digests:
-    """A set of texts that takes eight bytes for each, however long it is and however many there are.
-
-    Two texts may be taken for one with a chance of 1 in 10^19 for each pair.
-    """
-
-    def __init__(self) -> None:
-        """An empty set."""
-        self._buckets = [array.array("Q") for _ in range(256)]
-        self._is_sorted = True
-
-    def add(self, text: str) -> None:
-        """Takes a text in."""
-        number = digest_of(text)
-        self._buckets[number >> 56].append(number)
-        self._is_sorted = False
-
-    def __contains__(self, text: str) -> bool:
-        """Whether a text was taken in."""
-        if not self._is_sorted:
-            self._buckets = [array.array("Q", sorted(bucket)) for bucket in self._buckets]
-            self._is_sorted = True
-        number = digest_of(text)
-        bucket = self._buckets[number >> 56]
-        index = bisect.bisect_left(bucket, number)
-        return index < len(bucket) and bucket[index] == number
-
-
-class ArchivedObjects:
-    """What borg says it has archived, while it does so."""
-
-    def __init__(self, source: Path) -> None:
-        """Nothing yet; objects are named below `source`."""
-        self._prefix = f"{source}/"
-        self._archived = Digests()
-        self._unreadable = Digests()
-        self.unread: list[str] = []  # the first MAX_NAMED of what borg could not read
-
-    def take(self, status: str, path: str) -> None:
-        """Takes a file's status (`borg create --list`): A, M, U and C are archived, E is not."""
-        key = path.removeprefix(self._prefix)
-        if status == "E":
-            self._unreadable.add(key)
-            self.unread += [key] if len(self.unread) < MAX_NAMED else []
-        elif status in ("A", "M", "U", "C", "h"):
-            self._archived.add(key)
-
-    def holds(self, key: str) -> bool:
-        """Whether the archive holds an object."""
-        return key in self._archived
-
-    def failed(self, key: str) -> bool:
-        """Whether borg could not read it."""
-        return key in self._unreadable
-
-
-UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
-NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
 
 
-NOT_SHOWN, UNREAD = "the mount did not show it", "it could not be read"
-GONE = "it was deleted meanwhile"
+UNREAD = "it could not be read"
+REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
-
-
-def why_missing(key: str, failed: bool, hidden: bool) -> str:
-    """Why an archive lacks an object of the source."""
-    if UNREPRESENTABLE.search(key) or any(len(part.encode()) > NAME_MAX_BYTES for part in key.split("/")):
-        return "no file can have this name"
-    if hidden:
-        return "it is hidden by objects below the same name"
-    return UNREAD if failed else NOT_SHOWN
-
-
-def audit_object(entry: S3Object, key: str, archive: ArchivedObjects, mount: Mount, began: datetime) -> str:
-    """What is wrong with the archived form of an object that the source lists now; nothing if all is well.
-
-    What was written after the run began belongs to the next run, but what was overwritten meanwhile may have
-    been archived with the length of one version and the content of another.
-    """
-    is_new = entry.last_modified >= began - timedelta(seconds=RACE_SECONDS)
-    if not archive.holds(key):
-        if is_new or (key.endswith("/") and not entry.size_bytes):
-            return ""
-        name = f"{mount.store.name}: looking at {key!r}"
-        hidden = key.endswith("/") or within(MOUNT_SECONDS, name, lambda: os.path.isdir(mount.path / key))
-        return why_missing(key, archive.failed(key), hidden)
-    if not is_new:
-        return ""
-    try:
-        shown = within(MOUNT_SECONDS, f"{mount.store.name}: stat of {key!r}", (mount.path / key).stat)
-    except OSError as error:
-        return f"it was overwritten meanwhile, and {error.strerror}"
-    if shown.st_size != entry.size_bytes:
-        return (
-            f"it was overwritten meanwhile: {shown.st_size:,} bytes are archived, it has {entry.size_bytes:,}"
-        )
-    was_rewritten = entry.last_modified.timestamp() - shown.st_mtime > 1
-    if was_rewritten and entry.size_bytes > WHOLE_READ_BYTES:
-        return "it was overwritten meanwhile: what is archived may be of both versions"
-    return ""
-
-
-def why_unread(client: S3Client, key: str) -> str:
-    """Why borg could not read `key`: S3 itself refuses it or has it no more, else the reading failed."""
-    try:
-        client.get(key, (0, 0))
-    except S3Error as error:
-        if error.status in REFUSALS:
-            return f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}"
-        with contextlib.suppress(S3Error):  # what borg could not read may also be a folder
-            if error.status == 404 and not client.list_page(f"{key}/", limit=1)[0]:
-                return GONE
-    return UNREAD
 
 
 class Findings:
     """The objects that an archive lacks: the first ones by name, all by number."""
 
     def __init__(self) -> None:
-        """None."""
-        self.count = 0
+        self.count, self.unread = 0, 0
         self.named: list[tuple[str, str]] = []
-        self.asked: dict[str, str] = {}  # what S3 was asked about, with the answer
         self.explains_all = True
 
     def add(self, key: str, reason: str) -> None:
-        """Takes one in."""
-        self.count += 1
-        if self.count <= MAX_NAMED:
+        if self.count < MAX_NAMED:
             self.named.append((key, reason))
-        # Older archives may hold what this one lacks, so they must outlive a mount or a read that fails. But
-        # a name that no file can have, and S3's own refusal (cold storage), last until a person does
-        # something, and meanwhile no archive will hold the object: pruning must not wait for that. (Where S3
-        # suddenly refuses very many, the archive has shrunk, which stops pruning, too.) Nor must it wait for
-        # an object that is overwritten in every night's run.
-        if reason in (NOT_SHOWN, UNREAD):
+        self.add_more(1, reason)
+
+    def add_more(self, number: int, reason: str) -> None:
+        self.count += number
+        # Older archives may hold what this one lacks, so they must outlive reads that fail. But
+        # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
+        # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
+        # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
+        # night's run.
+        if reason.startswith(UNREAD):
+            self.unread += number
             self.explains_all = False
-
-    def ask(self, client: S3Client, unread: Sequence[str]) -> None:
-        """Asks S3 why borg could not read these objects."""
-        for key in unread:
-            reason = self.asked[key] = why_unread(client, f"{client.store.key_prefix}{key}")
-            if reason != GONE:
-                self.add(key, reason)
-
-    def compare(self, client: S3Client, mount: Mount, archive: ArchivedObjects, began: datetime) -> None:
-        """Takes in what an archive lacks of what the source lists now; `began` is by the server's clock.
-
-        One LIST for each 1,000 objects. Raises S3Error.
-        """
-        prefix = client.store.key_prefix
-        # Of what borg could not read, S3 is asked about the first hundred, which stand for the others.
-        refuses_all = len(self.asked) == MAX_NAMED and not {UNREAD, GONE} & set(self.asked.values())
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            is_told = self.asked.get(key, GONE) != GONE
-            if key and not is_told and (reason := audit_object(entry, key, archive, mount, began)):
-                is_like_those = reason == UNREAD and refuses_all
-                self.add(key, "S3 refuses others like it" if is_like_those else reason)
 
 
 # -------------------------------------------------------------------------------------------- Notifications
@@ -4826,8 +4689,6 @@ RESULTS = {
 
 @dataclass(frozen=True)
 class Message:
-    """A request that tells somebody how a run goes."""
-
     variable: str  # where a user finds the address
     method: str
     url: str = field(repr=False)
@@ -4841,10 +4702,9 @@ class Message:
 
 
 class NotTaken(Exception):
-    """A message was not taken; `may_pass` tells whether it is worth another try."""
+    """A message was not taken; the reason has nothing of the URL. `may_pass`: it is worth another try."""
 
     def __init__(self, reason: str, may_pass: bool) -> None:
-        """Takes the reason in a few words, without anything of the URL."""
         super().__init__(reason)
         self.may_pass = may_pass
 
@@ -4852,11 +4712,16 @@ class NotTaken(Exception):
 def send_once(message: Message, seconds: float) -> None:
     """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
     url = urllib.parse.urlsplit(message.url)
+    headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
+    if message.body:
+        headers["Content-Type"] = message.content_type
+    if url.username is not None:  # basic authentication (RFC 7617)
+        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     connection = connection_to(url)
     connection.timeout = seconds
     try:
-        own = message_headers(message, url)
-        connection.request(message.method, request_target(url), message.body or None, own)
+        connection.request(message.method, request_target(url), message.body or None, headers)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException, ValueError) as fault:
         # A broken answer is not quoted: it may repeat what was asked for.
@@ -4874,17 +4739,6 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     path = urllib.parse.quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
     query = urllib.parse.quote(url.query, safe="/%:@!$&'()*+,;=~?")
     return f"{path}?{query}" if query else path
-
-
-def message_headers(message: Message, url: urllib.parse.SplitResult) -> dict[str, str]:
-    """The request's headers; a user and password in the URL become basic authentication (RFC 7617)."""
-    found = {"User-Agent": f"s3borgbackup/{VERSION}"}
-    if message.body:
-        found["Content-Type"] = message.content_type
-    if url.username is not None:
-        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-        found["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return found
 
 
 def deliver(message: Message, deadline: float, over: threading.Event) -> None:
@@ -4944,7 +4798,6 @@ def end_signal(code: int) -> str:
 
 
 def is_to_be_notified(code: int, notify_on: str) -> bool:
-    """Whether NOTIFY_ON asks for a message about a run that ended with `code`."""
     quiet = {"always": (), "warning": (EXIT_OK,)}.get(notify_on, (EXIT_OK, EXIT_WARNINGS, EXIT_BUSY))
     return code not in quiet
 
@@ -4958,16 +4811,11 @@ def result_name(code: int) -> tuple[str, str]:
 
 def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
     """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
-    stores = {f"target-{target['name']}" for target in report.targets}
-    others = [name for name in troubles.names() if name not in stores]
-    targets = [
-        {
-            **target,
-            "errors": troubles.about("error", [f"target-{target['name']}"]),
-            "warnings": troubles.about("warning", [f"target-{target['name']}"]),
-        }
-        for target in report.targets
-    ]
+
+    def told(names: Sequence[str]) -> dict[str, list[str]]:
+        return {"errors": troubles.about("error", names), "warnings": troubles.about("warning", names)}
+
+    stores = {f"target-{target['name']}": target for target in report.targets}
     return {
         "run_id": report.run_id,
         "command": report.command,
@@ -4979,9 +4827,8 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
         "seconds": round((finished - report.started).total_seconds(), 3),
         "exit_code": code,
         "result": result_name(code)[0],
-        "targets": targets,
-        "errors": troubles.about("error", others),
-        "warnings": troubles.about("warning", others),
+        "targets": [{**target, **told([store])} for store, target in stores.items()],
+        **told([name for name in troubles.names() if name not in stores]),
         "more": troubles.more,
         "text": run_text(report, code, troubles),
     }
@@ -5002,10 +4849,9 @@ def run_text(report: Report, code: int, troubles: Troubles) -> str:
 
 
 class Reporter:
-    """Tells those that the configuration names of a run's start and end."""
+    """Tells those that the configuration names of a run's start and end; `report` is filled in meanwhile."""
 
     def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
-        """Tells nothing yet; `report` is filled in while the run goes on."""
         self.console, self.stop, self.report = console, stop, report
         self._reporting = reporting
         self._start_is_over = threading.Event()
@@ -5029,41 +4875,20 @@ class Reporter:
             # A failure that arrives before a start still is one: after a stop signal there is no time.
             seconds = POLL_SECONDS if self.stop.requested else 2 * TELL_TRY_SECONDS
             concurrent.futures.wait([self._start], timeout=seconds)
-        jobs = {
-            str(message): in_background(lambda message=message: self._tell(message, threading.Event()))
-            for message in self._end_messages(document)
-        }
-        if (path := self._reporting.metrics_file) and self.report.command == "run":
-            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(Path(path), code, finished))
-        self._wait(jobs)
+        reporting, jobs = self._reporting, {}
 
-    def _end_messages(self, document: Mapping[str, Any]) -> Iterator[Message]:
-        """What is sent at the end of a run."""
-        reporting, code, seconds = self._reporting, document["exit_code"], document["seconds"]
+        def tell(message: Message) -> None:
+            jobs[str(message)] = in_background(lambda: self._tell(message, threading.Event()))
+
         if url := reporting.healthcheck_url:
-            message = healthcheck_message(url, end_signal(code), document["text"], seconds)
-            yield from [message] if message else []
+            text, seconds = document["text"], document["seconds"]
+            if message := healthcheck_message(url, end_signal(code), text, seconds):
+                tell(message)
         if reporting.notify_url and is_to_be_notified(code, reporting.notify_on):
             body = json.dumps(document).encode()
-            yield Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json")
-
-    def _tell(self, message: Message, over: threading.Event) -> None:
-        """Sends a message, and says so where that fails."""
-        try:
-            deliver(message, time.monotonic() + TELL_SECONDS, over)
-            self.console.debug("run", f"{message} was told how the run goes")
-        except BackupError as error:
-            self.console.warning("run", str(error))
-
-    def _write_metrics(self, path: Path, code: int, finished: datetime) -> None:
-        """Writes METRICS_FILE, and says so where that fails."""
-        try:
-            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
-        except OSError as error:
-            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
-
-    def _wait(self, jobs: Mapping[str, concurrent.futures.Future[None]]) -> None:
-        """Waits until all are done, not for long where the run is stopped, and names those that are not."""
+            tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
+        if reporting.metrics_file and self.report.command == "run":
+            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(code, finished))
         start = time.monotonic()
         while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
             # A try that ends at its deadline has something to say about it.
@@ -5076,8 +4901,25 @@ class Reporter:
             elif error := job.exception():
                 self.console.warning("run", f"{name}: a defect of the program, please report it: {error!r}")
 
+    def _tell(self, message: Message, over: threading.Event) -> None:
+        try:
+            deliver(message, time.monotonic() + TELL_SECONDS, over)
+            self.console.debug("run", f"{message} was told how the run goes")
+        except BackupError as error:
+            self.console.warning("run", str(error))
+
+    def _write_metrics(self, code: int, finished: datetime) -> None:
+        path = Path(self._reporting.metrics_file)
+        try:
+            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
+        except OSError as error:
+            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
+
 
 METRICS = {
+    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
+    "run_duration_seconds": "How long the last run took.",
+    "run_exit_code": "The exit code of the last run.",
     "last_run_timestamp_seconds": "When the last run ended, as Unix time.",
     "last_run_duration_seconds": "How long the last run took for this target.",
     "last_run_exit_code": "How the last run went for this target: 0 well, 1 warnings, 2 failed, 75 busy.",
@@ -5086,18 +4928,8 @@ METRICS = {
     "last_archive_bytes": "Bytes of the objects in the last archive.",
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
 }
-RUN_METRICS = {
-    "run_timestamp_seconds": "When the last run ended, whatever became of it, as Unix time.",
-    "run_duration_seconds": "How long the last run took.",
-    "run_exit_code": "The exit code of the last run.",
-}
 METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
-TARGET_CODES = {
-    Verdict.OK.value: EXIT_OK,
-    Verdict.WARNING.value: EXIT_WARNINGS,
-    Verdict.FAILURE.value: EXIT_FAILURE,
-    Verdict.BUSY.value: EXIT_BUSY,
-}
+TARGET_CODES = {name: code for code, (name, _) in RESULTS.items()}  # a target's result is called like a run's
 
 
 def read_metrics(path: Path) -> dict[str, str]:
@@ -5119,46 +4951,32 @@ def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str
     seconds = (finished - report.started).total_seconds()
     new[metric("run_duration_seconds", report.label)] = round(seconds, 3)
     for target in report.targets:
-        for name, value in target_metrics(target, now).items():
-            new[metric(name, report.label, target["name"])] = value
+        target_code, name = TARGET_CODES[target["result"]], target["name"]
+        new[metric("last_run_timestamp_seconds", report.label, name)] = now
+        new[metric("last_run_duration_seconds", report.label, name)] = target["seconds"]
+        new[metric("last_run_exit_code", report.label, name)] = target_code
+        if target_code in (EXIT_OK, EXIT_WARNINGS):
+            new[metric("last_success_timestamp_seconds", report.label, name)] = now
+        for number in ("objects", "bytes", "new_bytes") if target["archive"] else ():
+            new[metric(f"last_archive_{number}", report.label, name)] = target[number]
     known = report.configured
     lines = []
-    for name, text in {**RUN_METRICS, **METRICS}.items():
+    for name, text in METRICS.items():
         start = f"s3borgbackup_{name}{{"
-        wanted = None if known is None else {metric(name, report.label, target) for target in known}
-        kept = [key for key in old if key.startswith(start) and (wanted is None or key in wanted)]
+        wanted = old if known is None else {metric(name, report.label, target) for target in known}
+        kept = [key for key in old if key.startswith(start) and key in wanted]
         found = dict.fromkeys([*kept, *(key for key in new if key.startswith(start))])
         lines += [f"# HELP s3borgbackup_{name} {text}", f"# TYPE s3borgbackup_{name} gauge"]
         lines += [f"{key} {new.get(key, old.get(key))}" for key in found]
     return "\n".join(lines) + "\n"
 
 
-def target_metrics(target: Mapping[str, Any], now: float) -> dict[str, float]:
-    """What a run has to tell of one target."""
-    code = TARGET_CODES[target["result"]]
-    found = {
-        "last_run_timestamp_seconds": now,
-        "last_run_duration_seconds": target["seconds"],
-        "last_run_exit_code": code,
-    }
-    if code in (EXIT_OK, EXIT_WARNINGS):
-        found["last_success_timestamp_seconds"] = now
-    if target["archive"]:
-        found |= {f"last_archive_{name}": target[name] for name in ("objects", "bytes", "new_bytes")}
-    return found
-
-
 def metric(name: str, label: str, target: str | None = None) -> str:
     """A sample's name and labels, as the format wants them."""
     labels = {"label": label} if target is None else {"label": label, "target": target}
-    pairs = ",".join(f'{key}="{escape_label(value)}"' for key, value in labels.items())
-    return f"s3borgbackup_{name}{{{pairs}}}"
-
-
-def escape_label(value: str) -> str:
-    """A label's value, in which backslash, double quote and line feed are escaped."""
-    escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return escaped.encode("utf-8", "replace").decode()
+    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
+    return f"s3borgbackup_{name}{{{pairs}}}".encode("utf-8", "replace").decode()
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -5187,11 +5005,15 @@ class Preflight:
 
     region: str
     keys: tuple[S3Object, ...]  # the first page of its listing
-    complete: bool  # that page is all there is
+    following: tuple[str, str] | None  # what asks for the next page
     clock: datetime  # the server's
 
+    @property
+    def complete(self) -> bool:
+        """Whether the first page is all there is."""
+        return self.following is None
+
     def repository_state(self, store: Store) -> RepositoryState:
-        """Whether a borg repository lies in the store."""
         return repository_state(
             {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
         )
@@ -5208,8 +5030,6 @@ class Preflight:
 
 
 class RepositoryState(enum.Enum):
-    """What lies where a repository is expected."""
-
     EMPTY = "nothing"
     READY = "a repository"
     UNFINISHED = "what an interrupted `borg init` left"
@@ -5221,6 +5041,8 @@ OWN_NAMES = re.compile(
     r"README|(config|nonce)(-\w{8}\.tmp)?|(data|hints|index|integrity|lock)[./].*", re.DOTALL | re.ASCII
 )
 SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
+CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+PROBED_OBJECTS = 10  # each may be in cold storage, or just deleted
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
@@ -5247,14 +5069,11 @@ def look(client: S3Client) -> Preflight:
     entries, more = client.list_page(client.store.key_prefix)
     if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
-    return Preflight(client.region, tuple(entries), not more, client.clock or datetime.now(UTC))
+    return Preflight(client.region, tuple(entries), more, client.clock or datetime.now(UTC))
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
-    """Lists a store, reads from it and, with `write`, writes, reads back and deletes an object.
-
-    Raises S3Error naming what is refused.
-    """
+    """Lists a store, reads from it and, with `write`, writes. Raises S3Error naming what is refused."""
     found = look(client)
     probe_read(client, [entry for entry in found.keys if not entry.key.endswith("/")][:PROBED_OBJECTS])
     if write:
@@ -5269,9 +5088,6 @@ def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
     if isinstance(found, BackupError):
         raise found
     return found
-
-
-PROBED_OBJECTS = 10
 
 
 def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
@@ -5295,10 +5111,7 @@ def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
 
 
 def probe_write(client: S3Client) -> None:
-    """Writes a small object below the store's prefix, reads it back and deletes it.
-
-    Does so again when it is gone: another run removes what it takes for a leftover.
-    """
+    """Writes a small object below the store's prefix, reads it back and deletes it."""
     key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
     for last in (False, False, True):
         client.put(key, body)
@@ -5308,7 +5121,7 @@ def probe_write(client: S3Client) -> None:
             what = f"{client.store.name}: an object that was just written reads back differently"
             raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
         except S3Error as error:
-            if error.status != 404 or last:
+            if error.status != 404 or last:  # another run removes what it takes for a leftover
                 raise
         finally:
             client.delete(key)
@@ -5322,7 +5135,6 @@ def held(
     notice: Callable[[str], None] | None = None,
     switch: DeadMansSwitch | None = None,
 ) -> Iterator[Lease]:
-    """The lease on a target's repository."""
     settings, name = runtime.settings, client.store.name
     if not client.clock:  # it tells the others since when, by a clock that all share
         look_at_lease(client)
@@ -5334,12 +5146,12 @@ def held(
         runtime.console.warning(name, text)
 
     patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    waits = settings.lease_wait_seconds
-    with leased(client, holder, waits, patience_seconds, notice or warn, runtime.stop.wait, switch) as lease:
+    lease = Lease(client, holder, patience_seconds, notice or warn, runtime.stop.wait, switch)
+    try:
+        lease.acquire(settings.lease_wait_seconds)
         yield lease
-
-
-CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
+    finally:
+        lease.release()
 
 
 def repository_id(runtime: Runtime, mount: Mount) -> str:
@@ -5352,14 +5164,10 @@ def repository_id(runtime: Runtime, mount: Mount) -> str:
 
 
 def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
-    """Sees to a repository that borg can use: makes one where there is none, clears what crashed runs left.
-
-    Returns whether it was made. Raises BackupError.
-    """
+    """Makes a repository where there is none, or clears what crashed runs left; returns whether it is new."""
     found = look(client)
-    keys = found.keys
     probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
-    delete_all(lease, [entry.key for entry in keys if entry.key.startswith(probe)])
+    delete_all(lease, [entry.key for entry in found.keys if entry.key.startswith(probe)])
     state = what_lies_there(client, found)
     if state is RepositoryState.READY:
         if lease.enforced:
@@ -5369,15 +5177,28 @@ def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease
         others = found.others(target.store)
         runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
         delete_all(lease, others)
-    make_repository(runtime, target, lease)
+    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+    # `borg init` wants an empty place, and the lease lies there already. So it makes a few small local files,
+    # which are copied; the config goes last: what an interruption leaves has none, and is made anew.
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+        repository = Path(folder, "repository")
+        Borg(runtime, target, repository).run(borg_init(target, repository))
+        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
+        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
+        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
+        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
+            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(lambda client, key=key, body=body: client.put(key, body))
     return True
 
 
 def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
     """The state of the place for a repository. Raises BackupError where it holds other objects."""
     store, state = client.store, found.repository_state(client.store)
-    if state is RepositoryState.UNFINISHED and not is_remnant(client):
-        state = RepositoryState.FOREIGN
+    if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
+        readme = client.get(f"{store.key_prefix}README")
+        if not readme.startswith(b"This is a Borg Backup repository"):
+            state = RepositoryState.FOREIGN
     if state is RepositoryState.FOREIGN:
         raise BackupError(
             f"{store.name}: {store.location} holds other objects"
@@ -5388,7 +5209,6 @@ def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
 
 
 def expect_repository(client: S3Client, found: Preflight) -> None:
-    """Raises BackupError where no repository lies in the store."""
     if what_lies_there(client, found) is not RepositoryState.READY:
         raise BackupError(
             f"{client.store.name}: {client.store.location} holds no repository yet",
@@ -5396,53 +5216,30 @@ def expect_repository(client: S3Client, found: Preflight) -> None:
         )
 
 
-def make_repository(runtime: Runtime, target: Target, lease: Lease) -> None:
-    """Makes a repository in a local folder, and copies its few small files into the bucket.
-
-    `borg init` wants an empty place, and the lease lies there already. The config goes last: what an
-    interruption leaves has none, and is made anew.
-    """
-    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        repository = Path(folder, "repository")
-        Borg(runtime, target, repository).run(borg_init(target, repository))
-        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
-        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
-        paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
-        for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(lambda client, key=key, body=body: client.put(key, body))
-
-
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
-    prefix = client.store.key_prefix
     names = names_after_data(client)
     # Its last holder may just have left.
-    roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
+    roster = client.find(f"{client.store.key_prefix}lock.roster") if "lock.roster" in names else None
     return Leftovers.sort(names, roster.body if roster else b"")
 
 
 def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
     """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
     delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
-    if any(LEFT_LOCK.search(name) for name in left.stale):
+    if any(re.match(r"lock\.exclusive.*/.", name) for name in left.stale):
         runtime.console.info(store.name, "the lock of a run that crashed is removed")
     if any(INDEX_FILE.fullmatch(name) for name in left.stale):
         runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
 
 
 def delete_all(lease: Lease, keys: Iterable[str]) -> None:
-    """Deletes objects, as long as the lease holds."""
     for key in keys:
         lease.write(lambda client, key=key: client.delete(key))
 
 
 def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock, and no index that it cannot use.
-
-    Raises BackupError when somebody else holds one for longer than LOCK_WAIT_SECONDS.
-    """
+    """Sees to it that borg finds no lock, and no index that it cannot use."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while (left := find_leftovers(client)).owners:
         if time.monotonic() > deadline:
@@ -5456,15 +5253,9 @@ def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: L
     remove_leftovers(runtime, target.store, lease, left)
 
 
-LEFT_LOCK = re.compile(r"^lock\.exclusive.*/.")
-
-
 @contextlib.contextmanager
 def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
-    """Keeps others on this machine from borg's cache in `folder`: the lease is that of one place in S3 only.
-
-    Raises BackupError where somebody has it.
-    """
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only."""
     path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -5494,17 +5285,9 @@ def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
             runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
 
 
-def is_remnant(client: S3Client) -> bool:
-    """Whether borg wrote the README that lies there: nothing of somebody else must be removed."""
-    return client.get(f"{client.store.key_prefix}README").startswith(b"This is a Borg Backup repository")
-
-
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises.
-
-    Where borg has seen the repository before, it refuses another mode itself. Else it is asked.
-    """
-    mode = seen_encryption(runtime.environ, repository.identity)
+    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
+    mode = seen_encryption(runtime.environ, repository.identity)  # borg itself refuses another one then
     if not mode:
         listed = repository.borg.run(borg_newest(repository.borg.repository, repository.is_ours_alone))
         mode = json.loads(listed.output)["encryption"]["mode"]
@@ -5512,21 +5295,14 @@ def check_encryption(runtime: Runtime, repository: Repository) -> None:
         raise mistake
 
 
-def read_note(client: S3Client, name: str) -> dict[str, Any] | None:
-    """What was noted beside the repository; None where nothing was. Raises S3Error."""
+def read_note(client: S3Client, name: str) -> dict[str, Any]:
+    """What was noted beside the repository; nothing where nothing was. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{name}")
-    if not answer:
-        return None
     try:
-        noted = json.loads(answer.body)
+        noted = json.loads(answer.body) if answer else {}
     except ValueError:
         noted = {}
     return noted if isinstance(noted, dict) else {}
-
-
-def write_note(client: S3Client, name: str, **facts: object) -> None:
-    """Notes something beside the repository. Raises S3Error."""
-    client.put(f"{client.store.key_prefix}{name}", json.dumps(facts).encode())
 
 
 def utc_now(client: S3Client) -> str:
@@ -5587,10 +5363,7 @@ def writable(
 
 @contextlib.contextmanager
 def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterator[Repository]:
-    """An existing repository under its lease, which names `purpose`, for commands that may change it.
-
-    On leaving, everything is uploaded and compared. Raises BackupError.
-    """
+    """An existing repository under its lease, for `purpose`; on leaving, all is uploaded and compared."""
     found = preflight_one(runtime, target.store, write=True)
     client = S3Client(target.store, found.region, PROVEN, runtime.stop)
     with held(runtime, client, purpose) as lease:
@@ -5711,7 +5484,6 @@ def separate_folders(environ: Mapping[str, str], identity: str, view: Path) -> d
 
 
 def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
-    """Whether files of the repository have gone since it was opened."""
     try:
         names = listed_files(runtime, repository.client).keys()
     except S3Error:
@@ -5724,16 +5496,6 @@ def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
 # `borg check --max-duration` reads the segments one after another, compares each object in them with its
 # checksum, and notes in the repository's config how far it came. One such pass over all segments may take
 # many slices. What we know of it is a small JSON object beside the lease, written under the lease:
-#
-#   repository    the repository's id: what is said of another one counts for nothing
-#   checked       when the last complete pass ended that found no damage
-#   checked_from  when that one began: whatever was written before has been checked since
-#   pass_began    when the pass began that is under way
-#   segment       the last segment that it has checked
-#   began         when the last slice or full check began that came to its end
-#   damage        what was found, until a check that sees as much finds everything sound
-#   damaged       when that was found last
-#   kind          the kind of check that found it, see CHECK_KINDS
 
 CHECK_KINDS = ("segments", "archives", "data")  # each sees what those before it see, and more
 ROUND_SECONDS = 300  # borg notes its place only when it ends: so much is lost at most by an interruption
@@ -5742,27 +5504,19 @@ EARLY = 0.9  # a nightly run must not skip its week because it began a minute ea
 
 @dataclass(frozen=True)
 class CheckRecord:
-    """What is known of the checks of a repository; see above for the fields."""
-
-    repository: str = ""
-    checked: datetime | None = None
-    checked_from: datetime | None = None
-    pass_began: datetime | None = None
-    segment: int = -1
-    began: datetime | None = None
-    damage: str = ""
-    damaged: datetime | None = None
-    kind: str = ""
+    repository: str = ""  # its id: what is said of another one counts for nothing
+    checked: datetime | None = None  # when the last complete pass ended that found no damage
+    checked_from: datetime | None = None  # when that one began: what was written before was checked since
+    pass_began: datetime | None = None  # when the pass began that is under way
+    segment: int = -1  # the last segment that it has checked
+    began: datetime | None = None  # when the last slice or full check began that came to its end
+    damage: str = ""  # what was found, until a check that sees as much finds everything sound
+    damaged: datetime | None = None  # when that was found last
+    kind: str = ""  # the kind of check that found it, see CHECK_KINDS
 
     def body(self) -> bytes:
-        """The object's content."""
         fields = dataclasses.asdict(self)
-        return json.dumps(
-            {
-                name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
-                for name, value in fields.items()
-            }
-        ).encode()
+        return json.dumps(fields, default=lambda when: when.isoformat(timespec="seconds")).encode()
 
     @classmethod
     def parse(cls, body: bytes, identity: str) -> CheckRecord:
@@ -5783,7 +5537,6 @@ RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """A time from its ISO form. Raises ValueError or TypeError where it has no zone, or is none."""
     return datetime.fromisoformat(text).astimezone(UTC) if text is not None else None
 
 
@@ -5797,21 +5550,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known after a check."""
-
     record: CheckRecord
     segments: Mapping[int, Segment]  # by their numbers
     clock: datetime  # the server's
 
     @property
-    def unchecked_since(self) -> datetime | None:
-        """Since when the data that is unchecked for the longest time is so; None where there is no data."""
-        return unchecked_since(self.record, self.segments)
-
-    @property
     def age(self) -> str:
         """How old the oldest unchecked data is, in a few words."""
-        since = self.unchecked_since
+        since = unchecked_since(self.record, self.segments)
         if not since:
             return "there is no data to check"
         return f"the oldest unchecked data is {age(max(0.0, (self.clock - since).total_seconds()))} old"
@@ -5819,13 +5565,11 @@ class Checked:
     @property
     def extent(self) -> str:
         """How much has been checked, in a few words."""
-        total = sum(segment.size_bytes for segment in self.segments.values())
+        total = size(sum(segment.size_bytes for segment in self.segments.values()))
         if not self.record.pass_began:
-            return f"all {size(total)}"
-        done = [number for number in self.segments if number <= self.record.segment]
-        return (
-            f"{size(sum(self.segments[number].size_bytes for number in done))} of {size(total)} in this pass"
-        )
+            return f"all {total}"
+        done = [known.size_bytes for number, known in self.segments.items() if number <= self.record.segment]
+        return f"{size(sum(done))} of {total} in this pass"
 
 
 def age(seconds: float) -> str:
@@ -5843,7 +5587,6 @@ def last_check(client: S3Client, identity: str) -> CheckRecord:
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
-    """Whether the next check is to be made, when the last one began at `began`."""
     if not plan.every or not began:
         return True
     return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
@@ -5895,7 +5638,7 @@ def check_repository(
     Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
     where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
     """
-    name, start = repository.target.store.name, time.monotonic()
+    name, path, start = repository.target.store.name, repository.mount.path, time.monotonic()
     record = last_check(repository.client, repository.identity)
     began = repository.client.clock or datetime.now(UTC)
 
@@ -5903,10 +5646,30 @@ def check_repository(
         return began + timedelta(seconds=time.monotonic() - start)
 
     runtime.console.info(name, "borg check begins")
-    if plan.seconds is None:
-        record = check_everything(repository, record, clock, verify_data)
+    if plan.seconds is None:  # a whole pass, with the index and the archives
+        record = dataclasses.replace(record, pass_began=clock(), segment=-1)
+        kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
+        options = ["--verify-data"] if verify_data else []
+        damage = damage_found(repository, ["check", "--info", "--progress", *options, str(path)])
+        record = after_check(record, -1, damage, kind, clock())
     else:
-        record = check_slice(runtime, repository, record, clock, start + plan.seconds)
+        # A slice that ends in time, or with the pass; its place is noted now and then.
+        position, deadline = borgs_position(repository), start + plan.seconds
+        record = before_slice(record, position, clock())
+        if record.segment < position:
+            value = ["last_segment_checked", str(record.segment)]
+            anew = ["--delete", str(path), value[0]]
+            repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+        damage, is_over = missing_segments(runtime, repository), False
+        while not is_over:
+            seconds = max(1, round(min(ROUND_SECONDS, deadline - time.monotonic())))
+            options = ["--repository-only", "--max-duration", str(seconds)]
+            arguments = ["check", "--info", "--progress", *options, str(path)]
+            damage = damage_found(repository, arguments) or damage
+            position = borgs_position(repository)
+            record = after_check(record, position, damage, CHECK_KINDS[0], clock())
+            note_record(repository, record)
+            is_over = position < 0 or time.monotonic() > deadline
     record = dataclasses.replace(record, began=began)
     note_record(repository, record)
     checked = Checked(record, segments_of(runtime, repository), clock())
@@ -5914,41 +5677,6 @@ def check_repository(
     took = duration(time.monotonic() - start)
     runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
     return checked
-
-
-def check_everything(
-    repository: Repository, record: CheckRecord, clock: Callable[[], datetime], verify_data: bool
-) -> CheckRecord:
-    """A whole pass, with the index and the archives."""
-    record = dataclasses.replace(record, pass_began=clock(), segment=-1)
-    kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
-    damage = damage_found(repository, borg_check_all(repository.mount.path, verify_data))
-    return after_check(record, -1, damage, kind, clock())
-
-
-def check_slice(
-    runtime: Runtime,
-    repository: Repository,
-    record: CheckRecord,
-    clock: Callable[[], datetime],
-    deadline: float,
-) -> CheckRecord:
-    """A slice that ends at `deadline` (monotonic), or with the pass; its place is noted now and then."""
-    path, position = repository.mount.path, borgs_position(repository)
-    record = before_slice(record, position, clock())
-    if record.segment < position:
-        value = ["last_segment_checked", str(record.segment)]
-        anew = ["--delete", str(path), value[0]]
-        repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
-    damage = missing_segments(runtime, repository)
-    while True:
-        seconds = min(ROUND_SECONDS, deadline - time.monotonic())
-        damage = damage_found(repository, borg_check_slice(path, seconds)) or damage
-        position = borgs_position(repository)
-        record = after_check(record, position, damage, CHECK_KINDS[0], clock())
-        note_record(repository, record)
-        if position < 0 or time.monotonic() > deadline:
-            return record
 
 
 def damage_found(repository: Repository, arguments: Sequence[str]) -> str:
@@ -6001,30 +5729,23 @@ def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
 
 
 def note_record(repository: Repository, record: CheckRecord) -> None:
-    """Writes the record beside the repository, as long as the lease holds."""
+    """Writes the record beside the repository, which is open for writing, as long as the lease holds."""
     key = f"{repository.target.store.key_prefix}{CHECKED_NAME}"
-    if not repository.lease:
-        raise BackupError(f"{repository.target.store.name}: a repository that is only read cannot be checked")
     repository.lease.write(lambda client: client.put(key, record.body()))
 
 
-def damage_error(repository: Repository, record: CheckRecord) -> BackupError | None:
-    """The error for damage that a check has found, and that no later one has found repaired; else None."""
-    if not record.damage:
-        return None
-    target = repository.target
-    when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
-    return BackupError(
-        f"{target.store.name}: the repository is damaged: {record.damage}{when}",
-        DAMAGE_HELP.format(name=target.name),
-    )
+def expect_sound(repository: Repository, record: CheckRecord) -> None:
+    """Raises BackupError for damage that a check has found, and that no later one has found repaired."""
+    if record.damage:
+        when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
+        raise BackupError(
+            f"{repository.target.store.name}: the repository is damaged: {record.damage}{when}",
+            DAMAGE_HELP.format(name=repository.target.name),
+        )
 
 
 def check_if_due(runtime: Runtime, repository: Repository) -> None:
-    """Checks a repository as its target's `check` says.
-
-    Raises BackupError when it is damaged, be it that an earlier check found it.
-    """
+    """Checks a repository as its target's `check` says. Raises BackupError, also for older damage."""
     plan, client = repository.target.check, repository.client
     if not plan:
         return
@@ -6034,8 +5755,7 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
     else:
         checked = Checked(record, segments_of(runtime, repository), now)
         runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
-    if error := damage_error(repository, record):
-        raise error
+    expect_sound(repository, record)
 
 
 # --------------------------------------------------------------------------------------------------- Backup
@@ -6066,7 +5786,6 @@ class Outcome:
         vars(self).update(vars(fresh))
 
     def as_json(self) -> dict[str, Any]:
-        """How it went, in JSON."""
         return {
             "name": self.target.name,
             "result": self.verdict.value,
@@ -6151,12 +5870,16 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
         version=VERSION,
         targets=[target.name for target in targets],
     )
+    if runtime.settings.source_metadata:
+        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
+        runtime.console.info("run", words)
     outcomes = [Outcome(target) for target in targets]
     try:
         source, *checks = preflight(runtime, targets)
         if isinstance(source, BackupError):
             raise source
-        back_up_all(runtime, source, list(zip(outcomes, checks, strict=True)))
+        with listed_source(runtime, source) as listed:
+            back_up_all(runtime, source, listed, list(zip(outcomes, checks, strict=True)))
         runtime.stop.check()
     finally:
         conclude(runtime, outcomes, summary)
@@ -6182,8 +5905,114 @@ def conclude(
         )
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What the source lists as a run begins."""
+
+    catalog: Catalog
+    unlistable: Collection[str]  # folders that TigrisFS cannot list
+
+
+@contextlib.contextmanager
+def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
+    """The source's listing in a catalog, with the headers that the last one knows; kept for the next run.
+
+    What is wrong with the last one, or with its place, is told, and costs requests. Raises S3Error.
+    """
+    source, console = runtime.settings.source, runtime.console
+    name = hashlib.sha256(f"{source.endpoint} {source.location}".encode()).hexdigest()[:16]
+    kept = borg_folder(runtime.environ, "CACHE", ".cache").parent / "s3borgbackup" / f"{name}.catalog"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = kept.with_suffix(f".{runtime.run_id}")
+            folder.mkdir(parents=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            remove_old_folders(kept)
+            listed = catalog_of_source(runtime, found, folder, kept)
+        except (CatalogError, OSError) as error:
+            console.warning(
+                "source", f"the catalog is not kept, and all headers are asked for again: {error}"
+            )
+            with contextlib.suppress(OSError):
+                os.truncate(folder / "catalog", 0)  # borg needs the room
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
+            listed, kept = catalog_of_source(runtime, found, folder, None), None
+        try:
+            yield listed
+        finally:
+            try:
+                if kept and kept.exists():  # another run may have noted archives meanwhile
+                    listed.catalog.open_last(kept)
+                    listed.catalog.close_last()
+                listed.catalog.close()
+                if kept:
+                    listed.catalog.path.replace(kept)
+            except (CatalogError, OSError) as error:
+                console.warning("source", f"the catalog is not kept: {error}")
+
+
+def remove_old_folders(kept: Path) -> None:
+    """Removes what runs that were killed have left beside a catalog."""
+    for folder in kept.parent.glob(f"{kept.stem}.*/"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
+    """What a store lists, by the keys behind its prefix; `found` knows the beginning. Raises S3Error."""
+    prefix, first = client.store.key_prefix, found.keys if found else ()
+    following = found.following if found else None
+    rest = client.list_objects(prefix, where=following) if following or not found else ()
+    for number, each in enumerate(itertools.chain(first, rest), 1):
+        if not number % CATALOG_PAGE:
+            console.progress(client.store.name, f"listing: {count(number, 'object')}")
+        if key := each.key[len(prefix) :]:
+            is_shown = is_showable(key, each.size_bytes)
+            yield S3Object(key, each.size_bytes, each.last_modified, each.etag, is_shown)
+
+
+def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
+    """Lists the source into a new catalog in `folder`; `kept` is the last one."""
+    source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
+    client = S3Client(source, found.region, PROVEN, runtime.stop)
+
+    def work() -> Collection[str]:
+        catalog.add(objects_of(client, console, found))
+        unlistable = catalog.unlistable()
+        catalog.hide(unlistable)
+        if kept and kept.exists():
+            try:
+                catalog.open_last(kept)
+                catalog.know_headers()
+            except CatalogError as error:
+                unusable = kept.with_suffix(".unusable")
+                kept.replace(unusable)
+                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+                console.warning("source", f"{error.message}; {words}")
+            catalog.close_last()
+        return unlistable
+
+    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+    number, size_bytes = catalog.total()
+    console.info(
+        "source",
+        f"lists {count(number, 'object')}, {size(size_bytes)}",
+        "listed",
+        objects=number,
+        bytes=size_bytes,
+    )
+    new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
+    if new:
+        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
+    return Listing(catalog, unlistable)
+
+
 def back_up_all(
-    runtime: Runtime, found: Preflight, work: Sequence[tuple[Outcome, Preflight | BackupError]]
+    runtime: Runtime,
+    found: Preflight,
+    listed: Listing,
+    work: Sequence[tuple[Outcome, Preflight | BackupError]],
 ) -> None:
     """Backs up to several targets at a time.
 
@@ -6195,11 +6024,12 @@ def back_up_all(
     while remaining:
         before, again = len(remaining), []
         try:
-            with mounted(runtime, runtime.settings.source, found.region, read_only=True) as mount:
+            source, unlistable = runtime.settings.source, listed.unlistable
+            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
                 mount.is_shared = at_once > 1
                 while remaining and not again and (mount.is_alive or not mount.usable):
                     batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
-                    again = back_up_batch(runtime, found, mount, batch)
+                    again = back_up_batch(runtime, found, mount, listed.catalog, batch)
                     if not mount.usable:
                         break
         except Stopped:
@@ -6211,38 +6041,505 @@ def back_up_all(
         remaining.extend(again)
 
 
+HEAD_THREADS, HEADS_AHEAD = 16, 2000  # requests at a time, and objects that wait for theirs
+FETCHED_AT_ONCE = 16  # of what borg could not read
+UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
+KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
+
+TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
+
+
+class Feeder:
+    """What all borgs of a batch are fed from: catalog, mount, and our own client for what that cannot show.
+
+    Objects' headers are asked for behind the reads, as the answer then proves what was read.
+    """
+
+    def __init__(
+        self, runtime: Runtime, source: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
+    ) -> None:
+        self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
+        self.began = source.clock
+        self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
+        self.mixed = Findings()  # what may have been archived as no version ever was
+        self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
+        self._prefix = runtime.settings.source.key_prefix
+        self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
+        Path(self._folder, odd_path("")).parent.mkdir(parents=True)
+        self._moved, self._refusals, self._tags_refused = 0, 0, False
+        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
+        self.doubt = ""  # why that could not be looked at again
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
+        self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
+        self._walked = threading.Event()
+        threads = HEAD_THREADS if runtime.settings.headers else 0
+        self.ahead = ReadAhead(runtime, self._items(), readers)
+        self._heads = [in_background(self._ask) for _ in range(threads)]
+
+    def close(self) -> None:
+        self.ahead.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def moved(self) -> int:
+        """Grows with whatever is done for borg."""
+        return self._moved + self.ahead.moved
+
+    def path(self, each: S3Object) -> str:
+        return f"{self.mount.path}/{each.key.rstrip('/')}"
+
+    def _items(self) -> Iterator[Upcoming]:
+        """All objects. Each one's folders are listed before, so that TigrisFS looks nothing up one by one."""
+        listed: list[str] = []
+        try:
+            for number, each in enumerate(self.catalog.rows(), 1):
+                if each.is_shown:
+                    while listed and not each.key.startswith(listed[-1]):
+                        listed.pop()
+                    folders = ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]
+                    for folder in folders[len(listed) :]:
+                        listed.append(folder)
+                        self._list(folder)
+                    item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
+                else:
+                    item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
+                self._note_read(number, each)
+                yield item
+        except BackupError as error:
+            if not self.ahead.is_over:
+                self.runtime.console.error("source", str(error))
+                self.ahead.close()
+        finally:
+            self._walked.set()
+
+    def _list(self, folder: str) -> None:
+        if folder not in self.mount.unlistable:
+            with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as entries:
+                for _ in entries:
+                    self._moved += 1
+
+    def _note_read(self, number: int, each: S3Object) -> None:
+        """Has an object's headers asked for, when it has been read."""
+        if each.facts is None and each.is_shown and self._heads:
+            while not self.ahead.is_over:
+                with contextlib.suppress(queue.Full):
+                    self._to_ask.put((number, each), timeout=POLL_SECONDS)
+                    return
+        elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
+            self.is_unproven = True
+
+    def _ask(self) -> None:
+        try:
+            while not self.ahead.is_over:
+                try:
+                    number, each = self._to_ask.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if self._walked.is_set():
+                        return
+                    continue
+                if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
+                    self._learn(each)
+                self._moved += 1
+        except BaseException:
+            self.ahead.close()  # nobody waits for what does not come
+            raise
+
+    def _learn(self, each: S3Object) -> None:
+        """Asks S3 for an object's headers, and so for the version that it has now."""
+        try:
+            now = self._version(each, self._client.request("HEAD", f"{self._prefix}{each.key}"))
+            if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
+                now = self._overwritten(each, now)
+            self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+            self._refusals = 0
+        except (S3Error, CatalogError) as error:
+            if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
+                return
+            with self._lock:  # each number is somebody's: one of them tells
+                self.is_unproven, self._refusals = True, self._refusals + 1
+                number = self._refusals
+            if number == MAX_NAMED:
+                words = "headers cannot be asked for, the archives lack those of new and changed objects"
+                self.runtime.console.warning("source", f"{words}: {error}")
+
+    def _version(self, each: S3Object, answer: Answer) -> S3Object:
+        facts: dict[str, Any] = {"headers": headers_of(answer)}
+        if tags := self._tags(each.key) if int(answer.headers.get("x-amz-tagging-count") or 0) else {}:
+            facts["tags"] = tags
+        if storage_class := answer.headers.get("x-amz-storage-class"):
+            facts["storage_class"] = storage_class
+        size_bytes, etag = int(answer.headers["content-length"]), answer.headers.get("etag", "").strip('"')
+        modified = answer.time("Last-Modified") or each.last_modified
+        return S3Object(each.key, size_bytes, modified, etag, each.is_shown, facts)
+
+    def _tags(self, key: str) -> dict[str, str]:
+        """An object's tags. That they may not be read is told once."""
+        if self._tags_refused:
+            return {}
+        try:
+            return self._client.tags(f"{self._prefix}{key}")
+        except S3Error as error:
+            with self._lock:
+                is_news = error.status == 403 and not self._tags_refused
+                self._tags_refused |= is_news
+            if is_news:
+                self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
+            return {}
+
+    def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
+        """What to note of an object that had another version when it was listed.
+
+        Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
+        """
+        modified = each.last_modified.timestamp()
+        try:
+            name = f"source: stat of {each.key!r}"
+            shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
+        except OSError as error:
+            self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
+            return dataclasses.replace(now, etag="")
+        is_read = any(reader.began and modified >= reader.since for reader in self.readers)
+        if not is_read and shown.st_mtime - modified <= 1:
+            return each  # and its headers belong to the version that the next run reads
+        was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
+        if shown.st_size != now.size_bytes:
+            sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
+            self.mixed.add(each.key, f"it was overwritten meanwhile: {sizes}")
+        elif was_rewritten and now.size_bytes > WHOLE_READ_BYTES:
+            self.mixed.add(each.key, "it was overwritten meanwhile: what is archived may be of both versions")
+        elif not was_rewritten:
+            return now
+        return dataclasses.replace(now, size_bytes=shown.st_size, etag="")
+
+    def _fetch_ahead(self, each: S3Object) -> None:
+        with contextlib.suppress(BackupError):  # who needs it hears of that
+            self.fetched(each)
+
+    def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
+        """The path, for borg, of a file with an object's content, which our own client fetches.
+
+        It is there until `reader` gives it back. Raises S3Error and OSError.
+        """
+        with self._lock:
+            is_first = each.key not in self._fetched
+            future, users = self._fetched.setdefault(each.key, (concurrent.futures.Future(), set()))
+            if reader:
+                users.add(reader)
+        if is_first:
+            try:
+                future.set_result(self._fetch(each))
+            except Exception as error:  # who waits for it must hear of that
+                future.set_exception(error)
+        while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
+            self.runtime.stop.check()
+        return future.result()
+
+    def _fetch(self, each: S3Object) -> str:
+        root = (
+            f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
+        )
+        path = Path(self._folder, odd_path(each.key))
+        with path.open("wb") as stream:
+            for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
+                stream.write(answer.body)
+                self._moved += 1
+        now = self._version(each, answer)
+        now = dataclasses.replace(now, size_bytes=path.stat().st_size)
+        os.utime(path, (now.last_modified.timestamp(),) * 2)
+        self.catalog.add([now])
+        return root + odd_path(each.key)
+
+    def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
+        """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
+        with self._lock:
+            _, users = self._fetched[each.key]
+            users.discard(reader)
+            if not users and self.ahead.has_passed(number):
+                del self._fetched[each.key]
+                Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
+
+    def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
+        """The path, for borg, of the manifest of an archive that lacks what has vanished.
+
+        It is written when all headers are there.
+        """
+        self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
+        while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
+            self.runtime.stop.check()
+        for head in self._heads:
+            head.result()
+        if self.ahead.is_over:
+            raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
+        folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
+        path = Path(folder, MANIFEST_PATH)
+        path.parent.mkdir(parents=True)
+        with self._writing, path.open("w", encoding="ascii") as stream:
+            # Others' headers were asked for before a late one has read.
+            if (self.is_unproven or is_late) and self.runtime.settings.audit:
+                try:
+                    self._look_again()
+                except S3Error as error:
+                    self.doubt = str(error)
+            for each in self.catalog.rows():
+                if each.key not in vanished:
+                    stream.write(f"{manifest_line(each)}\n")
+                    self._moved += 1
+        return f"{folder}/./{MANIFEST_PATH}"
+
+    def _look_again(self) -> None:
+        """Lists the source once more, where objects were read whose headers have not been asked for since."""
+        for entry in self._client.list_objects(self._prefix):
+            self._moved += 1
+            key = entry.key[len(self._prefix) :]
+            each = self.catalog.find(key) if key else None
+            if not each or not each.is_shown or (entry.etag and not each.etag):  # that was noted before
+                continue
+            if (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
+                now = self._overwritten(each, dataclasses.replace(entry, key=key))
+                self.catalog.add([dataclasses.replace(now, facts=None)])
+
+
+@dataclass(frozen=True)
+class Told:
+    sent: int  # how many it had been told of then
+    number: int  # in the catalog
+    each: S3Object
+    is_fetched: bool  # by our own client
+
+
+MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH)
+
+
+def is_folder(each: S3Object) -> bool:
+    """Whether an object is a folder for borg, and no file."""
+    return each.is_shown and each.key.endswith("/")
+
+
+class Fed:
+    """One borg that is fed: what it was told of, and what has become of that."""
+
+    def __init__(self, feeder: Feeder, reader: Reader, name: str, since: float) -> None:
+        """Objects that were last modified before `since` it knows."""
+        self.read_end, self._write_end = os.pipe()
+        self.files = 0  # that its archive is to hold
+        self.lacks = Findings()
+        self.vanished: dict[str, None] = {}  # keys
+        self.failure: Exception | None = None  # of ours
+        self.has_manifest, self.manifest_bytes = False, 0
+        self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
+        self._changed, self._is_over = threading.Condition(), False
+        self._under_way: deque[Told] = deque()
+        self._sent, self._refusals, self._more_unread = 0, 0, 0
+        self._unread: list[S3Object] = []
+        self._moved, self._seen = 0.0, (0, 0.0)
+        new = "modified >= ? OR NOT is_shown"
+        self._objects, self._bytes = feeder.catalog.total()
+        objects, size_bytes = feeder.catalog.total(new, [max(since, 0) * 10**6])
+        self._effort = size_bytes + objects * SMALLEST_PLACE_BYTES + self._objects * KNOWN_BYTES
+        self._began, self._done = time.monotonic(), (0, 0, 0)
+
+    def began(self, child: Child) -> None:
+        """`child` is the borg; it reads our pipe."""
+        os.close(self.read_end)
+        self._feeder.ahead.began(self._reader, self._since, child)
+        in_background(self._feed)
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        self._feeder.ahead.left(self._reader)
+
+    def moved(self) -> float:
+        """A meter: it grows while borg waits for us, and we are at work or wait for another borg."""
+        now, before = (self._feeder.moved, time.monotonic()), self._seen
+        self._seen = now
+        if self._reader.waits_since:
+            self._moved += now[1] - before[1]
+        elif not self._under_way:
+            self._moved += now[0] - before[0]
+        return self._moved
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        number, passed = event["number"], []
+        with self._changed:
+            if event["type"] == "fed_status":
+                each = next(entry.each for entry in self._under_way if entry.sent == number)
+                if event["status"] in "AMC":  # it reads what it should know: another version, perhaps
+                    if each.is_shown and each.last_modified.timestamp() < self._since:
+                        self._feeder.is_unproven = True
+                elif event["status"] == "E" or not is_folder(each):
+                    self.files -= not is_folder(each)
+                    if len(self._unread) < UNREAD_AT_MOST:
+                        self._unread.append(each)
+                    else:
+                        self._more_unread += 1
+                return
+            while self._under_way and self._under_way[0].sent <= number:
+                passed.append(self._under_way.popleft())
+            self._changed.notify_all()
+        if passed:
+            self._feeder.ahead.done(self._reader, passed[-1].number)
+        for entry in passed:
+            if entry.is_fetched:
+                self._feeder.give_back(entry.each, self._reader, entry.number)
+        self._tell_progress([entry.each for entry in passed])
+
+    def _feed(self) -> None:
+        try:
+            with open(self._write_end, "wb", buffering=0) as pipe:
+                number = 0
+                for number, each in enumerate(self._feeder.catalog.rows(), 1):
+                    self._note_told(number - 1)
+                    self._feeder.ahead.wait_until_near(self._reader, number)
+                    if each.is_shown:
+                        self._tell(pipe, number, each, self._feeder.path(each))
+                    else:
+                        self._tell_fetched(pipe, number, [each])
+                self._note_told(number)
+                self._wait_until_done()
+                self._fetch_unread(pipe, number)
+                manifest = self._feeder.manifest(self._reader, self.vanished)
+                self._tell(pipe, number, MANIFEST, manifest)
+                self._wait_until_done()
+                self.has_manifest = MANIFEST not in self._unread
+                self.manifest_bytes = os.path.getsize(manifest) if self.has_manifest else 0
+                for each in self._unread:
+                    self.lacks.add(each.key, UNREAD)
+                pipe.write(b"\0")  # this is the end
+        except BrokenPipeError:
+            pass  # borg has ended, and said why
+        except OSError as error:
+            words = f"{self._name}: what borg is to read cannot be written: {error.strerror}"
+            self.failure = BackupError(words, DISK_HELP)
+        except Exception as error:  # without the end, borg makes no archive
+            self.failure = error
+
+    def _tell(
+        self, pipe: IO[bytes], number: int, each: S3Object, path: str, is_fetched: bool = False
+    ) -> None:
+        with self._changed:
+            self._sent += 1
+            self._under_way.append(Told(self._sent, number, each, is_fetched))
+            self.files += not is_folder(each)
+        pipe.write(os.fsencode(path) + b"\0")
+
+    def _note_told(self, number: int) -> None:
+        """borg was told of all objects up to this one, but for those that are not there."""
+        with self._changed:
+            if not self._under_way:
+                self._feeder.ahead.done(self._reader, number)
+            elif self._under_way[-1].number < number:
+                self._under_way[-1] = dataclasses.replace(self._under_way[-1], number=number)
+
+    def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
+        """Tells borg of objects that our own client fetches, some at a time."""
+        fetches = [
+            in_background(lambda each=each: self._feeder.fetched(each, self._reader)) for each in objects
+        ]
+        for each, fetch in zip(objects, fetches, strict=True):
+            try:
+                self._tell(pipe, number, each, fetch.result(), is_fetched=True)
+            except Stopped:
+                raise
+            except BackupError as error:
+                self._note_lack(each, error)
+
+    def _fetch_unread(self, pipe: IO[bytes], number: int) -> None:
+        """Fetches what borg could not read, unless S3 refuses very many."""
+        unread, self._unread = self._unread, []
+        for start in range(0, len(unread), FETCHED_AT_ONCE):
+            if self._refusals < MAX_NAMED:
+                self._tell_fetched(pipe, number, unread[start : start + FETCHED_AT_ONCE])
+            else:
+                for each in unread[start : start + FETCHED_AT_ONCE]:
+                    self.lacks.add(each.key, REFUSED_ALIKE)
+        self._wait_until_done()
+        if self._more_unread:
+            is_alike = self._refusals >= MAX_NAMED
+            self.lacks.add_more(self._more_unread, REFUSED_ALIKE if is_alike else UNREAD)
+
+    def _note_lack(self, each: S3Object, error: BackupError) -> None:
+        """Notes why an object is not in the archive, in S3's words where these are the reason."""
+        status = error.status if isinstance(error, S3Error) else 0
+        if status == 404:
+            self.vanished[each.key] = None
+        elif status in REFUSALS:
+            self._refusals += 1
+            self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
+        else:
+            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
+
+    def _wait_until_done(self) -> None:
+        """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
+        with self._changed:
+            while self._under_way:
+                if self._is_over:
+                    raise BrokenPipeError
+                self._changed.wait(POLL_SECONDS)
+
+    def _tell_progress(self, passed: Sequence[S3Object]) -> None:
+        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes."""
+        objects, size_bytes, effort = self._done
+        for each in passed:
+            is_new = not each.is_shown or each.last_modified.timestamp() >= self._since
+            effort += KNOWN_BYTES + (SMALLEST_PLACE_BYTES + each.size_bytes if is_new else 0)
+            size_bytes += each.size_bytes
+        objects = min(objects + len(passed), self._objects)
+        self._done = objects, size_bytes, effort
+        share = min(1.0, effort / self._effort) if self._effort else 1.0
+        seconds = (time.monotonic() - self._began) * (1 - share) / share if share else 0.0
+        self._feeder.runtime.console.progress(
+            self._name,
+            f"{objects:,} of {count(self._objects, 'object')}, {size(size_bytes)} of {size(self._bytes)},"
+            f" {math.floor(share * 100)} %, {duration(seconds)} left",
+            objects=objects,
+            bytes=size_bytes,
+            objects_total=self._objects,
+            bytes_total=self._bytes,
+            percent=math.floor(share * 100),
+            seconds_left=round(seconds),
+        )
+
+
 @dataclass(frozen=True)
 class Source:
-    """The mounted source, as the borg of one target meets it."""
-
     found: Preflight
     mount: Mount
-    ahead: ReadAhead
+    feeder: Feeder
     reader: Reader
 
 
 def back_up_batch(
-    runtime: Runtime, found: Preflight, mount: Mount, batch: Sequence[tuple[Outcome, Preflight | BackupError]]
+    runtime: Runtime,
+    found: Preflight,
+    mount: Mount,
+    catalog: Catalog,
+    batch: Sequence[tuple[Outcome, Preflight | BackupError]],
 ) -> list[tuple[Outcome, Preflight | BackupError]]:
     """Backs up to some targets side by side; the source is read once for all. Raises Stopped.
 
     Returns those that are to be tried once more.
     """
     readers = [Reader() for _ in batch]
-    ahead = ReadAhead(runtime, mount, readers)
+    with full_disk_told(runtime.settings.source):
+        feeder = Feeder(runtime, found, mount, catalog, readers)
     try:
         futures = [
             in_background(
-                lambda outcome=outcome, check=check, source=Source(found, mount, ahead, reader): attempt(
+                lambda outcome=outcome, check=check, source=Source(found, mount, feeder, reader): attempt(
                     runtime, outcome, check, source
                 )
             )
             for (outcome, check), reader in zip(batch, readers, strict=True)
         ]
-        while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
-            pass  # each sees stop signals by itself, and has its own deadlines
+        # Each sees stop signals by itself, and has its own deadlines.
+        while concurrent.futures.wait(futures, timeout=PROGRESS_SECONDS).not_done:
+            with contextlib.suppress(OSError):
+                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
     finally:
-        ahead.close()
+        feeder.close()
     return [each for each, future in zip(batch, futures, strict=True) if future.result()]
 
 
@@ -6307,7 +6604,7 @@ def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, 
     try:
         return bring_to_end(runtime, outcome, work)
     finally:
-        source.ahead.left(source.reader)
+        source.feeder.ahead.left(source.reader)
 
 
 def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: Source) -> None:
@@ -6321,32 +6618,29 @@ def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: 
         is_new = prepare_repository(runtime, target, client, lease)
         with writable(runtime, target, client, lease, [source.mount]) as repository:
             wait_until_usable(runtime, source.mount)
-            if is_new:
-                note_known_objects(repository.cache, 0)  # `borg init` made an empty one
-                note_count(repository.cache, runtime.settings.label, 0)
+            if is_new:  # `borg init` made an empty files cache
+                source.feeder.catalog.note_archive(repository.cache.name, runtime.settings.label, 0, 0.0)
             else:
                 check_encryption(runtime, repository)
                 warn_of_missing_cache(runtime, target, repository.cache)
             create_archive(runtime, outcome, repository, source)
             is_whole = not outcome.failures
-            compare_with_last(runtime, outcome, repository)
+            compare_with_last(runtime, outcome, repository, source.feeder.catalog)
             if target.prune and outcome.objects and not outcome.is_suspicious:
                 prune(runtime, outcome, repository)
                 if target.compact_percent is not None:
                     compact(runtime, outcome, repository)
             check_at_last(runtime, outcome, repository, f"the archive {outcome.archive} is stored")
         outlast_name(outcome.archive)
-    if (
-        outcome.objects and is_whole
-    ):  # what comes after an empty or a failed one is to be compared with the last good one
-        note_count(repository.cache, runtime.settings.label, outcome.objects)
+    if outcome.objects and is_whole:  # what comes after another one is to be compared with the last good one
+        noted = repository.cache.name, runtime.settings.label, outcome.objects
+        source.feeder.catalog.note_archive(*noted)
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
     if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
         remind_of_key(runtime, target)
 
 
 def remind_of_key(runtime: Runtime, target: Target) -> None:
-    """Says that the key was never exported."""
     if target.encryption != "none":
         runtime.console.info(
             target.store.name,
@@ -6360,98 +6654,53 @@ def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, s
 
     Raises BackupError, also when the source went away.
     """
-    target, settings, cache = outcome.target, runtime.settings, repository.cache
+    target, settings, feeder = outcome.target, runtime.settings, source.feeder
     runtime.console.info(target.store.name, "borg create begins")
-    archived, known_until = ArchivedObjects(source.mount.path), known_objects(cache)
-
-    def on_file(status: str, path: str) -> None:
-        archived.take(status, path)
-        # borg names an object that it has to read when it begins to (`process_file` of borg 1.4).
-        source.ahead.passed(source.reader, path, 0 if status in ("A", "M") else math.inf)
-
-    arguments = borg_create(
-        target,
-        settings.label,
-        repository.mount.path,
-        source.mount.path,
-        settings.source_metadata,
-        f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}",
-    )
-    created = repository.borg.run(
-        arguments,
-        on_file,
-        lambda child: source.ahead.began(source.reader, known_until, child),
-        source.found.clock - timedelta(seconds=RACE_SECONDS),
-    )
-    source.ahead.left(source.reader)
-    record_archive(runtime, outcome, created)
-    if created.log.warnings:  # some objects, or is the source gone, or its keys revoked?
-        client = S3Client(settings.source, source.found.region, PROVEN, runtime.stop)
-        examine(client, write=False)
-    judge_emptiness(runtime, outcome, source.found)
-    compare_with_source(runtime, outcome, archived, created, source, repository)
+    as_of = source.found.clock.timestamp() - RACE_SECONDS
+    fed = Fed(feeder, source.reader, target.store.name, known_until(feeder.catalog, repository.cache))
+    comment = f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
+    with contextlib.closing(fed):
+        try:
+            created = repository.borg.run(
+                borg_create(target, settings.label, repository.mount.path, comment),
+                fed.take,
+                fed.began,
+                source.found.clock - timedelta(seconds=RACE_SECONDS),
+                own={"S3BORGBACKUP_FED": str(fed.read_end)},
+                pass_fds=[fed.read_end],
+                waits=fed.moved,
+            )
+        except BackupError as error:
+            raise error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure from None
+    record_archive(runtime, outcome, created, fed)
+    if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
+        examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
+    judge_emptiness(runtime, outcome, feeder.listed)
+    report_findings(runtime, outcome, fed, feeder.mixed)
+    if feeder.doubt:
+        words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
+        note_failure(runtime, outcome, f"{words}: {feeder.doubt}")
     report_shrunk(runtime, outcome, source.mount)
-    note_known_objects(cache, source.found.clock.timestamp() - RACE_SECONDS)
-
-
-def compare_with_source(
-    runtime: Runtime,
-    outcome: Outcome,
-    archived: ArchivedObjects,
-    created: BorgResult,
-    source: Source,
-    repository: Repository,
-) -> None:
-    """Names what the new archive lacks of the source; an archive that cannot be compared fails its target."""
-    found = Findings()
-    client = S3Client(runtime.settings.source, source.found.region, PROVEN, runtime.stop)
-
-    def look() -> None:
-        found.ask(client.with_patience(HASTY), archived.unread)
-        if runtime.settings.audit:
-            found.compare(client, source.mount, archived, source.found.clock)
-
-    try:
-        within(LIST_SECONDS, "source: comparing the archive with its listing", look, runtime.stop)
-    except (Stopped, Stuck):
-        raise
-    except (BackupError, OSError) as error:
-        note_failure(runtime, outcome, f"the archive could not be compared with the source: {error}")
-    else:
-        if runtime.settings.audit:
-            note_comparison(runtime, repository, json.loads(created.output)["archive"]["id"], found)
-    report_findings(runtime, outcome, found)
-    gone = sum(reason == GONE for reason in found.asked.values())
-    if created.verdict is not Verdict.OK and not 0 < gone == created.log.warnings:
+    if created.log.is_warning:
         outcome.warn()
-    unread = sum(reason == UNREAD for reason in found.asked.values())
-    if created.log.io_errors and (unread or not found.asked):
-        what = count(unread or created.log.io_errors, "object")
-        note_failure(
-            runtime,
-            outcome,
-            f"{what} of the source could not be read (named above). The archive holds the others."
-            " Run it again; if it stays so, look at those objects.",
-        )
+    lost = fed.files - json.loads(created.output)["archive"]["stats"]["nfiles"]
+    if lost or not fed.has_manifest:
+        what = f"{count(abs(lost), 'object')} {'less' if lost > 0 else 'more'} than borg was told of"
+        note_failure(runtime, outcome, f"the archive holds {what if lost else 'no manifest'}. Run it again.")
+    feeder.catalog.note_archive(repository.cache.name, settings.label, None, as_of)
 
 
-def note_comparison(runtime: Runtime, repository: Repository, identity: str, found: Findings) -> None:
-    """Notes beside the repository what the archive `identity`, the newest of its label, lacks.
+def known_until(catalog: Catalog, cache: Path) -> float:
+    """Objects that were modified last before this time (Unix) borg knows, and will not read.
 
-    An object may appear later with an older LastModified: a version that was under a delete marker, or a
-    replica. S3 does not tell it from one that was there all the time, as the marker's removal leaves no trace
-    and replicas keep their time. But an archive that was found to hold all that was listed has not lost it.
-    An archive's id depends on all that is in it, so the note is not believed of one that somebody changed.
+    Without its files cache it knows none; where the catalog knows nothing of that, it is as old as it is.
     """
-    if found.count > len(found.named) or not repository.lease:
-        return
-    name, source = f"{COMPARED_NAME}{runtime.settings.label}", runtime.settings.source
-    facts = {"archive": identity, "source": [source.endpoint, source.location]}
-    lacks = [key for key, _ in found.named]
     try:
-        repository.lease.write(lambda client: write_note(client, name, **facts, lacks=lacks))
-    except S3Error as error:  # then `verify` takes such an object for lost
-        runtime.console.debug(repository.target.store.name, str(error))
+        written = (cache / "files").stat().st_mtime
+    except OSError:
+        return -math.inf
+    [[noted]] = catalog.execute("SELECT max(as_of) FROM archives WHERE repository = ?", [cache.name])
+    return written if noted is None else noted
 
 
 def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
@@ -6461,28 +6710,41 @@ def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
     runtime.console.error(name, outcome.failures[-1])
 
 
-def report_findings(runtime: Runtime, outcome: Outcome, found: Findings) -> None:
-    """Prints what an archive lacks."""
+def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Findings) -> None:
+    """Prints what an archive lacks, or holds as it never was."""
     name = outcome.target.store.name
-    for key, reason in found.named:
-        runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
-    if found.count > len(found.named):
-        runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
-    if found.count:
-        outcome.warn(f"the archive lacks {count(found.count, 'object')}")
-    if not found.explains_all:
-        outcome.is_suspicious = True
-        if outcome.target.prune:
-            runtime.console.warning(name, "older archives may hold what this one lacks: nothing is pruned")
+    for found in (fed.lacks, mixed):
+        for key, reason in found.named:
+            runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
+        if found.count > len(found.named):
+            runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
+    if lacks := fed.lacks.count + mixed.count:
+        outcome.warn(f"the archive lacks {count(lacks, 'object')}")
+    if fed.vanished:
+        more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
+        names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
+        runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
+    if not fed.lacks.explains_all:
+        note_failure(
+            runtime,
+            outcome,
+            f"{count(fed.lacks.unread, 'object')} of the source could not be read (named above). The archive"
+            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays"
+            " so, look at those objects.",
+        )
 
 
-def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
+def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository, catalog: Catalog) -> None:
     """Warns of an archive that has far fewer objects than the one before: the source may be wrong.
 
     Warns once: the next archive is compared with this one.
     """
     settings, name = runtime.settings, outcome.target.store.name
-    last = noted_count(repository.cache, settings.label)
+    found = catalog.execute(
+        "SELECT objects FROM archives WHERE repository = ? AND label = ?",
+        [repository.cache.name, settings.label],
+    )
+    last = found[0][0] if found else None
     if last is None and settings.shrink_percent:
         last = ask_count(runtime, outcome, repository)
     if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
@@ -6500,29 +6762,6 @@ def has_shrunk(objects: int, last: int, percent: int) -> bool:
     return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
 
 
-COUNTS_NAME = "s3borgbackup-objects"
-
-
-def noted_count(cache: Path, label: str) -> int | None:
-    """How many objects the last archive of `label` had, as noted beside borg's cache; None: not noted."""
-    try:
-        found = json.loads((cache / COUNTS_NAME).read_text(encoding="utf-8")).get(label)
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, int) else None
-
-
-def note_count(cache: Path, label: str, objects: int) -> None:
-    """Notes how many objects the last archive of `label` has. Several labels may share a repository."""
-    path = cache / COUNTS_NAME
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        counts = {}
-    with contextlib.suppress(OSError):  # then borg is asked the next time
-        replace_file(path, json.dumps({**(counts if isinstance(counts, dict) else {}), label: objects}))
-
-
 def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int | None:
     """How many objects the archive before this one has. borg reads both archives' metadata for that."""
     borg, label = repository.borg, runtime.settings.label
@@ -6534,34 +6773,23 @@ def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int
         runtime.console.warning(outcome.target.store.name, str(error))
         return None
     archives = json.loads(shown.output)["archives"]
-    return next((each["stats"]["nfiles"] for each in archives if each["name"] != outcome.archive), None)
+    return next((count_of(each) for each in archives if each["name"] != outcome.archive), None)
+
+
+def count_of(archive: Mapping[str, Any]) -> int:
+    """How many objects an archive has, by `borg info --json`."""
+    return archive["stats"]["nfiles"] - archive.get("comment", "").endswith(WITH_MANIFEST)
 
 
 # What an archive's comment begins with: before that time the source cannot have been listed.
 SOURCE_AS_OF = "s3borgbackup: source as of "
+WITH_MANIFEST = ", with manifest"  # and then one of its files is no object
 
 
 def outlast_name(archive: str) -> None:
     """Waits until the second in an archive's name is over: whoever comes next needs another one."""
     over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
     time.sleep(min(1.0, max(0.0, over - time.time())))
-
-
-def known_objects(cache: Path) -> float:
-    """Objects that were modified last before this time (Unix) borg knows, and will not read.
-
-    That is the time of borg's files cache, which `note_known_objects` sets. Without a cache it knows none.
-    """
-    try:
-        return (cache / "files").stat().st_mtime
-    except OSError:
-        return -math.inf
-
-
-def note_known_objects(cache: Path, before: float) -> None:
-    """Notes that borg knows all objects that were modified last before this time (Unix)."""
-    with contextlib.suppress(OSError):
-        os.utime(cache / "files", (before, before))
 
 
 def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None:
@@ -6574,12 +6802,13 @@ def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None
         )
 
 
-def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult) -> None:
+def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed: Fed) -> None:
     """Takes borg's statistics into `outcome` and prints them."""
     archive = json.loads(created.output)["archive"]
     stats, name = archive["stats"], outcome.target.store.name
-    outcome.archive, outcome.objects = archive["name"], stats["nfiles"]
-    outcome.archived_bytes, outcome.stored_bytes = stats["original_size"], stats["deduplicated_size"]
+    outcome.archive, outcome.objects = archive["name"], stats["nfiles"] - fed.has_manifest
+    outcome.archived_bytes = stats["original_size"] - fed.manifest_bytes
+    outcome.stored_bytes = stats["deduplicated_size"]
     runtime.console.info(
         name,
         f"archive {outcome.archive}: {count(outcome.objects, 'object')}, {size(outcome.archived_bytes)},"
@@ -6593,14 +6822,14 @@ def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult) -> N
     )
 
 
-def judge_emptiness(runtime: Runtime, outcome: Outcome, source: Preflight) -> None:
-    """Warns of an archive without objects. Raises BackupError where the source has some."""
+def judge_emptiness(runtime: Runtime, outcome: Outcome, listed: int) -> None:
+    """Warns of an archive without objects. Raises BackupError where the source `listed` some."""
     name = outcome.target.store.name
     if outcome.objects:
         return
-    if any(not entry.key.endswith("/") for entry in source.keys):
+    if listed:
         raise BackupError(
-            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} is not",
+            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} was not",
             "Run it again; nothing was pruned.",
         )
     reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
@@ -6619,7 +6848,6 @@ def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> No
 
 
 def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    """Deletes old archives of this label."""
     target = outcome.target
     pruned = repository.borg.run(borg_prune(target, runtime.settings.label, repository.mount.path))
     outcome.add(pruned)
@@ -6630,7 +6858,6 @@ def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
 
 
 def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    """Frees the space of what was deleted."""
     target = outcome.target
     compacted = repository.borg.run(borg_compact(target, repository.mount.path))
     outcome.add(compacted)
@@ -6654,7 +6881,6 @@ def check_at_last(runtime: Runtime, outcome: Outcome, repository: Repository, do
 
 
 def overall(outcomes: Sequence[Outcome]) -> int:
-    """The run's exit code."""
     verdicts = {outcome.verdict for outcome in outcomes}
     if Verdict.FAILURE in verdicts:
         return EXIT_FAILURE
@@ -6664,7 +6890,6 @@ def overall(outcomes: Sequence[Outcome]) -> int:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table at a run's end."""
     rows = [("target", "result", "objects", "archived", "new stored", "duration", "archive")]
     rows += [
         (
@@ -6727,6 +6952,8 @@ def check_config(runtime: Runtime) -> int:
     failures = [result for result in results if isinstance(result, BackupError)]
     for failure in failures:
         runtime.console.error("check-config", str(failure))
+    if isinstance(results[0], Preflight) and settings.headers:
+        tell_of_tags(runtime, results[0])
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -6742,6 +6969,17 @@ def suitable(runtime: Runtime, store: Store, result: Preflight | BackupError) ->
     return result
 
 
+def tell_of_tags(runtime: Runtime, source: Preflight) -> None:
+    """Says so where the source's key may not read tags, by one object."""
+    client = S3Client(runtime.settings.source, source.region, HASTY, runtime.stop)
+    try:
+        for entry in source.keys[:1]:
+            client.tags(entry.key)
+    except S3Error as error:
+        if error.status == 403:
+            runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
+
+
 def describe(store: Store, result: Preflight) -> str:
     """What a usable store holds, in a few words."""
     if store.target is not None:
@@ -6753,10 +6991,7 @@ def describe(store: Store, result: Preflight) -> str:
 
 
 def emit(text: str) -> None:
-    """Prints a command's answer on standard output; that nobody reads it any more is no error.
-
-    Raises BackupError where it cannot be written.
-    """
+    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
     try:
         for line in text.splitlines():
             print(printable(line), flush=True)
@@ -6764,6 +6999,11 @@ def emit(text: str) -> None:
         pass
     except OSError as error:
         raise BackupError(f"the answer could not be written: {error.strerror}", "Make room for it.") from None
+
+
+def local_time(when: datetime) -> str:
+    """A time for people: as archives' names have it, and with its zone."""
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 @dataclass(frozen=True)
@@ -6780,10 +7020,12 @@ class Archive:
     def parse(cls, entry: Mapping[str, Any]) -> Archive:
         """From an entry of borg's JSON; the times are for people, in their zone."""
         start, end = (borg_time(entry[key]).astimezone() for key in ("time", "end"))
-        numbers = [
+        files, archived_bytes = (
             number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
-        ]
-        return cls(entry["name"], start, end, *numbers)
+        )
+        if files and entry.get("comment", "").endswith(WITH_MANIFEST):
+            files -= 1
+        return cls(entry["name"], start, end, files, archived_bytes)
 
     def belongs_to(self, label: str) -> bool:
         """Whether it is one of `label`, and no checkpoint."""
@@ -6792,7 +7034,6 @@ class Archive:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
         return {
             "name": self.name,
             "start": self.start.isoformat(),
@@ -6804,95 +7045,70 @@ class Archive:
 
 @dataclass(frozen=True)
 class Contents:
-    """What borg says about a repository."""
-
     encryption: str
     archives: tuple[Archive, ...]  # oldest first
 
     def newest(self, label: str) -> Archive | None:
-        """The last archive of a label."""
         return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"archives": [archive.as_json() for archive in self.archives]}
 
 
 def contents(repository: Repository) -> Contents:
     """Lists a repository's archives: a request for each. Raises BackupError."""
-    listed = json.loads(repository.borg.run(borg_archives(repository.borg.repository)).output)
+    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]  # the last two: see LIST_SIZES
+    path = str(repository.borg.repository)
+    listed = json.loads(repository.borg.run(["list", "--json", *options, path]).output)
     archives = tuple(Archive.parse(entry) for entry in listed["archives"])
     return Contents(listed["encryption"]["mode"], archives)
 
 
-def for_each(
-    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Result]
-) -> dict[Target, Result | BackupError]:
-    """What `ask` says about each target; an error is printed, and is that target's answer. Raises Stopped."""
-    answers: dict[Target, Result | BackupError] = {}
+def ask_each(
+    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Contents | Facts]
+) -> tuple[dict[Target, Contents | Facts], dict[str, Any], int]:
+    """What `ask` says about each target; the same for programs, with the errors; and the exit code.
+
+    An error is printed, and does not keep the others from their answers. Raises Stopped.
+    """
+    found, document, code = {}, {}, EXIT_OK
     for target in targets:
         try:
-            answers[target] = ask(target)
+            found[target] = ask(target)
+            document[target.name] = found[target].as_json()
         except Stopped:
             raise
         except BackupError as error:
             runtime.console.error(target.store.name, str(error))
-            answers[target] = error
-    return answers
-
-
-def worst_code(answers: Iterable[object]) -> int:
-    """The exit code where some of these answers are errors."""
-    return max((answer.exit_code for answer in answers if isinstance(answer, BackupError)), default=EXIT_OK)
+            document[target.name], code = {"error": str(error)}, max(code, error.exit_code)
+    return found, document, code
 
 
 def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints the archives of some targets; returns the exit code."""
-
     def ask(target: Target) -> Contents:
         with opened_for_reading(runtime, target) as repository:
             return contents(repository)
 
-    answers = for_each(runtime, targets, ask)
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)}
-            if isinstance(answer, BackupError)
-            else {"archives": [archive.as_json() for archive in answer.archives]}
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = {target: answer for target, answer in answers.items() if isinstance(answer, Contents)}
-        emit("\n".join(table(archive_rows(found))) if found else "")
-    return worst_code(answers.values())
-
-
-def archive_rows(found: Mapping[Target, Contents]) -> list[tuple[str, ...]]:
-    """The rows of the table of archives."""
+    found, document, code = ask_each(runtime, targets, ask)
     rows = [("target", "archive", "time", "objects", "size")]
     for target, known in found.items():
-        rows += [
-            (
-                target.name,
-                archive.name,
-                f"{archive.start:%Y-%m-%d %H:%M:%S}",
-                "-" if archive.objects is None else f"{archive.objects:,}",
-                "-" if archive.archived_bytes is None else size(archive.archived_bytes),
-            )
-            for archive in known.archives
-        ]
+        for archive in known.archives:
+            objects = "-" if archive.objects is None else f"{archive.objects:,}"
+            archived = "-" if archive.archived_bytes is None else size(archive.archived_bytes)
+            rows.append((target.name, archive.name, local_time(archive.start), objects, archived))
         if not known.archives:
             rows.append((target.name, "-", "-", "-", "-"))
-    return rows
+    text = "\n".join(table(rows)) if found else ""
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What `info` tells about a target."""
-
     target: Target
     label: str
     identity: str
-    encryption: str
-    archives: tuple[Archive, ...]
-    newest: Archive | None  # of our label
+    known: Contents
     stored_objects: int
     stored_bytes: int
     key_exported: str  # when; empty: never
@@ -6902,23 +7118,23 @@ class Facts:
     @property
     def archived_bytes(self) -> int:
         """What the archives would take one by one, without deduplication and compression."""
-        return sum(archive.archived_bytes or 0 for archive in self.archives)
+        return sum(archive.archived_bytes or 0 for archive in self.known.archives)
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        record, since = self.checked.record, self.checked.unchecked_since
+        record, newest = self.checked.record, self.known.newest(self.label)
+        since = unchecked_since(record, self.checked.segments)
         return {
             "target": self.target.name,
             "endpoint": self.target.store.endpoint,
             "location": self.target.store.location,
             "repository_id": self.identity,
-            "encryption": self.encryption,
+            "encryption": self.known.encryption,
             "key_exported": self.key_exported or None,
-            "archives": len(self.archives),
+            "archives": len(self.known.archives),
             "archived_bytes": self.archived_bytes,
             "stored_objects": self.stored_objects,
             "stored_bytes": self.stored_bytes,
-            "last_archive": self.newest.as_json() if self.newest else None,
+            "last_archive": newest.as_json() if newest else None,
             "last_check": record.checked.isoformat() if record.checked else None,
             "unchecked_since": since.isoformat() if since else None,
             "damage": record.damage or None,
@@ -6926,51 +7142,31 @@ class Facts:
         }
 
     def as_text(self) -> str:
-        """For people."""
+        encryption, archives, record = self.known.encryption, self.known.archives, self.checked.record
+        exported = f"never: backup.py key-export {shlex.quote(self.target.name)}"
+        in_bucket = f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}"
+        if self.archived_bytes > self.stored_bytes:
+            saved = 1 - self.stored_bytes / self.archived_bytes
+            in_bucket += f": deduplication and compression save {saved:.1%}"
+        last_run = "no archive has this label"
+        if newest := self.known.newest(self.label):
+            what = f"{count(newest.objects or 0, 'object')}, {size(newest.archived_bytes or 0)}"
+            took = duration((newest.end - newest.start).total_seconds())
+            last_run = f"{local_time(newest.start)}: {what}, in {took}"
+        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
         rows = [
             ("target", self.target.name),
             ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
             ("repository", self.identity),
-            (
-                "encryption",
-                f"{self.encryption}: {KEY_PLACES.get(self.encryption, 'the key is in the repository')}",
-            ),
-            ("key exported", self.key_exported or self._never_exported()),
-            ("archives", f"{len(self.archives):,}, {size(self.archived_bytes)} in all"),
-            (
-                "in the bucket",
-                f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}{self._saved()}",
-            ),
-            (f"last {self.label}", self._last_run()),
-            ("last check", self._last_check()),
+            ("encryption", f"{encryption}: {KEY_PLACES.get(encryption, 'the key is in the repository')}"),
+            ("key exported", self.key_exported or ("there is none" if encryption == "none" else exported)),
+            ("archives", f"{len(archives):,}, {size(self.archived_bytes)} in all"),
+            ("in the bucket", in_bucket),
+            (f"last {self.label}", last_run),
+            ("last check", f"DAMAGED: {record.damage}" if record.damage else f"{when}; {self.checked.age}"),
             ("in use", self.lease or "no"),
         ]
         return "\n".join(table(rows))
-
-    def _never_exported(self) -> str:
-        if self.encryption == "none":
-            return "there is none"
-        return f"never: backup.py key-export {shlex.quote(self.target.name)}"
-
-    def _last_check(self) -> str:
-        record = self.checked.record
-        if record.damage:
-            return f"DAMAGED: {record.damage}"
-        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
-        return f"{when}; {self.checked.age}"
-
-    def _saved(self) -> str:
-        if self.archived_bytes <= self.stored_bytes:
-            return ""
-        share = 1 - self.stored_bytes / self.archived_bytes
-        return f": deduplication and compression save {share:.1%}"
-
-    def _last_run(self) -> str:
-        if not self.newest:
-            return "no archive has this label"
-        seconds = (self.newest.end - self.newest.start).total_seconds()
-        what = f"{count(self.newest.objects or 0, 'object')}, {size(self.newest.archived_bytes or 0)}"
-        return f"{self.newest.start:%Y-%m-%d %H:%M:%S %z}: {what}, in {duration(seconds)}"
 
 
 KEY_PLACES = {
@@ -6983,7 +7179,6 @@ KEY_PLACES = {
 
 
 def gather_facts(runtime: Runtime, target: Target) -> Facts:
-    """Asks borg and S3 about a target. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
         known, client = contents(repository), repository.client
         lease, record = look_at_lease(client), last_check(client, repository.identity)
@@ -6991,36 +7186,26 @@ def gather_facts(runtime: Runtime, target: Target) -> Facts:
             target,
             runtime.settings.label,
             repository.identity,
-            known.encryption,
-            known.archives,
-            known.newest(runtime.settings.label),
+            known,
             len(repository.files),
             sum(repository.files.values()),
-            str((read_note(client, KEY_EXPORTED_NAME) or {}).get("exported", "")),
+            str(read_note(client, KEY_EXPORTED_NAME).get("exported", "")),
             Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
-            str(lease.holder) if lease and not lease.has_expired else "",
+            str(lease) if lease and not lease.has_expired else "",
         )
 
 
 def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    """Prints what is known about some targets; returns the exit code."""
-    answers = for_each(runtime, targets, lambda target: gather_facts(runtime, target))
-    if as_json:
-        document = {
-            target.name: {"error": str(answer)} if isinstance(answer, BackupError) else answer.as_json()
-            for target, answer in answers.items()
-        }
-        emit(json.dumps(document, indent=2))
-    else:
-        found = [answer.as_text() for answer in answers.values() if isinstance(answer, Facts)]
-        emit("\n\n".join(found))
-    return worst_code(answers.values())
+    found, document, code = ask_each(runtime, targets, lambda target: gather_facts(runtime, target))
+    text = "\n\n".join(facts.as_text() for facts in found.values())
+    emit(json.dumps(document, indent=2) if as_json else text)
+    return code
 
 
 def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
     """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
     with opened_for_reading(runtime, target) as repository:
-        exported = repository.borg.run(borg_key_export(repository.borg.repository, form))
+        exported = repository.borg.run(["key export", *form, str(repository.borg.repository)])
         try:
             print(exported.output, flush=True)
         except OSError as error:
@@ -7028,7 +7213,8 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
                 f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
             ) from None
         try:
-            write_note(repository.client, KEY_EXPORTED_NAME, exported=utc_now(repository.client))
+            note = json.dumps({"exported": utc_now(repository.client)})
+            repository.client.put(f"{target.store.key_prefix}{KEY_EXPORTED_NAME}", note.encode())
         except S3Error as error:
             runtime.console.warning(
                 target.store.name,
@@ -7042,10 +7228,7 @@ def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
 
 
 def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """Prunes, compacts and checks repositories without their source; returns the exit code.
-
-    Raises Stopped.
-    """
+    """Prunes, compacts and checks repositories without their source; returns the exit code."""
     outcomes = [Outcome(target) for target in targets]
     try:
         for outcome in outcomes:
@@ -7058,29 +7241,26 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 
 
 def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
-    """The table at a maintenance's end."""
     rows = [("target", "result", "archives", "duration")]
-    rows += [
-        (
-            outcome.target.name,
-            outcome.verdict.value,
-            "{archives_after:,} of {archives_before:,}".format(**outcome.archives)
-            if outcome.archives
-            else "-",
-            duration(outcome.seconds),
-        )
-        for outcome in outcomes
-    ]
+    for outcome in outcomes:
+        counts = outcome.archives
+        archives = "{archives_after:,} of {archives_before:,}".format(**counts) if counts else "-"
+        rows.append((outcome.target.name, outcome.verdict.value, archives, duration(outcome.seconds)))
     return "\n".join([*table(rows), *reasons(outcomes)])
 
 
 def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
-    """Prunes, compacts and checks one repository. Raises BackupError."""
     target, label = outcome.target, runtime.settings.label
     with opened_for_writing(runtime, target, "maintenance") as repository:
         check_encryption(runtime, repository)
         known = contents(repository)
-        if reason := why_not_prune(target, label, known):
+        newest, reason = known.newest(label), ""
+        if target.prune and not newest:
+            reason = f"no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+        elif target.prune and newest.objects == 0:
+            reason = f"the newest archive, {newest.name}, is empty; look at the source first"
+        if reason:
+            reason = f"nothing is pruned: {reason}"
             outcome.warn(reason)
             runtime.console.warning(target.store.name, reason)
         elif target.prune:
@@ -7091,16 +7271,6 @@ def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
         left = contents(repository)
         outcome.archives = {"archives_before": len(known.archives), "archives_after": len(left.archives)}
     runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
-
-
-def why_not_prune(target: Target, label: str, known: Contents) -> str:
-    """Why pruning now would be a mistake; empty where it would not."""
-    newest = known.newest(label)
-    if target.prune and not newest:
-        return f"nothing is pruned: no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
-    if target.prune and newest and newest.objects == 0:
-        return f"nothing is pruned: the newest archive, {newest.name}, is empty; look at the source first"
-    return ""
 
 
 # borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
@@ -7122,36 +7292,1159 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
     command = arguments[0]
     if command in REFUSED_COMMANDS:
         raise ConfigurationError([f"`borg {command}`: {REFUSED_COMMANDS[command].format(name=target.name)}"])
-    purpose = f"`borg {command}`"
-    if command in READING_COMMANDS:
-        with opened_for_reading(runtime, target, purpose) as repository:
-            return repository.borg.hand_over(arguments)
-    with opened_for_writing(runtime, target, purpose) as repository:
+    opened = opened_for_reading if command in READING_COMMANDS else opened_for_writing
+    with opened(runtime, target, f"`borg {command}`") as repository:
         return repository.borg.hand_over(arguments)
 
 
-def run_check(runtime: Runtime, target: Target, plan: CheckPlan, verify_data: bool) -> int:
-    """Checks a target's repository. Raises BackupError, also when it is damaged."""
-    with opened_for_writing(runtime, target, "`check`") as repository:
-        checked = check_repository(runtime, repository, plan, verify_data)
-    if error := damage_error(repository, checked.record):
-        raise error
-    return EXIT_OK
+# -------------------------------------------------------------------------------------------------- Restore
+
+# `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
+# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it,
+# into a folder, or into a bucket by requests of our own. All that is known of an object is a row in a file,
+# the plan: what the archive's list and manifest say of it, what lies where it goes, and what is to be done.
+# So nothing is overwritten unasked, and a restore that was interrupted goes on where it was: what is a
+# beginning of what is to be written counts as half-written.
+
+PREVIOUS_NAMED = 20  # objects that would be overwritten
+# What one object's name is to blame for, and not the place.
+UNWRITABLE = frozenset(
+    {
+        *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.ELOOP, errno.EFBIG),
+    }
+)
+UNTAKEN_STATUSES = (400, 404, 405, 409, 414)  # the same of S3, unless it is a code that S3_HINTS knows
+NO_METADATA = frozenset({errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE})
+
+MIB = 1024 * 1024
+PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
+MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
+# The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
+COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
+
+# With examples, as which a probe has them.
+RESTORED_HEADERS = dict(
+    pair.split(": ")
+    for pair in (
+        *("content-type: text/css", "cache-control: no-store", "content-disposition: inline"),
+        *("content-encoding: gzip", "content-language: la", "expires: Thu, 01 Jan 1970 00:00:00 GMT"),
+        "x-amz-website-redirect-location: /",
+    )
+)
+METADATA, TAGGING = "x-amz-meta-", "x-amz-tagging"
+
+# A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
+# ends these uploads. Nobody else's are touched.
+RESTORING_NAME = f"{OWN_PREFIX}restoring-"
+NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
+
+
+@dataclass(frozen=True)
+class Order:
+    paths: tuple[str, ...]  # keys and folders; none: everything
+    archive: str  # empty: the newest one
+    until: datetime | None  # not younger than that
+    folder: Path | None
+    bucket: Destination | None  # one of the two is given
+    metadata: Path | None  # where to write what is known of the objects
+    overwrite: bool
+    dry_run: bool
+
+
+def end_of_time(text: str) -> datetime:
+    """The end of the day, minute or second that `text` names, in local time. Raises ValueError."""
+    start = datetime.fromisoformat(text.replace(" ", "T").replace("Z", "+00:00"))
+    if re.fullmatch(r"[0-9-]+", text):
+        return (start + timedelta(days=1)).astimezone()  # days may have 23 or 25 hours
+    is_minute = re.fullmatch(r".{10}.[0-9]{2}:?[0-9]{2}(Z|[+-][0-9:]+)?", text)
+    return start.astimezone() + timedelta(seconds=60 if is_minute else 1)
+
+
+def choose_archive(
+    archives: Mapping[str, datetime], label: str, name: str, until: datetime | None
+) -> tuple[str, str]:
+    """The archive that is meant, and why it is that one; `archives` begin with the oldest.
+
+    Raises BackupError where there is none.
+    """
+    if name:
+        if name in archives:
+            return name, "as named"
+        hint = difflib.get_close_matches(name, archives, n=1, cutoff=0.5) or list(archives)[-1:]
+        raise BackupError(f"there is no archive {name!r}", f"Did you mean {hint[0]}?" if hint else "")
+    own = [found for found in archives if fnmatch.fnmatchcase(found, archive_pattern(label))]
+    known, of_what = (own, f"of label {label!r}") if own else (list(archives), "of any label")
+    if until:
+        known = [found for found in known if archives[found] < until]
+        of_what += f" until {local_time(until - timedelta(seconds=1))}"
+    if not known:
+        oldest = min(archives.values(), default=None)
+        hint = f"The oldest archive is of {local_time(oldest)}." if oldest else "Run a backup first."
+        raise BackupError(f"there is no archive {of_what}", hint)
+    return max(known, key=lambda found: archives[found]), f"the newest {of_what}"
+
+
+def archive_times(repository: Repository) -> dict[str, datetime]:
+    listed = json.loads(repository.borg.run(borg_names(repository.borg.repository)).output)
+    times = {
+        entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
+        for entry in listed["archives"]
+    }
+    return dict(sorted(times.items(), key=lambda pair: pair[1]))
+
+
+def archive_time(name: str, start: datetime) -> datetime:
+    """When an archive was made, as its name has it: borg writes that a moment before it notes the start.
+
+    The name has the local time, which is there twice when clocks are set back.
+    """
+    try:
+        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :])
+        earlier = start.astimezone().replace(tzinfo=None) - named
+    except (ValueError, TypeError):
+        return start
+    return start - earlier if timedelta(0) <= earlier < timedelta(seconds=5) else start
+
+
+class Fate(enum.Enum):
+    UNKNOWN = "unknown"  # its content has to be compared
+    WRITE = "write"
+    KEEP = "there"  # as it is to be
+    DIFFERENT = "different"  # it is there with other content
+    HEADERS = "headers"  # it is there with other headers or tags
+    LEFT_OUT = "left out"
+    DONE = "restored"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An object in an archive, and what lies where it is to be written."""
+
+    key: str
+    path: str  # in the archive; empty: there is nothing to be read of it
+    size_bytes: int
+    modified: int  # Unix time in seconds
+    etag: str = ""  # when it was archived
+    facts: Mapping[str, Any] | None = None  # as of S3Object
+    there_bytes: int | None = None  # None: nothing is there
+    there_etag: str = ""  # of an object
+    there_modified: int | None = None  # of a file
+    fate: Fate = Fate.UNKNOWN
+
+
+OWN_FOLDER = MANIFEST_PATH.removesuffix("manifest.jsonl")
+PLAN_TABLES = """
+CREATE TABLE entries (
+    path BLOB PRIMARY KEY, place INTEGER, kind TEXT, size INTEGER, modified INTEGER, is_whole INTEGER
+) WITHOUT ROWID;
+CREATE TABLE items (
+    key BLOB PRIMARY KEY, path BLOB, place INTEGER, size INTEGER, modified INTEGER, etag TEXT DEFAULT '',
+    fate TEXT DEFAULT 'unknown', warning TEXT, there_size INTEGER, there_etag TEXT DEFAULT '',
+    there_modified INTEGER, sent TEXT DEFAULT '', is_chosen INTEGER DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX in_order ON items (place);
+"""
+# What the manifest says of content holds where the archive has that version. Of an object that no mount shows
+# there is a copy; one that a mount should have shown, and could not, may be in either place.
+PLAN_ITEMS = (
+    """
+    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
+    SELECT substr(path, :start), path, place, entries.size, entries.modified,
+        CASE WHEN objects.size = entries.size AND objects.modified / 1000000 = entries.modified
+            THEN objects.etag ELSE '' END,
+        CASE kind WHEN '-' THEN 'unknown' ELSE 'left out' END,
+        CASE WHEN kind != '-' THEN 'is no plain file, and is left out'
+            WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+    FROM entries LEFT JOIN objects ON objects.key = substr(path, :start)
+    WHERE kind != 'd' AND path >= :low AND path < :high
+    """,
+    """
+    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, warning)
+    SELECT key, path, place, entries.size, objects.modified / 1000000,
+        CASE WHEN objects.size = entries.size THEN etag ELSE '' END,
+        CASE WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+    FROM objects CROSS JOIN entries ON path = odd_path(key)
+    """,
+    """
+    INSERT OR IGNORE INTO items (key, size, modified, etag, fate, warning)
+    SELECT key, size, modified / 1000000, etag, CASE size WHEN 0 THEN 'unknown' ELSE 'left out' END,
+        CASE WHEN size THEN 'is missing: the manifest has it, and the archive has not' END
+    FROM objects
+    """,
+    """
+    INSERT OR IGNORE INTO items (key, size, modified)
+    SELECT CAST(substr(path, :start) || '/' AS BLOB), 0, modified FROM entries
+    WHERE kind = 'd' AND path >= :low AND path < :high AND NOT EXISTS (
+        SELECT 1 FROM entries AS low
+        WHERE low.path > CAST(entries.path || '/' AS BLOB) AND low.path < CAST(entries.path || '0' AS BLOB)
+    )
+    """,
+)
+# What is in a bucket: not a folder that an older archive has because nothing is in it.
+COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
+CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
+
+
+def pages(rows: Iterator[Result]) -> Iterator[list[Result]]:
+    """Rows, as many at a time as is good for a database."""
+    while page := list(itertools.islice(rows, CATALOG_PAGE)):
+        yield page
+
+
+def parse_entry(line: bytes) -> tuple[str, str, int, int, bool]:
+    """Path, kind (`-` for a file, `d` for a folder), size and Unix time of what is listed; if it is whole."""
+    given = json.loads(line)
+    kind = "h" if given["mode"][0] == "h" else given["type"]
+    modified = math.floor(borg_time(given["mtime"]).timestamp())
+    return given["path"], kind, given["size"], modified, given["healthy"]
+
+
+class Plan(Catalog):
+    """What an archive holds, what lies where that goes, what is to be done; its objects are the manifest."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._notes: deque[tuple[str, str, bytes]] = deque()
+        self.prefix = ""  # what stands before the keys in the archive
+        self.has_manifest = False
+        with self._told():
+            self._db.create_function("odd_path", 1, lambda key: odd_path(decode_key(key)).encode())
+            self._db.executescript(PLAN_TABLES)
+
+    def read(self, repository: Repository, archive: str, source: Path) -> None:
+        """Takes in what an archive holds. `source` is where the source would be mounted now."""
+        borg = repository.borg
+        borg.run(
+            borg_items(borg.repository, archive), consume=lambda lines: self.take(map(parse_entry, lines))
+        )
+        self.has_manifest = bool(
+            self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()])
+        )
+        if self.has_manifest:
+            try:
+                borg.run(
+                    borg_read(borg.repository, archive, MANIFEST_PATH),
+                    consume=lambda lines: self.add(parse_manifest_line(line.decode()) for line in lines),
+                )
+            except ValueError as error:
+                raise BackupError(
+                    f"{repository.target.store.name}: the manifest of {archive} cannot be read: {error}",
+                    DAMAGE_HELP.format(name=repository.target.name),
+                ) from None
+        self.arrange(source)
+
+    def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
+        rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
+        self.insert("entries", rows)
+
+    def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        self.take_notes()
+        with self._told():
+            self._db.executemany(sql, rows)
+
+    def arrange(self, source: Path) -> None:
+        """Joins the list and the manifest, when both are in.
+
+        Keys stand behind the path under which the source was mounted then, which a run archived first; where
+        there is none, as in what somebody archived by hand, the paths are the keys.
+        """
+        own = encode_key(OWN_FOLDER), encode_key(OWN_FOLDER[:-1] + "0")
+        others = "path < ? OR path >= ?" if self.has_manifest else "? != ?"
+        first = self.execute(f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1", own)
+        guesses, name = [str(source).lstrip("/")], f"/{source.name}"
+        for path, kind in first:
+            if kind == "d" and decode_key(path).endswith(name):
+                guesses.insert(0, decode_key(path))
+            elif self.has_manifest and f"{name}/" in decode_key(path):
+                guesses.append(decode_key(path).partition(f"{name}/")[0] + name)
+        low, high = b"", b"\xff" * 5
+        for guess in guesses:
+            below = encode_key(f"{guess}/"), encode_key(f"{guess}0")
+            outside = f"({others}) AND path != ? AND NOT (path >= ? AND path < ?)"
+            if not self.execute(
+                f"SELECT 1 FROM entries WHERE {outside} LIMIT 1", [*own, encode_key(guess), *below]
+            ):
+                self.prefix, low, high = f"{guess}/", *below
+                break
+        for sql in PLAN_ITEMS:
+            self.execute(sql, {"start": len(low) + 1, "low": low, "high": high})
+
+    def select(self, paths: Sequence[str]) -> None:
+        """Leaves only what `paths` name: keys or folders, as they stand, or else as borg shows them.
+
+        Raises BackupError for what names none.
+        """
+        unmet = []
+        for path in paths:
+            bare = path.strip("/")
+            for name in dict.fromkeys((path, bare, bare.removeprefix(self.prefix))):
+                folder = name.rstrip("/")
+                values = [encode_key(each) for each in (name, f"{folder}/", f"{folder}0")]
+                where = "key = ? OR (key >= ? AND key < ?)"
+                if self.execute(f"SELECT 1 FROM items WHERE {where} LIMIT 1", values):
+                    self.execute(f"UPDATE items SET is_chosen = 1 WHERE {where}", values)
+                    break
+            else:
+                unmet.append(path)
+        if unmet:
+            keys = [decode_key(key) for (key,) in self.execute("SELECT key FROM items LIMIT 20000")]
+            names = {name for key in keys for name in itertools.accumulate(key.split("/"), "{}/{}".format)}
+            close = difflib.get_close_matches(unmet[0].strip("/"), names, n=1)
+            hint = "A PATH is an object's key or a folder of keys."
+            raise BackupError(
+                f"the archive holds nothing at {', '.join(map(repr, unmet))}",
+                f"Did you mean {close[0]!r}?" if close else hint,
+            )
+        if paths:
+            self.execute("DELETE FROM items WHERE NOT is_chosen")
+
+    def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
+        """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
+        sql = f"""
+            SELECT items.{by}, items.key, items.path, items.size, items.modified, items.etag, facts,
+                there_size, there_etag, there_modified, fate
+            FROM items LEFT JOIN objects USING (key)
+            WHERE items.{by} > ? AND ({where}) ORDER BY items.{by} LIMIT {CATALOG_PAGE}
+        """
+        last: object = b"" if by == "key" else -1
+        while page := self.execute(sql, [last]):
+            for last, key, path, *archived, facts, there_bytes, etag, modified, fate in page:  # noqa: B007
+                there = None if facts is None else json.loads(facts), there_bytes, etag, modified
+                yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
+
+    def sums(self, where: str) -> tuple[int, int]:
+        return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM items WHERE {where}")[0]
+
+    def summary(self, where: str) -> str:
+        """`3 objects, 12 kB`, but for folders that an archive only has because nothing is in them."""
+        number, size_bytes = self.sums(f"{where} AND {COUNTED}")
+        return f"{count(number, 'object')}, {size(size_bytes)}"
+
+    def note(self, item: Item, fate: Fate, sent: str = "") -> None:
+        """Notes what is to be done about an object, or that it is written, and with which ETag."""
+        self._notes.append((fate.value, sent.strip('"'), encode_key(item.key)))
+        if len(self._notes) >= CATALOG_PAGE:  # one by one, threads would wait for each other most of the time
+            self.take_notes()
+
+    def take_notes(self) -> None:
+        with self._told():
+            notes = [self._notes.popleft() for _ in range(len(self._notes))]
+            self._db.executemany("UPDATE items SET fate = ?, sent = ? WHERE key = ?", notes)
+
+    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        self.take_notes()
+        return super().execute(sql, values)
+
+
+def first_fate(item: Item) -> Fate:
+    """What size and time say, and an ETag that is as it was. A file gets its time when it is complete."""
+    there_bytes = item.there_bytes
+    if there_bytes is None or there_bytes == 0 < item.size_bytes:
+        return Fate.WRITE
+    if there_bytes > item.size_bytes:
+        return Fate.DIFFERENT
+    is_same = not item.size_bytes or item.there_modified == item.modified
+    if there_bytes == item.size_bytes and (is_same or (item.etag and item.etag == item.there_etag)):
+        return Fate.KEEP
+    return Fate.UNKNOWN
+
+
+def part_bytes(size_bytes: int) -> int:
+    """How large the parts of an object are: all are equal but for the last one."""
+    return max(PART_BYTES, -(-size_bytes // (MAX_PARTS * MIB)) * MIB)
+
+
+def fate_by_etag(item: Item, stream: IO[bytes], etags_are_md5: bool) -> Fate:
+    """What the ETag says: the MD5 of the content, or that of the MD5s of equal parts, and their number.
+
+    One that differs only counts where it is known to be an MD5 of all the content.
+    """
+    number = item.there_etag.partition("-")[2]
+    sizes = {PART_BYTES * MAX_OBJECT_BYTES}
+    if number:
+        common = (*(mib * MIB for mib in COMMON_PARTS), part_bytes(item.size_bytes))
+        sizes = {size for size in common if str(-(-item.size_bytes // size)) == number}
+    if not (item.there_etag and sizes and item.there_bytes == item.size_bytes):
+        return Fate.UNKNOWN
+    offset, hashes = 0, {part: (bytearray(), MD5()) for part in sizes}
+    while data := stream.read(MIB):
+        offset += len(data)
+        for part, (digests, current) in hashes.items():
+            current.update(data)
+            if offset % part == 0 or (number and offset == item.size_bytes):
+                digests += current.digest()
+                hashes[part] = digests, MD5()
+    etags = {
+        f"{MD5(digests).hexdigest()}-{number}" if number else current.hexdigest()
+        for digests, current in hashes.values()
+    }
+    if item.there_etag in etags:
+        return Fate.KEEP
+    return Fate.DIFFERENT if etags_are_md5 and not number else Fate.UNKNOWN
+
+
+def fate_by_content(there: Iterable[bytes], stream: IO[bytes]) -> Fate:
+    """What the content says: a beginning of what is to be written may be completed."""
+    for data in there:
+        if stream.read(len(data)) != data:
+            return Fate.DIFFERENT
+    return Fate.WRITE if stream.read(1) else Fate.KEEP
+
+
+MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
+
+
+class Threads:
+    """Threads that work side by side, on no more bytes than there is memory for; a failure ends all."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._pool, self._changed = ThreadPoolExecutor(RESTORE_THREADS), threading.Condition()
+        self._room = self._all = memory_bytes
+        self._failures: list[BaseException] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return self._room < self._all
+
+    def start(self, size_bytes: int, work: Callable[[], Result]) -> concurrent.futures.Future[Result | None]:
+        """Has a thread do `work`, as soon as there is room for its bytes. Raises what has failed."""
+        share = min(self._all, max(size_bytes, self._all // WAITING_OBJECTS))
+        with self._changed:
+            self._changed.wait_for(lambda: self._room >= share or self._failures)
+            self._room -= share
+        if self._failures:
+            raise self._failures[0]
+
+        def do() -> Result | None:
+            try:
+                return None if self._failures else work()
+            except BaseException as error:
+                self._failures.append(error)
+                raise
+            finally:
+                with self._changed:
+                    self._room += share
+                    self._changed.notify_all()
+
+        return self._pool.submit(do)
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if not kind and self._failures:
+            raise self._failures[0]
+
+
+Handler = Callable[[Item, IO[bytes], Mapping[str, str], Threads], None]  # the third: user metadata
+TAR_METADATA = "SCHILY.xattr.user."
+
+
+def take_out(
+    fd: int, items: Iterator[Item], small_bytes: int, threads: Threads, handle: Handler
+) -> Item | None:
+    """Reads a tar file, and hands these objects in it on; returns the first that it lacks.
+
+    They come in the archive's order. Raises what `handle` raises first.
+    """
+    # borg writes it by the same module, surrogates included.
+    with (
+        os.fdopen(fd, "rb") as stream,
+        threads,
+        tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES // 8, encoding="utf-8") as tar,
+    ):
+        item = next(items, None)
+        while item and (member := tar.next()):
+            tar.members.clear()  # it would remember each
+            content = tar.extractfile(member) if member.isreg() else None
+            if member.name != item.path or content is None:
+                continue
+            headers, start = member.pax_headers.items(), len(TAR_METADATA)
+            metadata = {name[start:]: value for name, value in headers if name.startswith(TAR_METADATA)}
+            if member.size > small_bytes:
+                handle(item, content, metadata, threads)
+            else:
+                data = io.BytesIO(content.read())
+                threads.start(member.size, functools.partial(handle, item, data, metadata, threads))
+            item = next(items, None)
+        drain(stream)
+    return item
+
+
+class Restoration:
+    """A restore of a plan's objects.
+
+    Subclasses know the place: whether it takes an object (`mistake`), what is there (`find`, `compare_...`),
+    how to write (`prepare`, `write`) and what is wrong with what was written (`finish`).
+    """
+
+    def __init__(self, runtime: Runtime, plan: Plan, title: str, small_bytes: int) -> None:
+        """Nothing was looked at yet; `small_bytes` is what a thread takes, what is larger `write` sees to."""
+        self.title, self.small_bytes = title, small_bytes
+        self.runtime, self.plan, self.console = runtime, plan, runtime.console
+        # Two parts at least: one that is read, and one that is sent.
+        self.memory_bytes = min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
+        self.lock, self.losses, self.warnings = threading.Lock(), Counter[str](), 0
+        self.goal, self.objects, self.bytes = "", 0, 0  # what is done, of what
+
+    def warn(self, text: str) -> None:
+        """Tells what is not restored, or not as it was."""
+        with self.lock:
+            self.warnings += 1
+        if self.warnings <= MAX_NAMED:
+            self.console.warning("restore", text)
+
+    def leave_out(self, item: Item, reason: str) -> None:
+        self.plan.note(item, Fate.LEFT_OUT)
+        self.warn(f"{item.key!r} could not be restored: {reason}")
+
+    def add(self, objects: int, more_bytes: int) -> None:
+        with self.lock:
+            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
+            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
+            self.console.progress("restore", f"{done} {self.goal}")
+
+    def for_each(self, where: str, work: Callable[..., None], *more: Any) -> None:
+        """Has threads do `work` about each object for which `where` holds."""
+        with Threads(self.memory_bytes) as threads:
+            for item in self.plan.items(where):
+                threads.start(0, functools.partial(work, item, *more, threads))
+
+    def export(self, repository: Repository, archive: str, verb: str, where: str, handle: Handler) -> None:
+        """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
+
+        Raises BackupError, also where the archive does not give all of them.
+        """
+        where, borg, target = f"place IS NOT NULL AND ({where})", repository.borg, repository.target
+        if not self.plan.sums(where)[0]:
+            return
+        self.goal, self.objects, self.bytes = f"{verb}, of {self.plan.summary(where)}", 0, 0
+
+        def take(item: Item, *rest: Any) -> None:
+            handle(item, *rest)
+            self.add(1, 0)
+
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+            chosen = Path(folder, "chosen")
+            with chosen.open("w", encoding="ascii") as lines:
+                lines.writelines(f"{json.dumps(item.path)}\n" for item in self.plan.items(where, "place"))
+            reading, writing = os.pipe()
+            output, threads = os.fdopen(writing, "wb"), Threads(self.memory_bytes)
+            items = self.plan.items(where, "place")
+            work = in_background(lambda: take_out(reading, items, self.small_bytes, threads, take))
+            try:
+                borg.run(
+                    borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
+                    on_start=lambda _: output.close(),
+                    own={"S3BORGBACKUP_EXPORTED": str(chosen)},
+                    pass_fds=[writing],
+                    waits=lambda: time.monotonic() if self.is_patient and threads.is_busy else 0,
+                )
+            except BackupError as error:
+                output.close()
+                concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
+                failure, final = work.exception() if work.done() else None, Stopped | Stuck | S3Error
+                if isinstance(failure, BackupError | OSError) and not isinstance(error, final):
+                    raise failure from error
+                raise
+            meters = [lambda: self.objects, lambda: io_bytes(os.getpid())]
+            lost = until_done(self.runtime, [], f"writing to {self.title}", work, *meters)
+        if lost:
+            raise BackupError(
+                f"{target.store.name}: the archive did not give {lost.path!r}",
+                f"Check the repository: backup.py borg {target.name} check.",
+            )
+
+    def compare(self, repository: Repository, archive: str) -> None:
+        """Finds out what is to be done about each object, and tells what cannot be restored.
+
+        Where size and time do not tell, content is compared: by ETag in a bucket, and by reading it there.
+        """
+        plan = self.plan
+        for key, warning in plan.execute("SELECT key, warning FROM items WHERE warning IS NOT NULL"):
+            self.warn(f"{decode_key(key)!r} {warning}")
+        self.find()
+        for item in plan.items("fate = 'unknown'"):
+            if mistake := self.mistake(item):
+                self.leave_out(item, mistake)
+            else:
+                plan.note(item, first_fate(item))
+        for is_last in (False, True):
+            handle = functools.partial(self.compare_content, is_last)
+            self.export(repository, archive, "compared", "fate = 'unknown'", handle)
+        self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
+
+    def tell(self, overwrite: bool) -> int:
+        """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
+        refused = "overwrite" if overwrite else "refuse"
+        words = {fate: (fate.value, "") for fate in Fate}
+        words |= {Fate.DIFFERENT: (refused, ""), Fate.HEADERS: (refused, " (other headers)")}
+        for item in self.plan.items(f"{COUNTED} OR fate = 'different'"):
+            word, why = words[item.fate]
+            self.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
+        for fate, (word, why) in words.items():
+            if self.plan.sums(where := f"fate = '{fate.value}'")[0]:
+                text = f"{word}{why}: {self.plan.summary(where)}"
+                self.console.info("restore", f"dry run to {self.title}: {text}")
+        if self.plan.sums(CLASHES)[0] and not overwrite:
+            return EXIT_FAILURE
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
+
+    def confirm(self, overwrite: bool) -> None:
+        """Says what will be written. Raises BackupError where that would overwrite what must not be."""
+        number = self.plan.sums(CLASHES)[0]
+        if number and not overwrite:
+            for item in itertools.islice(self.plan.items(CLASHES), PREVIOUS_NAMED):
+                what = "headers or tags" if item.fate is Fate.HEADERS else "content"
+                self.console.error("restore", f"{item.key!r} is there with other {what}")
+            raise BackupError(
+                f"{count(number, 'object')} in {self.title} would be overwritten; nothing was written",
+                "Restore to another place, or say --overwrite.",
+            )
+        self.plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
+        kept = self.plan.sums(KEPT)[0]
+        there = f"; {count(kept, 'object')} there already" if kept else ""
+        summary = self.plan.summary("fate IN ('write', 'headers')")
+        self.console.info("restore", f"to {self.title}: {summary}{there}")
+
+    def write_all(self, repository: Repository, archive: str) -> None:
+        """Writes what is to be written, and what the place has lost of it once more.
+
+        Raises BackupError unless all of it is there.
+        """
+        self.prepare()
+        mistakes: list[str] = []
+        for _ in range(2):
+            self.for_each("fate = 'write' AND place IS NULL", self.write, io.BytesIO(), {})
+            self.export(repository, archive, "restored", "fate = 'write'", self.write)
+            mistakes = self.finish()
+            if not mistakes:
+                return
+        more = self.plan.sums("fate = 'write'")[0] - 5
+        raise BackupError(
+            f"{self.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
+            f"{f' and {more:,} more' if more > 0 else ''}",
+            "Run it again: it goes on where it was.",
+        )
+
+    def report(self, seconds: float) -> int:
+        """Says what was restored, and what was lost of it; returns the exit code."""
+        for what, number in sorted(self.losses.items()):
+            self.warn(f"{self.title} takes no {what}: {count(number, 'object')} lost it")
+        if not self.plan.sums("place IS NOT NULL")[0]:
+            self.warn("this archive holds no objects; --at and --archive choose another (see `list`)")
+        if self.warnings > MAX_NAMED:
+            self.console.warning("restore", f"{self.warnings - MAX_NAMED:,} more warnings")
+        kept, done = self.plan.sums(KEPT)[0], self.plan.summary("fate = 'restored'")
+        there = f"; {kept:,} were there already" if kept else ""
+        words = f"restored {done}, to {self.title} in {duration(seconds)}{there}"
+        self.console.info("restore", words)
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
+
+
+class ToFolder(Restoration):
+    """Into a folder of the machine."""
+
+    is_patient = False
+
+    def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
+        super().__init__(runtime, plan, str(root), 256 * 1024)
+        self._root, self._folders = root, set[str]()
+
+    def mistake(self, item: Item) -> str:
+        name = item.key if item.size_bytes else item.key.removesuffix("/")
+        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
+
+    def find(self) -> None:  # what is no file cannot be overwritten
+        for page in pages(self.plan.items()):
+            found = []
+            for item in page:
+                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
+                    status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
+                    if is_folder or stat.S_ISREG(status.st_mode):
+                        size_bytes = 0 if is_folder else status.st_size
+                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
+            self.plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            return
+        try:
+            with open(f"{self._root}/{item.key}", "rb") as there:
+                blocks = iter(lambda: there.read(READ_BYTES), b"")
+                self.plan.note(item, fate_by_content(blocks, stream))
+        except OSError as error:
+            words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
+            raise BackupError(words, TRY_AGAIN) from error
+
+    def compare_headers(self, *_: object) -> None:
+        """Files have none."""
+
+    def prepare(self) -> None:
+        """Raises BackupError where the disk is certain to be too small.
+
+        What is complete, but has not got its time, as a restore was killed, gets it.
+        """
+        growth = "sum(max(0, size - coalesce(there_size, 0)))"
+        [(needed,)] = self.plan.execute(f"SELECT coalesce({growth}, 0) FROM items WHERE fate = 'write'")
+        disk = os.statvfs(self._root)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free and disk.f_blocks:
+            words = f"{self.title} has {size(free)} free, and {size(needed)} are to be added"
+            hint = "Make room, restore a part of it, or restore to another place."
+            raise BackupError(f"{words}; nothing was written", hint)
+        old = "fate = 'there' AND there_modified != items.modified"
+        for item in self.plan.items(f"{old} AND place IS NOT NULL"):
+            try:
+                path, times = f"{self._root}/{item.key}", (item.modified, item.modified)
+                os.utime(path, times, follow_symlinks=False)
+            except OSError as error:
+                self.leave_out(item, f"its time cannot be set: {error.strerror}")
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
+        """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
+        path = f"{self._root}/{item.key}"
+        for name, text in (item.facts or {}).get("headers", {}).items():
+            if name.startswith(USER_METADATA):
+                metadata = {**metadata, name.removeprefix(USER_METADATA): text}
+        try:
+            folder = os.path.dirname(path)
+            if folder not in self._folders:
+                os.makedirs(folder, exist_ok=True)
+                self._folders.add(folder)
+            if not path.endswith("/"):
+                self._fill(item, path, stream, metadata)
+            self.plan.note(item, Fate.DONE)
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                self.leave_out(item, error.strerror or str(error))
+                return
+            hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
+            words = f"cannot write {item.key!r} to {self.title}: {error.strerror}"
+            raise BackupError(words, f"{hint}: it goes on where it was.") from error
+
+    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
+        with open(fd, "wb", buffering=0) as file:
+            while data := stream.read(READ_BYTES):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                self.add(0, len(data))
+            for name, value in metadata.items():
+                try:
+                    os.setxattr(fd, f"user.{name}", encode_key(value))
+                except OSError as error:
+                    if error.errno not in NO_METADATA:
+                        raise
+                    self.losses["user metadata"] += 1
+            os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+
+    def finish(self) -> list[str]:
+        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if LIBC.syncfs(fd):
+                words = f"{self.title}: the disk could not take what was written"
+                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
+        finally:
+            os.close(fd)
+        return []
+
+
+def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
+    """Those of an object's headers that can be given to another one."""
+    headers = (facts or {}).get("headers", {}).items()
+    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
+
+
+def readable(value: str) -> str:
+    """A header's value for comparisons: encoded words (RFC 2047) are what they mean, blanks do not count."""
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        value = str(email.header.make_header(email.header.decode_header(value)))
+    return " ".join(value.split())
+
+
+class ToBucket(Restoration):
+    """Into a bucket, by requests of our own."""
+
+    is_patient = True  # while it waits for S3, which has an end
+
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
+        """Tries out what the store keeps, unless it `is_dry`. Raises S3Error."""
+        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}", PART_BYTES)
+        self._client, self._prefix = client, client.store.key_prefix
+        self._note = f"{self._prefix}{RESTORING_NAME}{runtime.run_id}"
+        self._uploads: dict[str, tuple[str, str]] = {}  # under way: the key -> since when, and the id
+        self._beats, self._over, self._writing_note = 0, threading.Event(), threading.Lock()
+        self._etags_are_md5, self._dropped = (False, set[str]()) if is_dry else self._try_out()
+
+    def _try_out(self) -> tuple[bool, set[str]]:
+        """Whether an ETag is an MD5, which it is not with some kinds of encryption; what is dropped."""
+        client, start = self._client, f"{self._prefix}{PROBE_NAME}"
+        for entry in client.list_objects(start):  # what a restore that was killed left
+            client.delete(entry.key)
+        key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
+        try:
+            try:
+                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
+                kept = {TAGGING} if self._tags(key) else set()
+            except S3Error as error:
+                if error.status not in (*REFUSALS, *UNTAKEN_STATUSES, 501):
+                    raise
+                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
+            dropped = {*RESTORED_HEADERS, TAGGING} - kept - self._headers(key).keys()
+            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), dropped
+        finally:
+            client.delete(key)
+
+    def _headers(self, key: str) -> dict[str, str]:
+        headers = self._client.request("HEAD", key).headers.items()
+        return restorable({"headers": {name: decode_key(text.encode("latin-1")) for name, text in headers}})
+
+    def _tags(self, key: str) -> dict[str, str]:
+        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
+        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def mistake(self, item: Item) -> str:
+        length = len(encode_key(self._prefix + item.key))
+        if length > MAX_KEY_BYTES:
+            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
+        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
+
+    def find(self) -> None:
+        [ends] = self.plan.execute("SELECT coalesce(min(key), ''), coalesce(max(key), '') FROM items")
+        pairs = zip(*(decode_key(bytes(key)) if key else "" for key in ends), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", pairs)
+        prefix = self._prefix + "".join(first for first, _ in same)
+        self.plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
+        for page in pages(self._client.list_objects(prefix)):
+            rows = [(each.size_bytes, each.etag, encode_key(each.key[len(self._prefix) :])) for each in page]
+            self.plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", rows)
+
+    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
+        if not is_last:
+            self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
+            return
+        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
+        spans = [(start, min(start + step, size_bytes) - 1) for start in range(0, size_bytes, step)]
+        there = (self._client.get(self._prefix + item.key, span) for span in spans)
+        self.plan.note(item, fate_by_content(there, stream))
+
+    def compare_headers(self, item: Item, _: Threads) -> None:
+        """Notes an object that is there with the same content, and with other headers or tags."""
+        facts, key, wanted = item.facts or {}, self._prefix + item.key, restorable(item.facts)
+        if "headers" not in facts:
+            return
+        try:
+            found, tags = self._headers(key), facts.get("tags")
+            names = (wanted.keys() | found.keys()) - self._dropped
+            names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
+            differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
+            if differ or (tags and TAGGING not in self._dropped and self._tags(key) != tags):
+                self.plan.note(item, Fate.HEADERS)
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _leave_out(self, item: Item, error: S3Error) -> None:
+        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
+        if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
+            raise error
+        self.leave_out(item, error.message.partition("): ")[2] or error.message)
+
+    def prepare(self) -> None:
+        """Gives objects with the right content their headers, by copies onto themselves."""
+        in_background(self._beat)
+        self.for_each("fate = 'headers'", self._copy)
+
+    def _copy(self, item: Item, _: Threads) -> None:
+        key, headers = self._prefix + item.key, self._headers_for(item, {})
+        headers |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
+        headers["x-amz-metadata-directive"] = "REPLACE"
+        headers["x-amz-copy-source"] = uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")
+        try:
+            answer = self._client.request("PUT", key, headers=headers)
+            self.plan.note(item, Fate.DONE, xml_text(answer.body, "ETag"))
+        except S3Error as error:
+            if not 400 <= error.status <= 501:
+                raise
+            self.plan.note(item, Fate.WRITE)
+
+    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What an object is written with; `metadata` is what older archives have of it."""
+        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
+        if tags := (item.facts or {}).get("tags"):
+            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
+        with self.lock:
+            self.losses.update(headers.keys() & self._dropped)
+        return {name: value for name, value in headers.items() if name not in self._dropped}
+
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
+        """Writes one object; a large one is there when `threads` have ended. Raises S3Error."""
+        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
+        if item.size_bytes > PART_BYTES:
+            self._upload(item, key, headers, stream, threads)
+            return
+        try:
+            answer = self._client.put(key, stream.read(), headers)
+            self.add(0, item.size_bytes)
+            self.plan.note(item, Fate.DONE, answer.headers.get("etag", ""))
+        except S3Error as error:
+            self._leave_out(item, error)
+
+    def _upload(
+        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
+    ) -> None:
+        """Begins an upload, and has threads send its parts and end it."""
+        since, step = utc_now(self._client), part_bytes(item.size_bytes)
+        self._write_note(key, (since, ""))
+        try:
+            begun = self._client.request("POST", key, [("uploads", "")], headers)
+        except S3Error as error:
+            self._leave_out(item, error)
+            self._write_note(key)
+            return
+        upload = xml_text(begun.body, "UploadId")
+        self._write_note(key, (since, upload))
+
+        def send(number: int, body: bytes) -> str:
+            query = [("partNumber", str(number)), ("uploadId", upload)]
+            etag = self._client.put(key, body, query=query).headers.get("etag", "").strip('"')
+            self.add(0, len(body))
+            return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+
+        parts = [
+            threads.start(step, functools.partial(send, number, stream.read(step)))
+            for number in range(1, -(-item.size_bytes // step) + 1)
+        ]
+        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
+
+    def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str | None]) -> None:
+        body = f"<CompleteMultipartUpload>{''.join(map(str, parts))}</CompleteMultipartUpload>".encode()
+        client = self._client.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
+        try:
+            answer = client.request("POST", key, [("uploadId", upload)], body=body)
+            etag = xml_text(answer.body, "ETag")
+        except S3Error as error:
+            if error.code != "NoSuchUpload":
+                self._leave_out(item, error)
+                return
+            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
+            etag = there.get("etag", "").strip('"')
+            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+                raise
+        self._write_note(key)
+        self.plan.note(item, Fate.DONE, etag)
+
+    def _write_note(
+        self, key: str = "", upload: tuple[str, str] | None = None, patience: Patience = PROVEN
+    ) -> None:
+        """Says which uploads are under way; that of `key` begins, or has ended."""
+        with self._writing_note:
+            self._uploads.pop(key, None)
+            self._uploads |= {key: upload} if upload else {}
+            if not self._over.is_set():
+                body = json.dumps(self._uploads).encode()
+                self._client.with_patience(patience).put(self._note, body)
+                self._beats += 1
+
+    def _beat(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            if self._beats:
+                with contextlib.suppress(BackupError):
+                    self._write_note(patience=HASTY)
+
+    def finish(self) -> list[str]:
+        deadline = time.monotonic() + LISTING_SECONDS
+        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
+        where = f"fate IN ('restored', 'there') AND {wrong}"
+        self.find()
+        while self.plan.sums(where)[0] and time.monotonic() < deadline:
+            self.runtime.stop.wait(1)
+            self.find()
+        mistakes = [
+            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
+            for item in itertools.islice(self.plan.items(where), PREVIOUS_NAMED)
+        ]
+        self.plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
+        return mistakes
+
+    def close(self, is_done: bool) -> None:
+        """Ends uploads that are under way, and when all `is_done` those of restores that did not live to.
+
+        Theirs are in notes that nobody has written for a while.
+        """
+        self._over.set()
+        with self._writing_note, contextlib.suppress(BackupError):
+            if self._beats:
+                soon = datetime.now(UTC) + timedelta(days=1)
+                self._end_uploads(self._note, self._uploads, soon.isoformat())
+        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
+        while is_done:
+            notes = list(self._client.list_objects(f"{self._prefix}{RESTORING_NAME}"))
+            now = self._client.clock or datetime.now(UTC)
+            for note in notes:
+                if now - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
+                    until = (note.last_modified + 2 * timedelta(seconds=NOTE_SECONDS)).isoformat()
+                    self._end_uploads(note.key, json.loads(self._client.get(note.key)), until)
+            if not notes or time.monotonic() > deadline:
+                break
+            self.console.progress("restore", "waiting to see whether another restore is alive")
+            self.runtime.stop.wait(1)
+
+    def _end_uploads(self, note: str, uploads: Mapping[str, Sequence[str]], until: str) -> None:
+        """Ends uploads, and deletes the note with them. One whose id is not known began meanwhile."""
+        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
+
+        def end(key: str) -> None:
+            since, ids = uploads[key][0], [uploads[key][1]]
+            if not ids[0]:
+                query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
+                root = ElementTree.fromstring(client.request("GET", query=query).body)
+                for element in root.iter():
+                    told = {each.tag.rpartition("}")[2]: each.text or "" for each in element}
+                    if urllib.parse.unquote_plus(told.get("Key", "")) == key and "UploadId" in told:
+                        begun = datetime.fromisoformat(told["Initiated"])
+                        if datetime.fromisoformat(since) <= begun <= datetime.fromisoformat(until):
+                            ids.append(told["UploadId"])
+            for upload in filter(None, ids):
+                try:
+                    client.request("DELETE", key, [("uploadId", upload)])
+                except S3Error as error:
+                    if error.status != 404:
+                        raise
+
+        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
+            list(pool.map(end, uploads))
+        client.delete(note)
+
+
+@contextlib.contextmanager
+def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[ToFolder | ToBucket]:
+    """What restores to where `order` says, which is ready to be written to, unless it only asks.
+
+    Raises BackupError, within seconds where a permission is missing.
+    """
+    if order.folder:
+        yield ToFolder(runtime, plan, opened_folder(runtime, order.folder, order.dry_run))
+        return
+    assert order.bucket
+    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
+    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
+    place, is_done = ToBucket(runtime, plan, client, order.dry_run), False
+    try:
+        yield place
+        is_done = not order.dry_run
+    finally:
+        place.close(is_done)
+
+
+def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
+    """A folder to restore into, which is made where it is not there. Raises BackupError."""
+    try:
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        root = folder.resolve()
+        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
+    if is_inside:
+        runtime.console.warning(
+            "restore",
+            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
+            f' there: docker run -v "$PWD/restored:{root}"',
+        )
+    return root
+
+
+def restore(runtime: Runtime, target: Target, order: Order) -> int:
+    """Restores an archive, or a part of it; returns the exit code. Raises BackupError."""
+    start, settings = time.monotonic(), runtime.settings
+    with contextlib.ExitStack() as undo:
+        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX))
+        plan = Plan(Path(folder, "plan"))
+        undo.callback(plan.close)
+        metadata = undo.enter_context(opened_metadata(order))
+        reading = opened_for_reading(runtime, target, "a restore")
+        with opened_place(runtime, order, plan) as place, reading as repository:
+            archives = archive_times(repository)
+            archive, why = choose_archive(archives, settings.label, order.archive, order.until)
+            what = f"archive {archive} of target {target.name} ({why})"
+            runtime.console.info("restore", f"{what}, of {local_time(archives[archive])}")
+            plan.read(repository, archive, settings.mount_point(settings.source))
+            plan.select(order.paths)
+            place.compare(repository, archive)
+            if order.dry_run:
+                return place.tell(order.overwrite)
+            place.confirm(order.overwrite)
+            place.write_all(repository, archive)
+        for item in plan.items("fate IN ('restored', 'there')"):
+            if known := plan.find(item.key):
+                print(manifest_line(known), file=metadata)
+        return place.report(time.monotonic() - start)
+
+
+def opened_metadata(order: Order) -> IO[str]:
+    """The file for what is known of the objects. Raises BackupError."""
+    path = order.metadata if order.metadata and not order.dry_run else os.devnull
+    try:
+        return open(path, "w", encoding="ascii")
+    except OSError as error:
+        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
 
 
 # --------------------------------------------------------------------------------------------- Verification
 
-# Is an archive good? What the source lists is kept as 16 bytes for each object; the archive's list streams
-# past it, and a sample is chosen on the way, into a file. The sample leaves borg as a tar stream, for which
-# borg verifies what it reads, and is compared, block by block, with the objects that have not changed since.
-# So memory grows neither with the sample nor with an object's size.
+# Is an archive good? What the source lists now comes into a table beside the plan, which has what the archive
+# holds and what its manifest says of that, and each comparison is a query. A sample leaves borg as a tar
+# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
+# memory grows neither with the bucket, nor with the sample, nor with an object's size.
 
 DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
 SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
 PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
-AWKWARD_AT_ONCE = 100  # of them on its command line
-COMPARED_BYTES = 1024 * 1024  # at a time
+FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
 CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+# `content` has the archived objects in the archive's order, but first those whose content borg can give.
+VERIFICATION_TABLES = (
+    "CREATE TABLE content (number INTEGER PRIMARY KEY, key BLOB, since TEXT)",
+    "CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER)",
+)
+IS_FILE = "(path IS NOT NULL AND fate = 'unknown')"
+# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
+# seconds, as HTTP and tar have them.
+COMPARE_CONTENT = f"""
+INSERT INTO content SELECT NULL, items.key, CASE
+    WHEN now.key IS NULL THEN 'deleted'
+    WHEN now.size = items.size AND CASE WHEN '' IN (items.etag, now.etag)
+        THEN now.modified / 1000000 = items.modified ELSE now.etag = items.etag END THEN 'unchanged'
+    ELSE 'changed' END
+FROM items LEFT JOIN source.objects AS now USING (key)
+WHERE {COUNTED} AND (path IS NOT NULL OR items.size = 0) ORDER BY NOT {IS_FILE}, place
+"""
+# An archive without a manifest does not tell the empty objects that stand for folders.
+LISTED = "source.objects AS now WHERE NOT (:old AND now.size = 0 AND substr(key, -1) = X'2F')"
+NOT_THEN = f"{LISTED} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+LOST_OR_LATE = """
+'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
+|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
+"""
+SAMPLED = """
+SELECT sample.number, items.key, path, items.size, since = 'unchanged', now.etag, now.modified / 1000000,
+    now.modified / 1000000 = items.modified, main.objects.facts
+FROM sample JOIN content ON content.number = sample.content JOIN items USING (key)
+LEFT JOIN source.objects AS now USING (key) LEFT JOIN main.objects USING (key)
+WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
+"""
 
 
 @dataclass(frozen=True)
@@ -7172,161 +8465,16 @@ class Sample:
         number, share = int(found[1] or 0), float(found[2] or 0) / 100
         return cls(number, share) if number or 0 < share <= 1 else None
 
+    def choose(self, total: int, seed: int) -> Iterator[int]:
+        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
 
-@dataclass(frozen=True)
-class Chosen:
-    """An object of a sample."""
-
-    path: str  # in the archive
-    size_bytes: int
-    unchanged: bool  # the source lists it with the same size and time
-
-
-class Chooser:
-    """Chooses a sample of the objects that pass by, each with the same chance, and writes it to a file.
-
-    The same seed chooses the same objects of an archive. Where a share is asked for, at least one is chosen.
-    """
-
-    def __init__(self, sample: Sample, seed: int, spool: Path) -> None:
-        """Nothing has passed yet."""
-        self.number = 0  # of those chosen; counted when all have passed
-        self._sample, self._random, self._seen = sample, random.Random(seed), 0
-        self._spool = spool.open("w", encoding="utf-8")
-        self._kept: list[tuple[float, int, Chosen]] = []  # a heap, by how high the number is that was drawn
-
-    def take(self, chosen: Chosen) -> None:
-        """Decides on one object."""
-        drawn = self._random.random()
-        self._seen += 1
-        if drawn < self._sample.share:
-            self._write(chosen)
-            return
-        room = self._sample.number or (0 if self.number else 1)
-        heapq.heappush(self._kept, (-drawn, self._seen, chosen))
-        if len(self._kept) > room:
-            heapq.heappop(self._kept)
-
-    def finish(self) -> None:
-        """Writes what is still to be written, in the archive's order."""
-        kept = [] if self.number else sorted(self._kept, key=lambda entry: entry[1])
-        with self._spool:
-            for _, _, chosen in kept:
-                self._write(chosen)
-
-    def _write(self, chosen: Chosen) -> None:
-        self.number += 1
-        print(json.dumps(dataclasses.astuple(chosen)), file=self._spool)
-
-
-def read_sample(spool: Path) -> Iterator[Chosen]:
-    """The objects of a sample, in the archive's order."""
-    with spool.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Chosen(*json.loads(line))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one borg exports of a sample."""
-
-    patterns: Sequence[str]  # its options
-    objects: Iterable[Chosen]
-    number: int
-
-
-def batches(sample: Sample, chooser: Chooser, spool: Path) -> Iterator[Batch]:
-    """A sample in parts that one borg can take; the whole archive in one, as that needs no patterns."""
-    if sample.share == 1.0:
-        yield Batch((), read_sample(spool), chooser.number)
-        return
-    part, awkward = [], 0
-    for chosen in read_sample(spool):
-        part.append(chosen)
-        awkward += is_awkward(chosen.path)
-        if len(part) >= PATHS_AT_ONCE or awkward >= AWKWARD_AT_ONCE:
-            yield Batch(write_patterns(part, spool), part, len(part))
-            part, awkward = [], 0
-    if part:
-        yield Batch(write_patterns(part, spool), part, len(part))
-
-
-def is_awkward(path: str) -> bool:
-    """Whether borg would read something else from a line of a file: it strips lines, and ends them at CR."""
-    return path != path.strip() or bool(re.search(r"[\r\n]", path))
-
-
-def write_patterns(part: Sequence[Chosen], spool: Path) -> list[str]:
-    """borg's options for exactly these paths, most of them in a file; none is taken for a pattern."""
-    file = spool.with_suffix(".patterns")
-    lines = [f"+ pf:{chosen.path}" for chosen in part]
-    file.write_text("".join(f"{line}\n" for line in lines if not is_awkward(line)), encoding="utf-8")
-    own = [word for line in lines if is_awkward(line) for word in ("--pattern", line)]
-    return ["--patterns-from", str(file), *own, "--pattern", "- re:.*"]
-
-
-class Listed:
-    """What the source lists: of each object its size and time, and whether the archive holds it.
-
-    16 bytes and a bit for each, however long its key is; see `Digests` for the chance of a mistake.
-    """
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.number = 0
-        self._keys = [array.array("Q") for _ in range(256)]
-        self._prints = [array.array("Q") for _ in range(256)]
-        self._held = [bytearray() for _ in range(256)]
-
-    def add(self, key: str, size_bytes: int, modified: float) -> None:
-        """Takes an object in."""
-        number = digest_of(key)
-        self.number += 1
-        self._keys[number >> 56].append(number)
-        self._prints[number >> 56].append(fingerprint(size_bytes, modified))
-
-    def finish(self) -> None:
-        """All are in."""
-        for index, (keys, prints) in enumerate(zip(self._keys, self._prints, strict=True)):
-            pairs = sorted(zip(keys, prints, strict=True))
-            self._keys[index] = array.array("Q", (key for key, _ in pairs))
-            self._prints[index] = array.array("Q", (value for _, value in pairs))
-            self._held[index] = bytearray(len(pairs))
-
-    def is_unchanged(self, key: str, size_bytes: int, modified: float) -> bool:
-        """Whether it is listed with this size and time, by the second."""
-        number = digest_of(key)
-        index = self._find(number)
-        return index is not None and self._prints[number >> 56][index] == fingerprint(size_bytes, modified)
-
-    def hold(self, key: str) -> bool:
-        """Notes that the archive holds an object; False where that is not listed."""
-        number = digest_of(key)
-        index = self._find(number)
-        if index is not None:
-            self._held[number >> 56][index] = 1
-        return index is not None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the archive holds everything that is listed."""
-        return not any(0 in held for held in self._held)
-
-    def lacks(self, key: str) -> bool:
-        """Whether it is listed, and the archive does not hold it."""
-        number = digest_of(key)
-        index = self._find(number)
-        return index is not None and not self._held[number >> 56][index]
-
-    def _find(self, number: int) -> int | None:
-        keys = self._keys[number >> 56]
-        index = bisect.bisect_left(keys, number)
-        return index if index < len(keys) and keys[index] == number else None
-
-
-def fingerprint(size_bytes: int, modified: float) -> int:
-    """64 bits that stand for an object's size and its time in whole seconds: HTTP and tar know no others."""
-    return digest_of(f"{size_bytes} {math.floor(modified)}")
+        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
+        """
+        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
+        for number in range(1, total + 1):
+            if chance.random() * (total - number + 1) < wanted:
+                wanted -= 1
+                yield number
 
 
 @dataclass
@@ -7340,18 +8488,20 @@ class Verification:
     archived: int = 0
     listed: int = 0
     new: int = 0  # in the source since
-    lacked: frozenset[str] | None = None  # keys that it lacked when it was made; None: that is not known
     missing: Findings = field(default_factory=Findings)
+    differing: Findings = field(
+        default_factory=Findings
+    )  # of the sample; so are headers_changed and unreadable
+    headers_changed: Findings = field(default_factory=Findings)
+    unreadable: Findings = field(default_factory=Findings)  # in the source
+    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
     appeared: Findings = field(default_factory=Findings)  # since, with an older time
-    unarchivable: Findings = field(default_factory=Findings)  # no archive can hold them
-    deleted: Findings = field(default_factory=Findings)  # since
     changed: Findings = field(default_factory=Findings)  # since
+    deleted: Findings = field(default_factory=Findings)  # since
     sampled: int = 0
     sampled_bytes: int = 0
     equal: int = 0  # of the sample: as in the source, byte for byte
     extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
-    differing: Findings = field(default_factory=Findings)
-    unreadable: Findings = field(default_factory=Findings)  # in the source
     error: str = ""  # why it could not be verified to the end
 
     @property
@@ -7359,53 +8509,44 @@ class Verification:
         """Whether the archive is good. What changed in the source since says nothing about that."""
         if self.error or self.missing.count or self.differing.count:
             return Verdict.FAILURE
-        return Verdict.WARNING if self.unarchivable.count or self.unreadable.count else Verdict.OK
+        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
+        return Verdict.WARNING if doubts else Verdict.OK
 
     def as_json(self) -> str:
-        """For programs."""
-        fields = {name: value_for_json(getattr(self, name)) for name in VERIFICATION_FIELDS}
-        sample = {name: value_for_json(getattr(self, name)) for name in SAMPLE_FIELDS}
-        return json.dumps({**fields, "sample": sample, "result": self.verdict.value, "error": self.error})
+        fields = {name: value_for_json(value) for name, value in vars(self).items()}
+        sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
+        return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
 
     def as_text(self) -> str:
-        """For people."""
         as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
+        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
         rows = [
             ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
             ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
             ("missing", f"{self.missing.count:,} that the source had before"),
-            ("unarchivable", f"{self.unarchivable.count:,} that no archive can hold"),
-            (
-                "since then",
-                f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted",
-            ),
+            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
+            ("since then", since),
             ("", f"{self.appeared.count:,} appeared with an older time"),
             ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
             ("", f"{self.equal:,} equal the source byte for byte"),
             ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
-            (
-                "",
-                f"{self.differing.count:,} differ, {self.unreadable.count:,} could not be read in the source",
-            ),
+            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
+            ("", f"{self.unreadable.count:,} could not be read in the source"),
             ("result", self.verdict.value),
         ]
         named = [
-            f"{name}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name in NAMED_FINDINGS
-            for key, reason in getattr(self, name).named
+            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            for name, findings in vars(self).items()
+            if isinstance(findings, Findings)
+            for key, reason in findings.named
         ]
         return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
 
 
-VERIFICATION_FIELDS = (
-    *("target", "archive", "as_of", "archived", "listed", "new"),
-    *("missing", "appeared", "unarchivable", "changed", "deleted"),
+SAMPLE_FIELDS = (
+    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
+    *("differing", "headers_changed", "unreadable"),
 )
-NAMED_FINDINGS = (
-    *("missing", "differing", "unreadable", "unarchivable"),
-    *("appeared", "changed", "deleted"),
-)
-SAMPLE_FIELDS = ("seed", "sampled", "sampled_bytes", "equal", "extracted", "differing", "unreadable")
 
 
 def value_for_json(value: object) -> object:
@@ -7437,54 +8578,45 @@ def verify(
     runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
 ) -> None:
     """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
-    source = runtime.settings.source
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, PROVEN, runtime.stop)
-    with opened_for_reading(runtime, target, "`verify`") as repository:
-        find_archive(runtime, repository, archive, found)
-        runtime.console.info(target.store.name, f"{found.archive} is compared with {source.location}")
-        listed = list_source(runtime, client)
-        found.listed = listed.number
-        with mounted_apart(runtime, client.region) as mount, spool_folder() as folder:
-            chooser = Chooser(sample, found.seed, folder / "sample")
-            compare_lists(repository, path_prefix(runtime.settings), listed, chooser, found)
-            find_missing(runtime, client, mount, listed, found)
-            runtime.console.info(target.store.name, f"{count(chooser.number, 'object')} are proved")
-            prover = Prover(runtime, client, mount, listed, found)
-            for batch in batches(sample, chooser, folder / "sample"):
-                prover.prove(repository, batch)
+    source, name = runtime.settings.source, target.store.name
+    patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
+    with (
+        opened_for_reading(runtime, target, "`verify`") as repository,
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
+    ):
+        found.archive, found.as_of = find_archive(runtime, repository, archive)
+        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
+        with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
+            take = functools.partial(catalog.add, objects_of(client, runtime.console))
+            within(LIST_SECONDS, "source: listing it", take, runtime.stop)
+            catalog.hide([])
+        with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
+            plan.execute("ATTACH ? AS source", [str(catalog.path)])
+            plan.read(repository, found.archive, runtime.settings.mount_point(source))
+            verifier = Verifier(runtime, client, repository, plan, found)
+            within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
+            verifier.prove(sample, Path(folder, "chosen"))
+        if found.unreadable.count:  # some objects, or are the keys revoked?
+            examine(client, write=False)
 
 
-@contextlib.contextmanager
-def spool_folder() -> Iterator[Path]:
-    """A folder for the sample."""
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        yield Path(folder)
+def source_as_of(comment: str, start: str) -> datetime:
+    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
+    with contextlib.suppress(ValueError):
+        if comment.startswith(SOURCE_AS_OF):
+            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
+            return datetime.fromisoformat(time).astimezone(UTC)
+    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
 
 
-@contextlib.contextmanager
-def mounted_apart(runtime: Runtime, region: str) -> Iterator[Mount]:
-    """The source, mounted read-only where no run and no person mounts it, and without its user metadata."""
-    with folder_for_mounts() as folder:
-        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=False)
-        private = dataclasses.replace(runtime, settings=settings)
-        with mounted(private, settings.source, region, read_only=True) as mount:
-            wait_until_usable(private, mount)
-            yield mount
-
-
-def path_prefix(settings: Settings) -> str:
-    """What the paths of a source's objects begin with in an archive: `data/source/`."""
-    return f"{resolved(settings.mount_point(settings.source))}/".lstrip("/")
-
-
-def find_archive(runtime: Runtime, repository: Repository, name: str | None, found: Verification) -> None:
-    """Finds the archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
+def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> tuple[str, datetime]:
+    """The archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
 
     Where it does not say so itself, that is its start by a clock of which little is known.
     """
-    label, store = runtime.settings.label, repository.target.store
+    label, borg, store = runtime.settings.label, repository.borg, repository.target.store
     pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-    borg = repository.borg
     archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
     if not archives:
         what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
@@ -7492,1175 +8624,217 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None, fou
             f"{store.name}: {store.location} holds {what}",
             f"`backup.py borg {repository.target.name} list` shows what it holds.",
         )
-    [archive] = archives
-    found.archive = archive["name"]
-    found.as_of = source_as_of(archive["comment"], archive["start"])
-    noted = read_note(repository.client, f"{COMPARED_NAME}{found.archive[: -len('-2025-01-31T03:00:00')]}")
-    source = runtime.settings.source
-    facts = {"archive": archive["id"], "source": [source.endpoint, source.location]}
-    if noted and facts.items() <= noted.items():
-        found.lacked = frozenset(noted["lacks"])
+    return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
 
 
-def source_as_of(comment: str, start: str) -> datetime:
-    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
-    with contextlib.suppress(ValueError):
-        if comment.startswith(SOURCE_AS_OF):
-            return datetime.fromisoformat(comment.removeprefix(SOURCE_AS_OF)).astimezone(UTC)
-    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
+# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
+OTHER_NOW = frozenset({404, 416, 200, 206})
 
 
-def list_source(runtime: Runtime, client: S3Client) -> Listed:
-    """What the source lists now, but for empty objects that stand for folders. Raises S3Error, Stopped."""
-    prefix = client.store.key_prefix
-
-    def collect() -> Listed:
-        listed = Listed()
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            if key and not is_folder_marker(entry):
-                listed.add(key, entry.size_bytes, entry.last_modified.timestamp())
-        listed.finish()
-        return listed
-
-    return within(LIST_SECONDS, "source: listing it", collect, runtime.stop)
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    number: int
+    key: str
+    path: str  # in the archive
+    size_bytes: int
+    is_unchanged: bool
+    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
+    modified: int
+    is_same_time: bool  # as when the archive was made
+    facts: Mapping[str, Any]  # as the archive has them
 
 
-def is_folder_marker(entry: S3Object) -> bool:
-    """Whether an object only stands for a folder: no archive has it."""
-    return entry.key.endswith("/") and not entry.size_bytes
+Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
 
 
-def compare_lists(
-    repository: Repository, prefix: str, listed: Listed, chooser: Chooser, found: Verification
-) -> None:
-    """Has the archive's list pass by what the source lists, and by the chooser. Raises BackupError."""
-    outside = 0
+@dataclass
+class Verifier:
+    """Compares one archive with the source, and writes down in `found` what it finds."""
 
-    def consume(lines: IO[bytes]) -> None:
-        nonlocal outside
-        for line in lines:
-            entry = json.loads(line)
-            key = entry["path"].removeprefix(prefix)
-            if entry["type"] != "-":
-                continue
-            if key == entry["path"]:
-                outside += 1
-                continue
-            found.archived += 1
-            modified = borg_time(entry["mtime"]).timestamp()
-            unchanged = listed.is_unchanged(key, entry["size"], modified)
-            if not listed.hold(key):
-                found.deleted.add(key, "")
-            elif not unchanged:
-                found.changed.add(key, "")
-            chooser.take(Chosen(entry["path"], entry["size"], unchanged))
+    runtime: Runtime
+    client: S3Client  # the source's
+    repository: Repository
+    plan: Plan
+    found: Verification
+    current: str = ""  # the object that is being read
+    waits: bool = False  # for the source
 
-    borg = repository.borg
-    borg.run(borg_items(borg.repository, found.archive), consume=consume)
-    chooser.finish()
-    if outside and not found.archived:
-        raise BackupError(
-            f"{repository.target.store.name}: {found.archive} holds nothing below {prefix}",
-            "Set DATA_DIR to what it was when the archive was made.",
-        )
+    def compare(self) -> None:
+        """Finds what the archive lacks, and what has changed since."""
+        found, is_old = self.found, not self.plan.has_manifest
+        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        values = {"old": is_old, "before": before}
 
+        def number(where: str) -> int:
+            return self.plan.execute(f"SELECT count(*) FROM {where}", values)[0][0]
 
-LOST_OR_LATE = (
-    "the backup missed it, or it came later with an older time (a delete marker was removed, or it is a"
-    " replica); the next backup will have it"
-)
+        def name(findings: Findings, where: str, reason: str = "''") -> None:
+            findings.count = number(where)
+            sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
+            findings.named = [(decode_key(key), text) for key, text in self.plan.execute(sql, values)]
 
+        for statement in (*VERIFICATION_TABLES, COMPARE_CONTENT):
+            self.plan.execute(statement)
+        name(found.changed, "content WHERE since = 'changed'")
+        name(found.deleted, "content WHERE since = 'deleted'")
+        older = f"{NOT_THEN} AND modified < :before"
+        if is_old:
+            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
+            name(found.unarchivable, f"{older} AND NOT is_shown")
+            reasons = {
+                True: "it is hidden by objects below the same name",
+                False: "no file can have this name",
+            }
+            keys = [key for key, _ in found.unarchivable.named]
+            found.unarchivable.named = [(key, reasons[is_showable(key, 1)]) for key in keys]
+        else:
+            name(
+                found.missing, "items WHERE path IS NULL AND size > 0", "'its content is not in the archive'"
+            )
+            name(found.appeared, older, "'the source did not list it when the archive was made'")
+        found.archived, found.listed = number("content"), number(LISTED)
+        found.new = number(f"{NOT_THEN} AND modified >= :before")
 
-def find_missing(
-    runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
-) -> None:
-    """Names what the source had before, and the archive does not hold; lists the source again for it."""
-    if listed.is_held:
-        return
-    prefix, before = client.store.key_prefix, found.as_of or datetime.now(UTC)
+    def prove(self, sample: Sample, chosen: Path) -> None:
+        """Chooses a sample, and compares it; what borg is to export goes to a file `chosen` for it."""
+        [[files]] = self.plan.execute("SELECT count(*) FROM items WHERE " + IS_FILE)
+        self.plan.insert("sample", ((None, number) for number in sample.choose(files, self.found.seed)))
+        [[number]] = self.plan.execute("SELECT count(*) FROM sample")
+        self.runtime.console.info(self.repository.target.store.name, f"{count(number, 'object')} are proved")
+        if sample.share == 1.0:
+            self._prove_part(0, number, {})
+            return
+        for first in range(0, number, PATHS_AT_ONCE):
+            last = min(first + PATHS_AT_ONCE, number)
+            with chosen.open("wb") as file:
+                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+            self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
 
-    def look() -> None:
-        for entry in client.list_objects(prefix):
-            key = entry.key[len(prefix) :]
-            if not key or is_folder_marker(entry) or not listed.lacks(key):
-                continue
-            if entry.last_modified >= before - timedelta(seconds=RACE_SECONDS):
-                found.new += 1
-                continue
-            hidden = key.endswith("/") or os.path.isdir(mount.path / key)
-            reason = why_missing(key, failed=False, hidden=hidden)
-            if reason != NOT_SHOWN:
-                found.unarchivable.add(key, reason)
-            elif found.lacked is None:
-                found.missing.add(key, f"of {entry.last_modified:%Y-%m-%dT%H:%M:%SZ}: {LOST_OR_LATE}")
-            elif key in found.lacked:
-                found.missing.add(key, reason)
-            else:
-                found.appeared.add(key, "the source did not list it when the archive was made")
-
-    within(LIST_SECONDS, "source: listing it", look, runtime.stop)
-
-
-class Prover:
-    """Compares what borg extracts with the source."""
-
-    def __init__(
-        self, runtime: Runtime, client: S3Client, mount: Mount, listed: Listed, found: Verification
-    ) -> None:
-        """Nothing is compared yet; `mount` is the source's, and `client` asks S3 about it directly."""
-        settings = dataclasses.replace(runtime.settings, source_metadata=False)
-        self._runtime = dataclasses.replace(runtime, settings=settings)
-        self._prefix = path_prefix(settings)
-        self._client, self._mount, self._listed, self._found = client, mount, listed, found
-        self._current = ""  # the object that is being read
-        self._passed: Callable[[str, float], None] = lambda path, offset: None  # tells how far we have read
-
-    def prove(self, repository: Repository, batch: Batch) -> None:
-        """Has borg export a part of the sample, while threads read the same of the source ahead.
+    def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:
+        """Has borg export the objects of the sample behind number `first` up to `last`, or more of them.
 
         Raises BackupError where borg finds damage, or leaves out an object.
         """
-        reader, before = Reader(), self._found.sampled
-        original = (
-            (self._original(self._key(chosen.path)), chosen.size_bytes, 0.0)
-            for chosen in batch.objects
-            if chosen.unchanged
-        )
-        ahead = ReadAhead(self._runtime, self._mount, [reader], original)
-        self._passed = lambda path, offset: ahead.passed(reader, path, offset)
-        borg = repository.borg.with_mounts(self._mount)
-        arguments = borg_export_sample(borg.repository, self._found.archive, batch.patterns)
+        borg, target, before = self.repository.borg, self.repository.target, self.found.sampled
+
         try:
             borg.run(
-                arguments, None, lambda child: ahead.began(reader, -math.inf, child), consume=self._consume
+                borg_export(borg.repository, self.found.archive, Path("-")),
+                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
+                own=own,
+                waits=lambda: time.monotonic() if self.waits else 0.0,
             )
         except BackupError as error:
-            if self._current and not isinstance(error, Stopped):
-                error.message += f" (while {self._current!r} was read)"
+            if self.current and not isinstance(error, Stopped):
+                error.message += f" (while {self.current!r} was read)"
             raise
-        finally:
-            ahead.close()
-        if self._found.sampled - before != batch.number:
-            raise BackupError(
-                f"{repository.target.store.name}: borg exported {self._found.sampled - before:,} of"
-                f" {count(batch.number, 'object')}",
-                DAMAGE_HELP.format(name=repository.target.name),
+        if (got := self.found.sampled - before) != last - first:
+            words = f"borg exported {got:,} of {count(last - first, 'object')}"
+            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
+
+    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
+        while page := self.plan.execute(SAMPLED, (first, last, CATALOG_PAGE)):
+            for number, key, path, *rest, facts in page:
+                yield Chosen(number, decode_key(key), decode_key(path), *rest, json.loads(facts or "{}"))
+            first = page[-1][0]
+
+    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
+        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
+        client = self.client
+
+        def ask(each: Chosen, first: int) -> Fetched:
+            key, last = (
+                f"{client.store.key_prefix}{each.key}",
+                min(first + FETCHED_BYTES, each.size_bytes) - 1,
             )
+            if not each.is_unchanged:
+                return None
+            if not each.size_bytes:
+                return in_background(lambda: client.request("HEAD", key))
+            return in_background(lambda: client.get_span(key, first, last))
 
-    def _key(self, path: str) -> str:
-        return path.removeprefix(self._prefix)
+        firsts = (
+            (each, range(0, each.size_bytes * each.is_unchanged or 1, FETCHED_BYTES)) for each in chosen
+        )
+        asked = ((each, ask(each, first)) for each, pieces in firsts for first in pieces)
+        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
+        while ahead:
+            yield ahead.popleft()
+            ahead.extend(itertools.islice(asked, 1))
 
-    def _original(self, key: str) -> str:
-        return f"{self._mount.path}/{key}"
-
-    def _consume(self, stream: IO[bytes]) -> None:
+    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
         """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        encoding = {"encoding": "utf-8", "errors": "surrogateescape"}
+        found = self.found
         try:
-            with tarfile.open(fileobj=stream, mode="r|", **encoding) as tar:
-                while member := tar.next():
-                    tar.members.clear()  # or it would keep them all
-                    if member.isreg() and member.name.startswith(self._prefix):
-                        self._current = self._key(member.name)
-                        self._take(self._current, member, tar.extractfile(member))
-                        self._passed(self._original(self._current), math.inf)
-                        self._current = ""
+            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
+                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
+                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
+                        tar.members.clear()  # or it would keep them all
+                    if not member:
+                        break
+                    self.current, archived = each.key, tar.extractfile(member)
+                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
+                    drain(archived)  # so that all of it is verified
+                    found.sampled += 1
+                    found.sampled_bytes += member.size
+                    found.equal += verdict == "equal"
+                    found.extracted += verdict == "extracted"
+                    if reason:
+                        getattr(found, verdict).add(each.key, reason)
+                    self.current = ""
             drain(stream)
         except tarfile.ReadError:
             pass
 
-    def _take(self, key: str, member: tarfile.TarInfo, archived: IO[bytes]) -> None:
-        """Proves one object."""
-        found, trouble, unreadable = self._found, "", False
-        unchanged = self._listed.is_unchanged(key, member.size, member.mtime)
-        path = self._original(key)
-        if unchanged:
+    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
+        """What an archived object turns out to be, which is a field of Verification, and why."""
+        offset = 0
+        for fetched in pieces:
+            if not fetched:
+                return "extracted", ""
             try:
-                with open(path, "rb") as original:
-                    trouble = first_difference(archived, original, lambda at: self._passed(path, at))
-            except OSError as error:
-                trouble, unreadable = error.strerror or str(error), True
-        drain(archived)  # so that all of it is verified
-        found.sampled += 1
-        found.sampled_bytes += member.size
-        if not unchanged or (trouble and self._changed_meanwhile(key, member)):
-            found.extracted += 1
-        elif trouble:
-            (found.unreadable if unreadable else found.differing).add(key, trouble)
-        else:
-            found.equal += 1
-
-    def _changed_meanwhile(self, key: str, member: tarfile.TarInfo) -> bool:
-        """Whether the source has another version now than what was listed, or none. Raises S3Error."""
-        try:
-            answer = self._client.request("HEAD", f"{self._client.store.key_prefix}{key}")
-        except S3Error as error:
-            if error.status == 404:
-                return True
-            raise
-        modified = answer.time("Last-Modified")
-        now = int(answer.headers.get("content-length", -1)), modified and math.floor(modified.timestamp())
-        return now != (member.size, math.floor(member.mtime))
-
-
-def first_difference(
-    archived: IO[bytes], original: IO[bytes], passed: Callable[[int], None] = lambda offset: None
-) -> str:
-    """Where two contents differ first, in a few words; nothing where they are equal. Raises OSError.
-
-    `passed` is told how far they are compared.
-    """
-    offset = 0
-    while True:
-        ours, theirs = archived.read(COMPARED_BYTES), original.read(COMPARED_BYTES)
-        if ours != theirs:
-            unlike = (place for place, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1)
-            offset += next(unlike, min(len(ours), len(theirs)))
-            return f"its content differs from byte {offset:,} on, although size and time are the same"
-        if not ours:
-            return ""
-        offset += len(ours)
-        passed(offset)
-
-
-# -------------------------------------------------------------------------------------------------- Restore
-
-# `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
-# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it:
-# into a folder, or into the mount of a bucket, where folders are looked up and objects uploaded many at a
-# time. What is there already is looked at first, so that nothing is overwritten unasked, and a restore that
-# was interrupted goes on where it was: what is a beginning of what is to be written counts as half-written.
-
-PREVIOUS_NAMED = 20  # objects that would be overwritten
-# What one object's name is to blame for, and not the place.
-UNWRITABLE = frozenset(
-    {
-        *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-        *(errno.ELOOP, errno.EFBIG),
-    }
-)
-NO_METADATA = frozenset({errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE})
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a person wants to have restored."""
-
-    paths: tuple[str, ...]  # keys and folders; none: everything
-    archive: str  # empty: the newest one
-    until: datetime | None  # not younger than that
-    folder: Path | None
-    bucket: Destination | None  # one of the two is given
-    overwrite: bool
-    dry_run: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """An object in an archive."""
-
-    path: str  # in the archive
-    key: str
-    size_bytes: int
-    modified: int  # Unix time in seconds
-    is_whole: bool
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What is in an archive."""
-
-    prefix: str  # what stands before each key
-    items: list[Item]
-    empty_folders: list[str]
-    others: list[str]  # what is neither a file nor a folder
-
-
-def end_of_time(text: str) -> datetime:
-    """The end of the day, minute or second that `text` names, in local time. Raises ValueError."""
-    start = datetime.fromisoformat(text.replace(" ", "T").replace("Z", "+00:00"))
-    if re.fullmatch(r"[0-9-]+", text):
-        return (start + timedelta(days=1)).astimezone()  # days may have 23 or 25 hours
-    is_minute = re.fullmatch(r".{10}.[0-9]{2}:?[0-9]{2}(Z|[+-][0-9:]+)?", text)
-    return start.astimezone() + timedelta(seconds=60 if is_minute else 1)
-
-
-def choose_archive(
-    archives: Mapping[str, datetime], label: str, name: str, until: datetime | None
-) -> tuple[str, str]:
-    """The archive that is meant, and why it is that one; `archives` begin with the oldest.
-
-    Raises BackupError where there is none.
-    """
-    if name:
-        if name in archives:
-            return name, "as named"
-        hint = difflib.get_close_matches(name, archives, n=1, cutoff=0.5) or list(archives)[-1:]
-        raise BackupError(f"there is no archive {name!r}", f"Did you mean {hint[0]}?" if hint else "")
-    own = [found for found in archives if fnmatch.fnmatchcase(found, archive_pattern(label))]
-    known, of_what = (own, f"of label {label!r}") if own else (list(archives), "of any label")
-    if until:
-        known = [found for found in known if archives[found] < until]
-        of_what += f" until {until - timedelta(seconds=1):%Y-%m-%dT%H:%M:%S}"
-    if not known:
-        oldest = min(archives.values(), default=None)
-        hint = f"The oldest archive is of {oldest:%Y-%m-%dT%H:%M:%S}." if oldest else "Run a backup first."
-        raise BackupError(f"there is no archive {of_what}", hint)
-    return max(known, key=lambda found: archives[found]), f"the newest {of_what}"
-
-
-def archive_times(repository: Repository) -> dict[str, datetime]:
-    """All archives and their times, the oldest first."""
-    listed = json.loads(repository.borg.run(borg_names(repository.borg.repository)).output)
-    times = {
-        entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
-        for entry in listed["archives"]
-    }
-    return dict(sorted(times.items(), key=lambda pair: pair[1]))
-
-
-def archive_time(name: str, start: datetime) -> datetime:
-    """When an archive was made, as its name has it: borg writes that a moment before it notes the start.
-
-    The name has the local time, which is there twice when clocks are set back.
-    """
-    try:
-        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :])
-        earlier = start.astimezone().replace(tzinfo=None) - named
-    except (ValueError, TypeError):
-        return start
-    return start - earlier if timedelta(0) <= earlier < timedelta(seconds=5) else start
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of an archive's listing."""
-
-    kind: str  # `-` for a file, `d` for a folder
-    path: str
-    size_bytes: int
-    modified: int
-    is_whole: bool
-
-
-def parse_entry(line: str) -> Entry:
-    """An entry from a line of JSON."""
-    given = json.loads(line)
-    kind = "h" if given["mode"][0] == "h" else given["type"]
-    modified = math.floor(borg_time(given["mtime"]).timestamp())
-    return Entry(kind, given["path"], given["size"], modified, given["healthy"])
-
-
-def sort_entries(entries: Sequence[Entry], source: Path) -> Inventory:
-    """What an archive holds. `source` is where the source would be mounted now."""
-    prefix = archive_prefix(entries, source)
-    folders = {entry.path for entry in entries if entry.kind == "d"}
-    folders.difference_update([os.path.dirname(entry.path) for entry in entries])
-    items, others = [], []
-    for entry in entries:
-        key = entry.path.removeprefix(prefix)
-        if entry.kind == "-" and not UNREPRESENTABLE.search(key):
-            items.append(Item(entry.path, key, entry.size_bytes, entry.modified, entry.is_whole))
-        elif entry.kind != "d":
-            others.append(key)
-    empty = [path.removeprefix(prefix) for path in folders if path.startswith(prefix)]
-    return Inventory(prefix, items, sorted(key for key in empty if not UNREPRESENTABLE.search(key)), others)
-
-
-def archive_prefix(entries: Sequence[Entry], source: Path) -> str:
-    """What stands before the keys: the path under which the source was mounted, or nothing.
-
-    A run archives that folder itself first.
-    """
-    guesses = [str(source).lstrip("/")]
-    if entries and entries[0].kind == "d" and os.path.basename(entries[0].path) == source.name:
-        guesses.insert(0, entries[0].path)
-    for guess in guesses:
-        if all(entry.path == guess or entry.path.startswith(f"{guess}/") for entry in entries):
-            return f"{guess}/"
-    return ""
-
-
-def read_contents(runtime: Runtime, repository: Repository, archive: str) -> Inventory:
-    """What an archive holds, by its metadata alone."""
-    entries: list[Entry] = []
-    repository.borg.run(
-        borg_items(repository.borg.repository, archive),
-        on_output=lambda line: entries.append(parse_entry(line)),
-    )
-    return sort_entries(entries, runtime.settings.mount_point(runtime.settings.source))
-
-
-def ancestors(key: str) -> Iterator[str]:
-    """A key and the folders that it is in."""
-    yield key
-    while slash := key.rpartition("/")[0]:
-        yield slash
-        key = slash
-
-
-def names_in(contents: Inventory) -> dict[str, None]:
-    """All keys, and the folders that they are in, in the archive's order."""
-    keys = itertools.chain((item.key for item in contents.items), contents.empty_folders, contents.others)
-    return dict.fromkeys(name for key in keys for name in ancestors(key))
-
-
-def meant(contents: Inventory, paths: Sequence[str]) -> dict[str, str]:
-    """What each path means -> the path: a key or folder as it stands, or else one as borg shows it.
-
-    borg shows the mount point's path before it. All names are looked at only where a path begins with that.
-    """
-    given, prefix = {path.strip("/"): path for path in paths}, contents.prefix
-    known = names_in(contents) if any(name.startswith(prefix) for name in given) and prefix else {}
-    return {name if name in known else name.removeprefix(prefix): path for name, path in given.items()}
-
-
-def select(contents: Inventory, paths: Sequence[str]) -> Inventory:
-    """The objects that `paths` name, which are keys or folders. Raises BackupError for what names none."""
-    if not paths:
-        return contents
-    wanted = meant(contents, paths)
-    met: set[str] = set()
-
-    def is_meant(key: str) -> bool:
-        found = wanted.keys() & set(ancestors(key))
-        met.update(found)
-        return bool(found)
-
-    items = [item for item in contents.items if is_meant(item.key)]
-    folders = [key for key in contents.empty_folders if is_meant(key)]
-    others = [key for key in contents.others if is_meant(key)]
-    if unmet := [path for name, path in wanted.items() if name not in met]:
-        known = itertools.islice(names_in(contents), 20_000)
-        close = difflib.get_close_matches(unmet[0].strip("/"), known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "A PATH is an object's key or a folder of keys."
-        raise BackupError(f"the archive holds nothing at {', '.join(map(repr, unmet))}", hint)
-    return Inventory(contents.prefix, items, folders, others)
-
-
-# ETags. TigrisFS uploads what is larger than 5 MiB in parts.
-MIB = 1024 * 1024
-PARTS = ((5 * MIB, 1000), (25 * MIB, 1000), (125 * MIB, 8000))  # their size and number, TigrisFS's defaults
-
-
-def part_end(offset: int) -> int:
-    """Where the part of a large object that `offset` lies in ends."""
-    start = 0
-    for part_bytes, number in PARTS:
-        if offset < start + part_bytes * number:
-            return start + ((offset - start) // part_bytes + 1) * part_bytes
-        start += part_bytes * number
-    return start
-
-
-class Etag:
-    """The ETag that S3 gives to what TigrisFS uploads: its MD5, or the MD5 of the MD5s of its parts."""
-
-    def __init__(self, in_parts: bool) -> None:
-        """Nothing was hashed yet."""
-        self._offset, self._end = 0, part_end(0) if in_parts else 0
-        self._digests: list[bytes] = []
-        self._hash = hashlib.md5(usedforsecurity=False)
-
-    def update(self, data: bytes) -> None:
-        """Takes the next bytes in."""
-        rest = memoryview(data)
-        while rest:
-            piece = rest[: self._end - self._offset] if self._end else rest
-            self._hash.update(piece)
-            self._offset += len(piece)
-            rest = rest[len(piece) :]
-            if self._offset == self._end:
-                self._digests.append(self._hash.digest())
-                self._hash = hashlib.md5(usedforsecurity=False)
-                self._end = part_end(self._offset)
-
-    def text(self) -> str:
-        """The ETag of what was taken in."""
-        if not self._end:
-            return self._hash.hexdigest()
-        last = [] if self._offset and self._hash.digest() == EMPTY_MD5 else [self._hash.digest()]
-        digests = self._digests + last
-        return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
-
-
-EMPTY_MD5 = hashlib.md5(usedforsecurity=False).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What lies already where an object is to be written."""
-
-    size_bytes: int
-    etag: str = ""  # of an object
-    modified: int | None = None  # of a file
-
-
-class Fate(enum.Enum):
-    """What is to be done about an object."""
-
-    WRITE = "write"
-    KEEP = "there"  # as it is to be
-    DIFFERENT = "different"  # it is there with other content
-    UNKNOWN = "unknown"  # its content has to be compared
-
-
-def first_fate(item: Item, found: Found | None) -> Fate:
-    """What size and time say. A file gets its time when it is complete."""
-    if found is None or found.size_bytes == 0 < item.size_bytes:
-        return Fate.WRITE
-    if found.size_bytes > item.size_bytes:
-        return Fate.DIFFERENT
-    is_complete = found.size_bytes == item.size_bytes
-    if is_complete and (not item.size_bytes or found.modified == item.modified):
-        return Fate.KEEP
-    return Fate.UNKNOWN
-
-
-def fate_by_etag(item: Item, found: Found, stream: IO[bytes], etags_are_md5: bool) -> Fate:
-    """What the ETag says: one that differs only counts where it is known to be the MD5 of all the content."""
-    if not (found.etag and found.size_bytes == item.size_bytes):
-        return Fate.UNKNOWN
-    in_parts = "-" in found.etag
-    etag = Etag(in_parts)
-    while data := stream.read(READ_BYTES):
-        etag.update(data)
-    if etag.text() == found.etag:
-        return Fate.KEEP
-    return Fate.DIFFERENT if etags_are_md5 and not in_parts else Fate.UNKNOWN
-
-
-def fate_by_content(item: Item, path: str, stream: IO[bytes]) -> Fate:
-    """What the content says: a beginning of what is to be written may be completed. Raises OSError."""
-    with open(path, "rb") as there:
-        while data := there.read(READ_BYTES):
-            if stream.read(len(data)) != data:
-                return Fate.DIFFERENT
-    return Fate.WRITE if stream.read(1) else Fate.KEEP
-
-
-@dataclass
-class Landing:
-    """Where objects are restored to: a folder of the machine, or the mount of a bucket."""
-
-    title: str
-    root: Path
-    mount: Mount | None = None  # with `client`, where it is a bucket
-    client: S3Client | None = None
-    etags_are_md5: bool = False  # as far as is known
-
-    @property
-    def mounts(self) -> list[Mount]:
-        """What has to live while something is written."""
-        return [self.mount] if self.mount else []
-
-    def find(self, runtime: Runtime, items: Sequence[Item]) -> dict[str, Found]:
-        """What lies already where these objects are to be written, by key."""
-        if not self.client:
-            return find_files(self.root, items)
-        client = self.client
-        what = f"{client.store.name}: listing the bucket"
-        return within(LIST_SECONDS, what, lambda: find_objects(client, items), runtime.stop)
-
-
-def find_files(root: Path, items: Iterable[Item]) -> dict[str, Found]:
-    """The files that lie where these objects are to be written. What is no file cannot be overwritten."""
-    found = {}
-    for item in items:
-        with contextlib.suppress(OSError):  # nothing there, or no file can have that name
-            status = os.lstat(root / item.key)
-            if stat.S_ISREG(status.st_mode):
-                found[item.key] = Found(status.st_size, modified=math.floor(status.st_mtime))
-    return found
-
-
-def listing(client: S3Client, keys: Collection[str]) -> Iterator[tuple[str, S3Object]]:
-    """What the bucket lists under these keys: key below the store's prefix, entry. Raises S3Error."""
-    if not keys:
-        return
-    prefix = client.store.key_prefix
-    pairs = zip(min(keys), max(keys), strict=False)
-    common = [first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    for entry in client.list_objects(prefix + "".join(common)):
-        key = entry.key[len(prefix) :]
-        if key in keys:
-            yield key, entry
-
-
-def find_objects(client: S3Client, items: Sequence[Item]) -> dict[str, Found]:
-    """The objects that lie where these are to be written."""
-    keys = {item.key for item in items}
-    return {key: Found(entry.size_bytes, entry.etag) for key, entry in listing(client, keys)}
-
-
-@contextlib.contextmanager
-def opened_place(runtime: Runtime, order: Order) -> Iterator[Landing]:
-    """Where `order` has objects restored to, ready to be written to, unless it only asks what would be done.
-
-    On leaving, what was written is on the disk, or uploaded. Raises BackupError.
-    """
-    if order.folder:
-        yield opened_folder(runtime, order.folder, order.dry_run)
-        return
-    assert order.bucket
-    with opened_bucket(runtime, order.bucket, order.dry_run) as place:
-        yield place
-
-
-def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Landing:
-    """A folder to restore into, which is made where it is not there. Raises BackupError."""
-    try:
-        if not dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        root = folder.resolve()
-        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
-    except FileNotFoundError:
-        return Landing(str(folder), folder)
-    except OSError as error:
-        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
-    if is_inside:
-        runtime.console.warning(
-            "restore",
-            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
-            f' there: docker run -v "$PWD/restored:{root}"',
-        )
-    return Landing(str(root), root)
-
-
-@contextlib.contextmanager
-def opened_bucket(runtime: Runtime, store: Destination, dry_run: bool) -> Iterator[Landing]:
-    """A bucket to restore into. Raises BackupError, within seconds where a permission is missing."""
-    found = preflight_one(runtime, store, write=not dry_run)
-    client = S3Client(store, found.region, PROVEN, runtime.stop)
-    title = f"{store.location} at {store.endpoint}"
-    [etags_are_md5] = side_by_side([lambda: not dry_run and gives_md5(client)], runtime.stop)
-    if isinstance(etags_are_md5, BackupError):
-        raise etags_are_md5
-    with folder_for_mounts() as folder:
-        # Metadata that is archived comes back as extended attributes, whatever this run would archive.
-        settings = dataclasses.replace(runtime.settings, data_dir=folder, source_metadata=True)
-        private = dataclasses.replace(runtime, settings=settings)
-        with mounted(private, store, client.region, read_only=dry_run) as mount:
-            mount.ask = probe_write if not dry_run else mount.ask
-            mount.holds_nothing = True
-            wait_until_usable(private, mount)
-            try:
-                yield Landing(title, mount.path, mount, client, etags_are_md5)
-            except S3Error as error:  # then TigrisFS would try in vain, too
-                raise Stuck(error.message, error.hint) from error
-    if not dry_run:
-        with contextlib.suppress(S3Error):
-            remove_probes(client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)))
-
-
-def gives_md5(client: S3Client) -> bool:
-    """Whether the ETag of an object is its MD5, which it is not with some kinds of encryption.
-
-    Old probes are removed. Raises S3Error.
-    """
-    remove_probes(client)
-    key, body = f"{client.store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
-    try:
-        etag = client.put(key, body).headers.get("etag", "").strip('"')
-        return etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
-    finally:
-        client.delete(key)
-
-
-def remove_probes(client: S3Client) -> None:
-    """Deletes the probes that could not be deleted, because S3 failed or a restore was killed."""
-    for entry in client.list_objects(f"{client.store.key_prefix}{PROBE_NAME}"):
-        client.delete(entry.key)
-
-
-class Progress:
-    """How many objects and bytes of all are done. Safe to use from several threads."""
-
-    def __init__(self, runtime: Runtime, verb: str, items: Sequence[Item]) -> None:
-        """None are."""
-        self.bytes = self.objects = 0
-        self._console, self._verb = runtime.console, verb
-        self._all_objects, self._all_bytes = len(items), sum(item.size_bytes for item in items)
-        self._lock, self._shown_at = threading.Lock(), 0.0
-
-    def add(self, objects: int, more_bytes: int) -> None:
-        """Takes in what is done."""
-        with self._lock:
-            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
-            now = time.monotonic()
-            if now - self._shown_at < POLL_SECONDS:
-                return
-            self._shown_at = now
-        self._console.progress(
-            "restore",
-            f"{self._verb} {self.objects:,} of {count(self._all_objects, 'object')},"
-            f" {size(self.bytes)} of {size(self._all_bytes)}",
-        )
-
-
-Handler = Callable[[Item, IO[bytes], Mapping[str, str]], None]  # the last: user metadata
-
-
-def export(
-    runtime: Runtime,
-    repository: Repository,
-    place: Landing,
-    archive: str,
-    items: Sequence[Item],
-    handle: Handler,
-) -> None:
-    """Hands each of these objects out of the archive to `handle`, small ones in several threads.
-
-    Raises BackupError, also where the archive does not give all of them.
-    """
-    by_path = {item.path: item for item in items}
-    handled: set[str] = set()
-
-    def take(item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        handle(item, stream, metadata)
-        handled.add(item.path)
-
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        chosen = Path(folder, "chosen")
-        chosen.write_bytes("\0".join(by_path).encode("utf-8", "surrogateescape"))
-        reading, writing = os.pipe()
-        work = in_background(lambda: take_out(reading, by_path, take))
-        run_export(repository.borg.with_mounts(*place.mounts), archive, chosen, writing, work)
-        wait_for_threads(runtime, place, work, handled)
-    if lost := by_path.keys() - handled:
-        more = f" and {len(lost) - 1:,} more" if len(lost) > 1 else ""
-        raise BackupError(
-            f"{repository.target.store.name}: the archive did not give {min(lost)!r}{more}",
-            f"Check the repository: backup.py borg {repository.target.name} check.",
-        )
-
-
-def run_export(
-    borg: Borg, archive: str, chosen: Path, writing: int, work: concurrent.futures.Future[None]
-) -> None:
-    """Has borg write what `chosen` names to a pipe, which `work` reads.
-
-    Raises BackupError; that of `work` where it failed, and borg because of it.
-    """
-    output = os.fdopen(writing, "wb")
-    try:
-        borg.run(
-            borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
-            on_start=lambda _: output.close(),
-            own={"S3BORGBACKUP_EXPORTED": str(chosen)},
-            pass_fds=[writing],
-        )
-    except BackupError as error:
-        output.close()
-        concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-        failure = work.exception() if work.done() else None
-        if isinstance(failure, BackupError | OSError) and not isinstance(error, Stopped | Stuck | S3Error):
-            raise failure from error
-        raise
-
-
-def wait_for_threads(
-    runtime: Runtime, place: Landing, work: concurrent.futures.Future[None], handled: set[str]
-) -> None:
-    """Waits until what borg has given is written, too. Raises what `work` raised; Hung, Stopped, S3Error."""
-    # TigrisFS tells what goes on in a bucket; we move bytes all the while, and be it only to look at that.
-    written = [] if place.mounts else [lambda: io_bytes(os.getpid())]
-    until_done(runtime, place.mounts, f"writing to {place.title}", work, lambda: len(handled), *written)
-
-
-def take_out(fd: int, items: Mapping[str, Item], handle: Handler) -> None:
-    """Reads a tar file, and hands the objects in it on. Raises what `handle` raises first."""
-    failures: list[BaseException] = []
-    room = threading.BoundedSemaphore(WAITING_OBJECTS)
-
-    def handle_small(item: Item, content: bytes, metadata: Mapping[str, str]) -> None:
-        try:
-            if not failures:
-                handle(item, io.BytesIO(content), metadata)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            room.release()
-
-    # borg writes it by the same module, surrogates included.
-    with (
-        os.fdopen(fd, "rb") as stream,
-        ThreadPoolExecutor(RESTORE_THREADS) as pool,
-        tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES // 8, encoding="utf-8") as tar,
-    ):
-        while not failures and (member := tar.next()):
-            tar.members.clear()  # it would remember each
-            item = items.get(member.name)
-            content = tar.extractfile(member) if member.isreg() else None
-            if item is None or content is None:
-                continue
-            if member.size > SMALL_BYTES:
-                handle(item, content, user_metadata(member))
-                continue
-            room.acquire()
-            pool.submit(handle_small, item, content.read(), user_metadata(member))
-        if not failures:
-            drain(stream)
-    if failures:
-        raise failures[0]
-
-
-TAR_METADATA = "SCHILY.xattr."
-
-
-def user_metadata(member: tarfile.TarInfo) -> dict[str, str]:
-    """The extended attributes that a tar file has of a member."""
-    return {
-        name.removeprefix(TAR_METADATA): value
-        for name, value in member.pax_headers.items()
-        if name.startswith(TAR_METADATA)
-    }
-
-
-def compare(
-    runtime: Runtime, repository: Repository, place: Landing, archive: str, items: Sequence[Item]
-) -> tuple[dict[str, Fate], dict[str, Found]]:
-    """What is to be done about each object, by key, and what lies where they are to be written.
-
-    Content is compared where size and time do not tell: by ETag in a bucket, and by reading what is there.
-    """
-    found = place.find(runtime, items)
-    fates = {item.key: first_fate(item, found.get(item.key)) for item in items}
-
-    def by_etag(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
-        fates[item.key] = fate_by_etag(item, found[item.key], stream, place.etags_are_md5)
-        progress.add(1, item.size_bytes)
-
-    def by_content(item: Item, stream: IO[bytes], _: Mapping[str, str]) -> None:
-        try:
-            fates[item.key] = fate_by_content(item, f"{place.root}/{item.key}", stream)
-        except OSError as error:
-            raise BackupError(
-                f"{item.key!r} in {place.title} cannot be compared: {error.strerror}"
-            ) from error
-        progress.add(1, item.size_bytes)
-
-    for handler in (by_etag, by_content) if place.client else (by_content,):
-        if unknown := [item for item in items if fates[item.key] is Fate.UNKNOWN]:
-            progress = Progress(runtime, "compared", unknown)
-            export(runtime, repository, place, archive, unknown, handler)
-    return fates, found
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written to a bucket's mount."""
-
-    size_bytes: int
-    etag: str
-    previous: str  # the ETag of what it overwrites
-
-
-class Writer:
-    """Writes objects as they come out of an archive, into a place."""
-
-    def __init__(
-        self, runtime: Runtime, place: Landing, items: Sequence[Item], found: Mapping[str, Found]
-    ) -> None:
-        """Nothing was written yet; `found` is what may be overwritten."""
-        self.written: dict[str, Written] = {}
-        self.refused: list[tuple[str, str]] = []  # key, reason
-        self.without_metadata = 0
-        self.progress = Progress(runtime, "restored", items)
-        self._place, self._found = place, found
-        self._folders: set[str] = set()
-
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        """Writes one object. Raises BackupError where the place is to blame, and not the object's name."""
-        path = f"{self._place.root}/{item.key}"
-        try:
-            self._make_folder(os.path.dirname(path))
-            etag = self._fill(item, path, stream, metadata)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise self._failure(item, error) from error
-            self.refused.append((item.key, error.strerror or str(error)))
+                answer = self._wait(fetched)
+            except S3Error as error:
+                if error.status in OTHER_NOW:
+                    return "extracted", ""
+                if not error.status:  # the source does not answer at all
+                    raise
+                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
+            ours = archived.read(len(answer.body))
+            if ours != answer.body:
+                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
+                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
+                    return "extracted", ""
+                unlike = map(int.__ne__, ours, answer.body)
+                place = next(itertools.compress(itertools.count(offset), unlike))
+                return "differing", f"its content differs from byte {place:,} on"
+            offset += len(ours)
+        self._compare_headers(each, answer)
+        return "equal", ""
+
+    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
+        """Compares what the archive has of an object's headers and tags, if it has them."""
+        if "headers" not in each.facts:
             return
-        found = self._found.get(item.key)
-        self.written[item.key] = Written(item.size_bytes, etag, found.etag if found else "")
-        self.progress.add(1, 0)
+        then, now = each.facts["headers"], headers_of(answer)
+        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if int(answer.headers.get("x-amz-tagging-count") or 0):
+            key = f"{self.client.store.key_prefix}{each.key}"
+            with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+                tags = self._wait(in_background(lambda: self.client.tags(key)))
+                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
+        if other and each.is_same_time:
+            self.found.headers_changed.add(each.key, ", ".join(other))
+        elif other:
+            self.found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
 
-    def set_times(self, items: Iterable[Item]) -> None:
-        """Gives files that are there already their times, which a restore that was killed had yet to set."""
-        for item in items:
-            if self._found[item.key].modified != item.modified:
-                try:
-                    os.utime(
-                        self._place.root / item.key, (item.modified, item.modified), follow_symlinks=False
-                    )
-                except OSError as error:
-                    self.refused.append((item.key, f"its time cannot be set: {error.strerror}"))
-
-    def _make_folder(self, folder: str) -> None:
-        if folder not in self._folders:
-            os.makedirs(folder, exist_ok=True)
-            self._folders.add(folder)
-
-    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> str:
-        """Writes the content; returns the ETag that it should get."""
-        is_there = item.key in self._found
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags | (os.O_TRUNC if is_there else os.O_EXCL), 0o644)
+    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
+        """What the source answers. It has its own deadline, and borg waits meanwhile."""
+        self.waits = True
         try:
-            etag = Etag(in_parts=item.size_bytes > part_end(0))
-            while data := stream.read(READ_BYTES):
-                if self._place.mount:
-                    etag.update(data)
-                write_all(fd, data)
-                self.progress.add(0, len(data))
-            for name, value in metadata.items():
-                self._set_metadata(fd, name, value)
-            if not self._place.mount:
-                os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
+            return asked.result()
         finally:
-            os.close(fd)
-        return etag.text()
-
-    def _set_metadata(self, fd: int, name: str, value: str) -> None:
-        try:
-            os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
-        except OSError as error:
-            if error.errno not in NO_METADATA:
-                raise
-            self.without_metadata += 1
-
-    def _failure(self, item: Item, error: OSError) -> BackupError:
-        """The error for a place that takes no more."""
-        mount = self._place.mount
-        reason = f"{error.strerror}: {mount.log.reason}" if mount else f"{error.strerror}"
-        full = error.errno in FULL_DISK
-        hint = "Make room, and run it again" if full else "Run it again"
-        return BackupError(
-            f"cannot write {item.key!r} to {self._place.title}: {reason}",
-            f"{hint}: it goes on where it was.",
-        )
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Writes all of `data`. TigrisFS has no memory left for a moment while uploads fail. Raises OSError."""
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(fd, rest) :]
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            time.sleep(POLL_SECONDS * 5)  # whoever waits for us has a deadline
-
-
-def restore(runtime: Runtime, target: Target, order: Order) -> int:
-    """Restores an archive, or a part of it; returns the exit code. Raises BackupError."""
-    start, console = time.monotonic(), runtime.console
-    with opened_place(runtime, order) as place:
-        with opened_for_reading(runtime, target, "a restore") as repository:
-            archives = archive_times(repository)
-            archive, why = choose_archive(archives, runtime.settings.label, order.archive, order.until)
-            console.info("restore", f"archive {archive} of target {target.name} ({why})")
-            contents = select(read_contents(runtime, repository, archive), order.paths)
-            fates, found = compare(runtime, repository, place, archive, contents.items)
-            if order.dry_run:
-                return tell(runtime, place, contents, fates, order.overwrite)
-            items = to_write(runtime, place, contents, fates, found, order.overwrite)
-            writer = Writer(runtime, place, items, found)
-            if not place.client:
-                writer.set_times(item for item in contents.items if fates[item.key] is Fate.KEEP)
-            if items:
-                write_items(runtime, repository, place, archive, items, writer)
-        make_empty_folders(place, contents, writer)
-        if place.mount:
-            settle(runtime, place.mount, lambda: compare_objects(runtime, place, writer.written))
-        else:
-            flush_disk(place)
-    if place.client:
-        audit_objects(runtime, place, writer.written)
-    return report(runtime, place, contents, fates, writer, time.monotonic() - start)
-
-
-def write_items(
-    runtime: Runtime,
-    repository: Repository,
-    place: Landing,
-    archive: str,
-    items: Sequence[Item],
-    writer: Writer,
-) -> None:
-    """Writes these objects out of the archive to their place."""
-    if place.mount:
-        place.mount.holds_nothing = False
-    export(runtime, repository, place, archive, items, writer.write)
-
-
-def summarize(items: Iterable[Item]) -> str:
-    """`3 objects, 12 kB`."""
-    sizes = [item.size_bytes for item in items]
-    return f"{count(len(sizes), 'object')}, {size(sum(sizes))}"
-
-
-def tell(
-    runtime: Runtime, place: Landing, contents: Inventory, fates: Mapping[str, Fate], overwrite: bool
-) -> int:
-    """What a restore would do, one line for each object, and in all."""
-    words = {Fate.DIFFERENT: "overwrite" if overwrite else "refuse"}
-    rows = [(words.get(fates[item.key], fates[item.key].value), item) for item in contents.items]
-    for word, item in rows:
-        runtime.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}")
-    for word in dict.fromkeys(word for word, _ in rows):
-        text = summarize(item for other, item in rows if other == word)
-        runtime.console.info("restore", f"dry run to {place.title}: {word}: {text}")
-    return EXIT_FAILURE if any(word == "refuse" for word, _ in rows) else EXIT_OK
-
-
-def to_write(
-    runtime: Runtime,
-    place: Landing,
-    contents: Inventory,
-    fates: Mapping[str, Fate],
-    found: Mapping[str, Found],
-    overwrite: bool,
-) -> list[Item]:
-    """The objects to be written. Raises BackupError where some would be overwritten that must not be."""
-    items = [item for item in contents.items if fates[item.key] is not Fate.KEEP]
-    different = [item for item in items if fates[item.key] is Fate.DIFFERENT]
-    if different and not overwrite:
-        for item in different[:PREVIOUS_NAMED]:
-            runtime.console.error("restore", f"{item.key!r} is there with other content")
-        raise BackupError(
-            f"{count(len(different), 'object')} in {place.title} would be overwritten; nothing was written",
-            "Restore to another place, or say --overwrite.",
-        )
-    kept = len(contents.items) - len(items)
-    there = f"; {count(kept, 'object')} there already" if kept else ""
-    runtime.console.info("restore", f"to {place.title}: {summarize(items)}{there}")
-    if not place.mount:
-        check_room(place, items, found)
-    return items
-
-
-def check_room(place: Landing, items: Iterable[Item], found: Mapping[str, Found]) -> None:
-    """Raises BackupError where the disk is certain to be too small for what is there to grow to."""
-    needed = sum(
-        max(0, item.size_bytes - (found[item.key].size_bytes if item.key in found else 0)) for item in items
-    )
-    disk = os.statvfs(place.root)
-    free = disk.f_bavail * disk.f_frsize
-    if needed > free and disk.f_blocks:
-        raise BackupError(
-            f"{place.title} has {size(free)} free, and {size(needed)} are to be added; nothing was written",
-            "Make room, restore a part of it, or restore to another place.",
-        )
-
-
-def make_empty_folders(place: Landing, contents: Inventory, writer: Writer) -> None:
-    """Makes the folders in which nothing is. In a bucket that is an empty object."""
-    for key in contents.empty_folders:
-        try:
-            if place.client:
-                name = f"{place.client.store.key_prefix}{key}/"
-                if not place.client.find(name):
-                    place.client.put(name, b"")
-            else:
-                os.makedirs(place.root / key, exist_ok=True)
-        except OSError as error:
-            writer.refused.append((f"{key}/", error.strerror or str(error)))
-
-
-def flush_disk(place: Landing) -> None:
-    """Waits until the disk has what was written. Raises BackupError where it could not take it."""
-    fd = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if LIBC.syncfs(fd):
-            reason = os.strerror(ctypes.get_errno())
-            raise BackupError(
-                f"{place.title}: the disk could not take what was written: {reason}", "Run it again."
-            )
-    finally:
-        os.close(fd)
-
-
-def object_mistake(written: Written, listed: S3Object, etags_are_md5: bool) -> str:
-    """What is wrong with an object that was written, as the bucket lists it; nothing if all is well."""
-    if listed.size_bytes != written.size_bytes:
-        return f"has {listed.size_bytes:,} of {written.size_bytes:,} bytes"
-    if written.previous and listed.etag == written.previous:
-        return "is not overwritten"
-    by_content = etags_are_md5 and "-" not in listed.etag + written.etag
-    return "has other content" if by_content and listed.etag != written.etag else ""
-
-
-def object_mistakes(client: S3Client, written: Mapping[str, Written], etags_are_md5: bool) -> list[str]:
-    """What the bucket lacks of what was written, or has otherwise. Raises S3Error."""
-    mistakes, seen = [], set()
-    for key, entry in listing(client, written.keys()):
-        seen.add(key)
-        if mistake := object_mistake(written[key], entry, etags_are_md5):
-            mistakes.append(f"{key!r} {mistake}")
-    return mistakes + [f"{key!r} is missing" for key in written if key not in seen]
-
-
-def compare_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> list[str]:
-    """`object_mistakes` of a place. Raises S3Error, Stopped."""
-    assert place.client
-    client = place.client
-    return within(
-        LIST_SECONDS,
-        f"{client.store.name}: listing the bucket",
-        lambda: object_mistakes(client, written, place.etags_are_md5),
-        runtime.stop,
-    )
-
-
-def audit_objects(runtime: Runtime, place: Landing, written: Mapping[str, Written]) -> None:
-    """Raises BackupError unless the bucket, now that nobody writes any more, lists all that was written."""
-    mistakes = compare_objects(runtime, place, written)
-    if mistakes:
-        raise BackupError(
-            f"{place.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
-            f"{f' and {len(mistakes) - 5:,} more' if len(mistakes) > 5 else ''}",
-            "Run it again: it goes on where it was.",
-        )
-
-
-def report(
-    runtime: Runtime,
-    place: Landing,
-    contents: Inventory,
-    fates: Mapping[str, Fate],
-    writer: Writer,
-    seconds: float,
-) -> int:
-    """Says what was restored and names what was not; returns the exit code."""
-    console = runtime.console
-    warnings = [f"{key!r} could not be restored: {reason}" for key, reason in sorted(writer.refused)]
-    warnings += [f"{key!r} is no plain file, and is left out" for key in contents.others]
-    warnings += [
-        f"{item.key!r} is damaged in the repository: parts of it are zeros"
-        for item in contents.items
-        if not item.is_whole
-    ]
-    if not contents.items:
-        warnings.append("this archive holds no objects; --at and --archive choose another (see `list`)")
-    for warning in warnings[:MAX_NAMED]:
-        console.warning("restore", warning)
-    if len(warnings) > MAX_NAMED:
-        console.warning("restore", f"{len(warnings) - MAX_NAMED:,} more warnings")
-    if writer.without_metadata:
-        console.warning("restore", f"{place.title} takes no user metadata: it was left out")
-    kept = sum(fate is Fate.KEEP for fate in fates.values())
-    done = sum(written.size_bytes for written in writer.written.values())
-    console.info(
-        "restore",
-        f"restored {count(len(writer.written), 'object')}, {size(done)}, to {place.title} in"
-        f" {duration(seconds)}{f'; {kept:,} were there already' if kept else ''}",
-    )
-    return EXIT_WARNINGS if warnings or writer.without_metadata else EXIT_OK
+            self.waits = False
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
@@ -8679,7 +8853,6 @@ MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease nam
 
 
 def state_folder() -> Path:
-    """Where the state files are."""
     return Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
 
 
@@ -8726,7 +8899,6 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(stream: IO[str], facts: Mapping[str, Any]) -> None:
-    """Notes facts in place of those that were there."""
     stream.truncate(0)
     stream.write(json.dumps(facts) if facts else "")
     stream.flush()
@@ -8741,20 +8913,6 @@ def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
             tell_end(runtime, store)
         except BackupError as error:
             runtime.console.warning(store.name, f"the mount before this one: {error}")
-    words = [store.name, *(["--read-write"] if read_write else [])]
-    code, said_nothing = start_keeper(runtime, store, words)
-    if code == EXIT_OK:
-        runtime.console.plain(advice(store, runtime.settings.mount_point(store), read_write))
-    if code == EXIT_BUSY and said_nothing:
-        return await_other_mount(runtime, store, read_write)
-    return code
-
-
-def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[int, bool]:
-    """Starts a keeper, and waits until its mount is usable: 0, or until it ends: its exit code.
-
-    Also returns whether it said nothing. Raises BackupError when it does neither in time, Stopped.
-    """
     ready, lines = threading.Event(), []
 
     def show(line: str) -> None:
@@ -8764,19 +8922,29 @@ def start_keeper(runtime: Runtime, store: Store, words: Sequence[str]) -> tuple[
             lines.append(line)
             print(line, file=sys.stderr, flush=True)
 
-    argv = [sys.executable, os.path.abspath(__file__), KEEP_COMMAND, *words]
+    words = [KEEP_COMMAND, store.name, *(["--read-write"] if read_write else [])]
+    argv = [sys.executable, os.path.abspath(__file__), *words]
     keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
     patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
     deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
     while not ready.wait(POLL_SECONDS / 4):
         if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            return code or EXIT_FAILURE, not lines
+            if code == EXIT_BUSY and not lines:  # another one was quicker
+                return await_other_mount(runtime, store, read_write)
+            return code or EXIT_FAILURE
         if runtime.stop.requested or time.monotonic() > deadline:
             keeper.send(signal.SIGTERM)
             keeper.wait(TERMINATE_SECONDS)
             runtime.stop.check()
             raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
-    return EXIT_OK, not lines
+    path = runtime.settings.mount_point(store)
+    runtime.console.plain(
+        f"{store.name} ({store.location}) is mounted"
+        f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
+        f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
+        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
+    )
+    return EXIT_OK
 
 
 def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
@@ -8796,21 +8964,6 @@ def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
     return EXIT_OK
 
 
-def advice(store: Store, path: Path, read_write: bool) -> str:
-    """What to type next."""
-    quoted = shlex.quote(str(path))
-    if store.target is None:
-        how = "for reading and writing" if read_write else "read-only"
-        first = f"ls {quoted}"
-    else:
-        how, first = "for reading and writing", f"borg list {quoted}"
-    return (
-        f"{store.name} ({store.location}) is mounted {how} at {path}\n"
-        f"next:      {first}\n"
-        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
-    )
-
-
 def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     """The keeper's life: mounts, says so, and waits until somebody unmounts or a stop signal comes."""
     path = state_file(runtime, store)
@@ -8822,10 +8975,7 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     with stream:
         write_state(stream, {})
         try:
-            check = examine(S3Client(store, stop=runtime.stop), write=read_write)
-            with contextlib.ExitStack() as undo:
-                client = S3Client(store, check.region, PROVEN, runtime.stop)
-                keep_store(runtime, client, check, read_write, stream, undo)
+            keep_store(runtime, store, read_write, stream)
             code = EXIT_OK
         except BackupError as error:
             runtime.console.error(store.name, str(error))
@@ -8835,61 +8985,47 @@ def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
     return code
 
 
-def keep_store(
-    runtime: Runtime,
-    client: S3Client,
-    check: Preflight,
-    read_write: bool,
-    stream: IO[str],
-    undo: contextlib.ExitStack,
-) -> None:
-    """Mounts, under the lease where it is a target, and waits for the end; `undo` gives the lease back."""
-    store, state = client.store, Path(stream.name)
-    request, log = state.with_suffix(REQUEST), state.with_suffix(LOG)
+def keep_store(runtime: Runtime, store: Store, read_write: bool, stream: IO[str]) -> None:
+    """Mounts, under the lease where it is a target, and waits for the end."""
+    check = examine(S3Client(store, stop=runtime.stop), write=read_write)
+    client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
+    request, log = (Path(stream.name).with_suffix(suffix) for suffix in (REQUEST, LOG))
     for left_over in (request, log):
         left_over.unlink(missing_ok=True)
-    lease = None
-    if store.target and check.repository_state(store) is RepositoryState.READY:
-        lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-        if lease.enforced:
-            remove_leftovers(runtime, store, lease, find_leftovers(client))
-    with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
-        wait_until_usable(runtime, mount)
-        if store.target:
-            warm_up(runtime, mount)
-        if store.target and not lease:
-            # `borg init` wants an empty folder: what is listed before the lease is there does not show it.
-            mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-            mount.lease.add(mount.child)
-        write_state(stream, {"writable": read_write})
-        print(READY_LINE, flush=True)
-        detach_output(log)
-        mount.is_by_hand = read_write
-        written, uploaded_at = until_unmounted(runtime, mount, client, request)
-    if written:
-        audit_upload(runtime, client, written)
-    elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
-        raise BackupError(
-            f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
-            WRITE_AGAIN,
-        )
-
-
-def until_unmounted(
-    runtime: Runtime, mount: Mount, client: S3Client, request: Path
-) -> tuple[dict[str, int], float]:
-    """Waits until the mount is gone or a stop signal comes, and uploads everything when somebody asks for it.
-
-    Returns what they said that the repository holds, and when all was uploaded as far as it could be.
-    """
-    written, uploaded_at = {}, 0.0
-    while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-        if request.exists():
-            written = json.loads(request.read_text(encoding="utf-8"))
-            upload(runtime, mount, client, written)
-            uploaded_at = time.monotonic()
-            request.unlink()
-    return written, uploaded_at
+    with contextlib.ExitStack() as undo:  # gives the lease back
+        if store.target and check.repository_state(store) is RepositoryState.READY:
+            lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+            if lease.enforced:
+                remove_leftovers(runtime, store, lease, find_leftovers(client))
+        with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+            wait_until_usable(runtime, mount)
+            if store.target:
+                warm_up(runtime, mount)
+            if store.target and not lease:
+                # `borg init` wants an empty folder: a listing from before the lease does not show that.
+                mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+                mount.lease.add(mount.child)
+            write_state(stream, {"writable": read_write})
+            print(READY_LINE, flush=True)
+            log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            for fd in (1, 2):  # whoever reads our output sees its end
+                os.dup2(log_fd, fd)
+            os.close(log_fd)
+            mount.is_by_hand = read_write
+            written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
+            while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+                if request.exists():
+                    written = json.loads(request.read_text(encoding="utf-8"))
+                    upload(runtime, mount, client, written)
+                    uploaded_at = time.monotonic()
+                    request.unlink()
+        if written:
+            audit_upload(runtime, client, written)
+        elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
+            raise BackupError(
+                f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
+                WRITE_AGAIN,
+            )
 
 
 def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
@@ -8900,7 +9036,15 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
     """
     if mount.holds_nothing:  # it is read-only
         return
-    told = in_background(lambda: sync_folder(mount.path))
+
+    def sync() -> None:
+        folder_fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_fd)  # of all that is below it, without a word about errors
+        finally:
+            os.close(folder_fd)
+
+    told = in_background(sync)
 
     def unsure() -> list[str]:
         return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
@@ -8910,36 +9054,6 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
 
     settle(runtime, mount, differences if written else unsure)
     mount.holds_nothing = False  # whoever works in it may go on
-
-
-def sync_folder(folder: Path) -> None:
-    """Has a file system write all that is below a folder. TigrisFS does, and tells of no error."""
-    folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder_fd)
-    finally:
-        os.close(folder_fd)
-
-
-def detach_output(log: Path) -> None:
-    """Sends all further output to a file, so that whoever reads ours sees its end."""
-    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    for fd in (1, 2):
-        os.dup2(log_fd, fd)
-    os.close(log_fd)
-
-
-def request_upload(runtime: Runtime, store: Store, path: Path, request: Path) -> None:
-    """Has the keeper upload everything; returns when it has, or gives up.
-
-    It gets to know what a repository holds, to compare it with the bucket as long as it has the lease.
-    """
-    written = repository_files(runtime, store, path) if store.target else {}
-    replace_file(request, json.dumps(written))
-    while request.exists() and keeper_is_alive(runtime, store):
-        runtime.stop.check()
-        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        time.sleep(POLL_SECONDS / 4)
 
 
 def detach_by_hand(runtime: Runtime, store: Store, path: Path) -> None:
@@ -8960,15 +9074,24 @@ def umount_manually(runtime: Runtime, store: Store) -> int:
 
     Raises BackupError when that is not certain, and where another command has mounted it.
     """
-    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
-    while keeper_is_alive(runtime, store):  # which sees to it that this ends
-        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
-            request_upload(runtime, store, path, state.with_suffix(REQUEST))
-            if keeper_is_alive(runtime, store):
-                detach_by_hand(runtime, store, path)
+    path = resolved(runtime.settings.mount_point(store))
+    request = state_file(runtime, store).with_suffix(REQUEST)
+
+    def wait_a_little() -> None:
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
         time.sleep(POLL_SECONDS / 4)
+
+    while keeper_is_alive(runtime, store):  # which sees to it that this ends
+        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
+            # The keeper compares what a repository holds with the bucket, as long as it has the lease.
+            written = repository_files(runtime, store, path) if store.target else {}
+            replace_file(request, json.dumps(written))
+            while request.exists() and keeper_is_alive(runtime, store):  # it may give up
+                wait_a_little()
+            if keeper_is_alive(runtime, store):
+                detach_by_hand(runtime, store, path)
+        wait_a_little()
     return tell_end(runtime, store)
 
 
@@ -9004,117 +9127,37 @@ def tell_end(runtime: Runtime, store: Store) -> int:
 # --------------------------------------------------------------------------------------------- Command line
 
 KEEP_COMMAND = "_keep"
+SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
+DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A parsed command line."""
-
-    command: str
-    names: tuple[str, ...] = ()  # all words that are no options
-    options: Mapping[str, Any] = field(default_factory=dict)  # without their dashes
-
-
-@dataclass(frozen=True)
-class Takes:
-    """How many words a command takes, and what these are."""
-
-    least: int
-    most: float
-    what: str
+NOTHING = (0, 0, "no names")
+A_STORE = (1, 1, "one name: source or target-<name>")
+STORES = (0, math.inf, "names: source or target-<name>")
+A_TARGET = (1, 1, "one name, that of a target")
+TARGETS = (0, math.inf, "names of targets")
+A_TARGET_AND_PATHS = (1, math.inf, "the name of a target, and keys or folders of keys")
+A_TARGET_AND_WORDS = (2, math.inf, "the name of a target and a command of borg")
 
 
-NOTHING = Takes(0, 0, "no names")
-A_STORE = Takes(1, 1, "one name: source or target-<name>")
-STORES = Takes(0, math.inf, "names: source or target-<name>")
-A_TARGET = Takes(1, 1, "one name, that of a target")
-TARGETS = Takes(0, math.inf, "names of targets")
+def value_of(parse: Callable[[str], Result], hint: str) -> Callable[[str], Result]:
+    """The parser of an option's value, which may not be nothing: a script's variable that is not set, say."""
 
+    def parsed(text: str) -> Result:
+        value = parse(text)
+        if not value:
+            raise argparse.ArgumentTypeError(hint)
+        return value
 
-@dataclass(frozen=True)
-class Command:
-    """What can be typed: help, parsing and what is done come from here."""
-
-    usage: str  # what follows the command's name
-    about: str
-    takes: Takes
-    run: Callable[[Runtime, Arguments], int]
-    declare: Callable[[OptionParser], object] = lambda _: None  # its options
-    needs_source: bool = False  # whether the source has to be configured
-    prints_data: bool = False  # on standard output, so that all else goes to standard error
-    mistake: Callable[[Arguments], str] = lambda _: ""  # what else is wrong with a command line
-
-
-def declare_read_write(parser: OptionParser) -> None:
-    """The option of `mount`."""
-    parser.add_argument(
-        "--read-write", action="store_true", help="so that objects can be restored into the source"
-    )
-
-
-def declare_json(parser: OptionParser) -> None:
-    """The option of what can answer to a program."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-
-def declare_key_forms(parser: OptionParser) -> None:
-    """The options of `key-export`."""
-    forms = parser.add_mutually_exclusive_group()
-    for option, what in (
-        ("--paper", "to print, and to type in again"),
-        ("--qr-html", "as HTML with a QR code"),
-    ):
-        forms.add_argument(option, dest="form", action="store_const", const=[option], default=[], help=what)
-
-
-def mount_mistake(arguments: Arguments) -> str:
-    """What is wrong with `mount NAME --read-write`: targets are always mounted so."""
-    wrong = arguments.options["read_write"] and arguments.names != ("source",)
-    return "`--read-write` goes with `mount source`" if wrong else ""
-
-
-def a_value(text: str) -> str:
-    """What an option is given, which may not be nothing: a script's variable that is not set, say."""
-    if not text:
-        raise argparse.ArgumentTypeError("needs a value; leave it out for the newest archive")
-    return text
-
-
-def declare_restore(parser: OptionParser) -> None:
-    """The options of `restore`."""
-    parser.add_argument("--archive", type=a_value, metavar="NAME", help="this one, instead of the newest")
-    parser.add_argument(
-        "--at", type=a_value, metavar="TIME", help="the newest one until then, such as 2025-01-31T03:00"
-    )
-    parser.add_argument("--to", metavar="DIR", help="restore into this folder")
-    parser.add_argument("--to-bucket", metavar="BUCKET[:PREFIX]", help="restore into this bucket")
-    parser.add_argument("--overwrite", action="store_true", help="what is there with other content, too")
-    parser.add_argument("--dry-run", action="store_true", help="only tell what would be done")
-
-
-def restore_mistake(arguments: Arguments) -> str:
-    """What is wrong with the words of `restore`."""
-    options = arguments.options
-    if (options["to"] is None) == (options["to_bucket"] is None):
-        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
-    if options["archive"] and options["at"]:
-        return "`restore` takes --archive NAME or --at TIME, not both"
-    if options["to"] == "":
-        return "--to: name a folder"
-    if any(not path.strip("/") for path in arguments.names[1:]):
-        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
-    try:
-        end_of_time(options["at"] or "2025-01-31")
-    except (ValueError, OverflowError):
-        return f"--at: {options['at']!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
-    return ""
+    return parsed
 
 
 def chosen_destination(settings: Settings, location: str) -> Destination:
     """The bucket to restore into. Raises ConfigurationError."""
     bucket, _, prefix = location.partition(":")
     store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistakes = [f"--to-bucket: {mistake}" for mistake in path_mistakes(bucket, prefix)]
+    mistake = path_mistake(location)
+    mistakes = [f"--to-bucket: {mistake}"] if mistake else []
     mistakes += missing_settings(store) if bucket else []
     for target in settings.targets:
         mistakes += overlap_mistakes([target.store, store])
@@ -9123,39 +9166,31 @@ def chosen_destination(settings: Settings, location: str) -> Destination:
     return store
 
 
-def command_restore(runtime: Runtime, arguments: Arguments) -> int:
-    """An archive, back where it can be used."""
-    options, (name, *paths) = arguments.options, arguments.names
+def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
+    settings, (name, *paths) = runtime.settings, given.names
     order = Order(
         tuple(paths),
-        options["archive"] or "",
-        end_of_time(options["at"]) if options["at"] else None,
-        Path(options["to"]) if options["to"] else None,
-        chosen_destination(runtime.settings, options["to_bucket"])
-        if options["to_bucket"] is not None
-        else None,
-        options["overwrite"],
-        options["dry_run"],
+        given.archive or "",
+        end_of_time(given.at) if given.at else None,
+        Path(given.to) if given.to else None,
+        chosen_destination(settings, given.to_bucket) if given.to_bucket is not None else None,
+        Path(given.metadata) if given.metadata else None,
+        given.overwrite,
+        given.dry_run,
     )
-    return restore(runtime, chosen_target(runtime.settings, name), order)
+    return restore(runtime, chosen_target(settings, name), order)
 
 
-def command_run(runtime: Runtime, arguments: Arguments) -> int:
-    """A backup."""
-    return run_backup(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_mount(runtime: Runtime, arguments: Arguments) -> int:
+def command_mount(runtime: Runtime, given: argparse.Namespace) -> int:
     """A mount that lives on; or, as its keeper, its life."""
-    store, read_write = chosen_store(runtime.settings, arguments.names[0]), arguments.options["read_write"]
-    if arguments.command == KEEP_COMMAND:
-        return keep_mounted(runtime, store, read_write or store.target is not None)
-    return mount_manually(runtime, store, read_write or store.target is not None)
+    store = chosen_store(runtime.settings, given.names[0])
+    work = keep_mounted if given.command == KEEP_COMMAND else mount_manually
+    return work(runtime, store, given.read_write or store.target is not None)
 
 
-def command_umount(runtime: Runtime, arguments: Arguments) -> int:
+def command_umount(runtime: Runtime, given: argparse.Namespace) -> int:
     """The end of such mounts, of all without names."""
-    stores = [chosen_store(runtime.settings, name) for name in arguments.names]
+    stores = [chosen_store(runtime.settings, name) for name in given.names]
     if not stores:
         stores = [store for store in runtime.settings.stores if is_kept(runtime, store)]
     if not stores:
@@ -9172,189 +9207,190 @@ def command_umount(runtime: Runtime, arguments: Arguments) -> int:
     return max(codes)
 
 
-def command_list(runtime: Runtime, arguments: Arguments) -> int:
-    """The archives."""
-    targets = chosen_targets(runtime.settings, arguments.names)
-    return list_archives(runtime, targets, arguments.options["json"])
-
-
-def command_info(runtime: Runtime, arguments: Arguments) -> int:
-    """What is known about targets."""
-    return show_info(runtime, chosen_targets(runtime.settings, arguments.names), arguments.options["json"])
-
-
-def command_maintain(runtime: Runtime, arguments: Arguments) -> int:
-    """What repositories need now and then."""
-    return maintain(runtime, chosen_targets(runtime.settings, arguments.names))
-
-
-def command_key_export(runtime: Runtime, arguments: Arguments) -> int:
-    """A repository's key."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    return export_key(runtime, target, arguments.options["form"])
-
-
-def declare_verify(parser: OptionParser) -> None:
-    """The options of `verify`."""
-    parser.add_argument(
-        "--archive", type=a_value, metavar="ARCHIVE", help="which one; the newest of BACKUP_LABEL by default"
-    )
-    parser.add_argument(
-        "--sample",
-        type=a_sample,
-        default=DEFAULT_SAMPLE,
-        metavar="N",
-        help=f"how many objects are proved: a number, a share such as 1%%, or all (default {DEFAULT_SAMPLE})",
-    )
-    parser.add_argument("--seed", type=int, help="choose the same sample as when this seed was printed")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def a_sample(text: str) -> Sample:
-    """A sample, for an option."""
-    sample = Sample.parse(text)
-    if not sample:
-        raise argparse.ArgumentTypeError(SAMPLE_HELP)
-    return sample
-
-
-def command_verify(runtime: Runtime, arguments: Arguments) -> int:
-    """A verification."""
-    target, options = chosen_target(runtime.settings, arguments.names[0]), arguments.options
-    seed = secrets.randbelow(10**9) if options["seed"] is None else options["seed"]
-    return run_verify(runtime, target, options["archive"], options["sample"], seed, options["json"])
-
-
-def declare_check(parser: OptionParser) -> None:
-    """The options of `check`."""
-    parser.add_argument(
-        "--max-duration",
-        type=a_duration,
-        metavar="TIME",
-        help="check for at most so long (such as 30m) from where the last such slice stopped: segments only",
-    )
-    parser.add_argument(
-        "--verify-data", action="store_true", help="decrypt and verify each piece of data, too"
+def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    seed = secrets.randbelow(10**9) if given.seed is None else given.seed
+    return run_verify(
+        runtime, target, given.archive, given.sample or Sample.parse(DEFAULT_SAMPLE), seed, given.json
     )
 
 
-def a_duration(text: str) -> int:
-    """Seconds, for an option."""
-    seconds = parse_duration(text)
-    if not seconds:
-        raise argparse.ArgumentTypeError("write a number and a unit (s, m, h), such as 30m")
-    return seconds
+def command_check(runtime: Runtime, given: argparse.Namespace) -> int:
+    target = chosen_target(runtime.settings, given.names[0])
+    with opened_for_writing(runtime, target, "`check`") as repository:
+        checked = check_repository(runtime, repository, CheckPlan(given.max_duration), given.verify_data)
+    expect_sound(repository, checked.record)
+    return EXIT_OK
 
 
-def check_mistake(arguments: Arguments) -> str:
-    """What is wrong with a command line of `check`."""
-    both = arguments.options["max_duration"] and arguments.options["verify_data"]
-    return "`--verify-data` looks at everything: leave out `--max-duration`" if both else ""
+def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
+    form = ["--paper"] if given.paper else ["--qr-html"] if given.qr_html else []
+    return export_key(runtime, chosen_target(runtime.settings, given.names[0]), form)
 
 
-def command_check(runtime: Runtime, arguments: Arguments) -> int:
-    """A check."""
-    target = chosen_target(runtime.settings, arguments.names[0])
-    plan = CheckPlan(arguments.options["max_duration"])
-    return run_check(runtime, target, plan, arguments.options["verify_data"])
-
-
-def command_borg(runtime: Runtime, arguments: Arguments) -> int:
-    """Any command of borg."""
-    name, *words = arguments.names
-    return run_borg(runtime, chosen_target(runtime.settings, name), words)
-
-
-COMMANDS = {
-    "run": Command(
-        "[NAME...]",
-        "back up to all targets, or to the named ones (this is what no command at all does)",
-        TARGETS,
-        command_run,
-        needs_source=True,
-    ),
-    "check-config": Command(
-        "",
-        "check the configuration and ask every store whether it is usable; changes nothing",
-        NOTHING,
-        lambda runtime, _: check_config(runtime),
-        needs_source=True,
-    ),
-    "list": Command(
-        "[NAME...] [--json]",
-        "show the archives of all targets, or of the named ones",
-        TARGETS,
-        command_list,
-        declare_json,
-        prints_data=True,
-    ),
-    "info": Command(
-        "[NAME...] [--json]",
-        "show size, last run, key and last check of all targets, or of the named ones",
-        TARGETS,
-        command_info,
-        declare_json,
-        prints_data=True,
-    ),
-    "maintain": Command(
-        "[NAME...]",
-        "prune, compact and check all targets, or the named ones; needs no source",
-        TARGETS,
-        command_maintain,
-    ),
-    "key-export": Command(
-        "NAME [--paper|--qr-html]",
-        "print the key of a repository: keep it, with the passphrase, elsewhere",
-        A_TARGET,
-        command_key_export,
-        declare_key_forms,
-        prints_data=True,
-    ),
-    "verify": Command(
-        "NAME",
-        "compare an archive with the live bucket, and prove the content of a sample of it",
-        A_TARGET,
-        command_verify,
-        declare_verify,
-        needs_source=True,
-        prints_data=True,
-    ),
-    "check": Command(
-        "NAME",
-        "check a repository with `borg check`, whole or for some time; never repairs",
-        A_TARGET,
-        command_check,
-        declare_check,
-        mistake=check_mistake,
-    ),
-    "borg": Command(
-        "NAME ARGS...",
-        "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
-        Takes(2, math.inf, "the name of a target and a command of borg"),
-        command_borg,
-        prints_data=True,
-    ),
-    "restore": Command(
-        "NAME [PATH...]",
-        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
-        Takes(1, math.inf, "the name of a target, and keys or folders of keys"),
-        command_restore,
-        declare_restore,
-        mistake=restore_mistake,
-    ),
-    "mount": Command(
-        "NAME",
-        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
-        A_STORE,
-        command_mount,
-        declare_read_write,
-        mistake=mount_mistake,
-    ),
-    "umount": Command(
-        "[NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount
-    ),
+PARSERS: dict[str, OptionParser] = {}  # of what follows a command's name
+OPTION_TYPES = {
+    "--archive": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--at": value_of(str, "needs a value; leave it out for the newest archive"),
+    "--max-duration": value_of(parse_duration, "write a number and a unit (s, m, h), such as 30m"),
+    "--sample": value_of(Sample.parse, SAMPLE_HELP),
+    "--seed": int,
 }
-HIDDEN_COMMANDS = {KEEP_COMMAND: Command("NAME", "", A_STORE, command_mount, declare_read_write)}
+
+
+def command(
+    usage: str,
+    about: str,
+    takes: tuple[int, float, str],
+    run: Callable[[Runtime, argparse.Namespace], int],
+    options: Mapping[str, str] | None = None,
+    alternatives: bool = False,
+) -> None:
+    """Declares what can be typed, and what is done then.
+
+    `takes` is how many words that are no options, at least and at most, and what these are; `options` tell
+    what follows them, and their help; `alternatives` exclude each other.
+    """
+    parser, name = OptionParser(), usage.partition(" ")[0]
+    parser.prog, parser.usage, parser.description = name, usage, about
+    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
+    group = parser.add_mutually_exclusive_group() if alternatives else parser
+    known = []
+    for words, text in (options or {}).items():
+        word, _, value = words.partition(" ")
+        known.append(word)
+        if value:
+            group.add_argument(word, metavar=value, type=OPTION_TYPES.get(word), help=text)
+        else:
+            group.add_argument(word, action="store_true", help=text)
+    parser.set_defaults(command=name, takes=takes, run=run, known=known)
+    PARSERS[name] = parser
+
+
+JSON = {"--json": "print JSON, for programs"}
+READ_WRITE = {"--read-write": "so that objects can be restored into the source"}
+command(
+    "run [NAME...]",
+    "back up to all targets, or to the named ones (this is what no command at all does)",
+    TARGETS,
+    lambda runtime, given: run_backup(runtime, chosen_targets(runtime.settings, given.names)),
+)
+command(
+    "check-config",
+    "check the configuration and ask every store whether it is usable; changes nothing",
+    NOTHING,
+    lambda runtime, _: check_config(runtime),
+)
+command(
+    "list [NAME...] [--json]",
+    "show the archives of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: list_archives(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+)
+command(
+    "info [NAME...] [--json]",
+    "show size, last run, key and last check of all targets, or of the named ones",
+    TARGETS,
+    lambda runtime, given: show_info(runtime, chosen_targets(runtime.settings, given.names), given.json),
+    JSON,
+)
+command(
+    "maintain [NAME...]",
+    "prune, compact and check all targets, or the named ones; needs no source",
+    TARGETS,
+    lambda runtime, given: maintain(runtime, chosen_targets(runtime.settings, given.names)),
+)
+command(
+    "key-export NAME [--paper|--qr-html]",
+    "print the key of a repository: keep it, with the passphrase, elsewhere",
+    A_TARGET,
+    command_key_export,
+    {"--paper": "to print, and to type in again", "--qr-html": "as HTML with a QR code"},
+    alternatives=True,
+)
+command(
+    "verify NAME",
+    "compare an archive with the live bucket, and prove the content of a sample of it",
+    A_TARGET,
+    command_verify,
+    {
+        "--archive ARCHIVE": "which one; the newest of BACKUP_LABEL by default",
+        "--sample N": "how many objects are proved: a number, a share such as 1%%, or all"
+        f" (default {DEFAULT_SAMPLE})",
+        "--seed SEED": "choose the same sample as when this seed was printed",
+        "--json": "print the result as JSON",
+    },
+)
+command(
+    "check NAME",
+    "check a repository with `borg check`, whole or for some time; never repairs",
+    A_TARGET,
+    command_check,
+    {
+        "--max-duration TIME": "check for at most so long (such as 30m) from where the last such slice"
+        " stopped: segments only",
+        "--verify-data": "decrypt and verify each piece of data, too",
+    },
+)
+command(
+    "borg NAME ARGS...",
+    "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
+    A_TARGET_AND_WORDS,
+    lambda runtime, given: run_borg(
+        runtime, chosen_target(runtime.settings, given.names[0]), given.names[1:]
+    ),
+)
+command(
+    "restore NAME [PATH...]",
+    "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
+    A_TARGET_AND_PATHS,
+    command_restore,
+    {
+        "--archive NAME": "this one, instead of the newest",
+        "--at TIME": "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone,"
+        " +01:00 or Z",
+        "--to DIR": "restore into this folder",
+        "--to-bucket BUCKET[:PREFIX]": "restore into this bucket",
+        "--metadata FILE": "write the objects' headers and tags there, a JSON object a line",
+        "--overwrite": "what is there with other content, headers or tags, too",
+        "--dry-run": "only tell what would be done",
+    },
+)
+command(
+    "mount NAME",
+    "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
+    A_STORE,
+    command_mount,
+    READ_WRITE,
+)
+command("umount [NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount)
+COMMANDS = dict(PARSERS)  # those that a person types
+command(f"{KEEP_COMMAND} NAME", "", A_STORE, command_mount, READ_WRITE)
+
+
+def usage_mistake(given: argparse.Namespace) -> str:
+    """What is wrong with a command line as a whole; empty where nothing is."""
+    if given.command == "mount" and given.read_write and given.names != ["source"]:
+        return "`--read-write` goes with `mount source`"  # targets are always mounted so
+    if given.command == "check" and given.max_duration and given.verify_data:
+        return "`--verify-data` looks at everything: leave out `--max-duration`"
+    if given.command != "restore":
+        return ""
+    if (given.to is None) == (given.to_bucket is None):
+        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
+    if given.archive and given.at:
+        return "`restore` takes --archive NAME or --at TIME, not both"
+    if given.to == "":
+        return "--to: name a folder"
+    if any(not path.strip("/") for path in given.names[1:]):
+        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
+    try:
+        end_of_time(given.at or "2025-01-31")
+    except (ValueError, OverflowError):
+        return f"--at: {given.at!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
+    return ""
+
 
 GREETING = """\
 s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
@@ -9396,57 +9432,26 @@ exit codes:
 USAGE_COLUMNS = 22  # of a command and what follows it, in the help
 
 
-def help_text() -> str:
-    """The answer to `--help`."""
-    lines = []
-    for name, command in COMMANDS.items():
-        usage = f"{name} {command.usage}".rstrip()
-        lines += [f"  {usage}"] if len(usage) >= USAGE_COLUMNS else []
-        lines.append(f"  {usage if len(usage) < USAGE_COLUMNS else '':{USAGE_COLUMNS}}{command.about}")
-    return HELP.format(commands="\n".join(lines))
-
-
-def command_help(name: str) -> str:
-    """The answer to `COMMAND --help`."""
-    command = COMMANDS[name]
-    parser = OptionParser()
-    parser.prog, parser.usage, parser.description = name, f"{name} {command.usage}".rstrip(), command.about
-    command.declare(parser)
-    return parser.format_help()
-
-
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line's meaning. Raises ConfigurationError with what is wrong."""
     name, *words = argv or ["run"]
-    command = {**COMMANDS, **HIDDEN_COMMANDS}.get(name)
-    if command is None:
+    if name not in PARSERS:
         raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
-    options: dict[str, Any] = {}
-    if name != "borg":  # whose words are for borg to judge
-        options, words = parse_options(name, command, words)
-    if not command.takes.least <= len(words) <= command.takes.most:
-        raise ConfigurationError([f"`{name}` takes {command.takes.what} (see --help)"])
-    arguments = Arguments(name, tuple(words), options)
-    if mistake := command.mistake(arguments):
-        raise ConfigurationError([mistake])
-    return arguments
-
-
-def parse_options(name: str, command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A command's options, and the other words. Raises ConfigurationError."""
-    parser = OptionParser()
-    command.declare(parser)
-    known = [word for word in parser.format_help().replace(",", " ").split() if word.startswith("--")]
-    parser.add_argument("names", nargs="*")
     try:
-        found, unknown = parser.parse_known_intermixed_args(words)
+        given, unknown = PARSERS[name].parse_known_intermixed_args([] if name == "borg" else words)
     except ValueError as error:
         raise ConfigurationError([f"`{name}`: {error} (see `{name} --help`)"]) from None
     if unknown:
-        hint = near(unknown[0].partition("=")[0], known) if known else f"`{name}` has none"
+        hint = near(unknown[0].partition("=")[0], given.known) if given.known else f"`{name}` has none"
         raise ConfigurationError([f"unknown option {unknown[0]!r}; {hint} (see `{name} --help`)"])
-    options = vars(found)
-    return options, options.pop("names")
+    if name == "borg":  # whose words are for borg to judge
+        given.names = words
+    least, most, what = given.takes
+    if not least <= len(given.names) <= most:
+        raise ConfigurationError([f"`{name}` takes {what} (see --help)"])
+    if mistake := usage_mistake(given):
+        raise ConfigurationError([mistake])
+    return given
 
 
 def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
@@ -9463,7 +9468,6 @@ def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
 
 
 def chosen_target(settings: Settings, name: str) -> Target:
-    """The target called so. Raises ConfigurationError where there is none."""
     return chosen_targets(settings, [name])[0]
 
 
@@ -9483,7 +9487,7 @@ def is_ours(argv: Sequence[str]) -> bool:
     """Whether a command line is for us. `borg` is, unless one of borg's own commands or an option follows."""
     if argv[:1] == ["borg"]:
         return len(argv) > 1 and argv[1] not in BORG_COMMANDS and not argv[1].startswith("-")
-    return not argv or argv[0].startswith("-") or argv[0] in COMMANDS or argv[0] in HIDDEN_COMMANDS
+    return not argv or argv[0].startswith("-") or argv[0] in PARSERS
 
 
 def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -9567,13 +9571,18 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
 
 def told_at_once(argv: Sequence[str]) -> str:
     """The answer to what needs no configuration: help and version; nothing where something else is asked."""
-    if argv[:1] in (["-h"], ["--help"], ["help"]):
-        return help_text()
     if argv[:1] == ["--version"]:
         return f"s3borgbackup {VERSION}\n"
     if argv and argv[0] in COMMANDS and argv[0] != "borg" and {"-h", "--help"} & set(argv):
-        return command_help(argv[0])
-    return ""
+        return COMMANDS[argv[0]].format_help()
+    if argv[:1] not in (["-h"], ["--help"], ["help"]):
+        return ""
+    lines = []
+    for parser in COMMANDS.values():
+        usage = parser.usage if len(parser.usage) < USAGE_COLUMNS else ""
+        lines += [] if usage else [f"  {parser.usage}"]
+        lines.append(f"  {usage:{USAGE_COLUMNS}}{parser.description}")
+    return HELP.format(commands="\n".join(lines))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -9596,47 +9605,34 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     stop = Stop()
     stop.install()
     reporter = Reporter(reporting, console, stop, report)
-    code = perform(
-        argv, environ, lambda needs_source: checked_settings(values, mistakes, needs_source), reporter
-    )
-    if report.command in TOLD_COMMANDS:
-        reporter.end(code)
-    return code
-
-
-def perform(
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    read_settings: Callable[[bool], Settings],
-    reporter: Reporter,
-) -> int:
-    """Does what the command line says; prints errors and returns the exit code."""
-    console, report = reporter.console, reporter.report
-    arguments = Arguments("s3borgbackup")
+    name = "s3borgbackup"
     try:
-        arguments = parse_arguments(argv)
-        command = {**COMMANDS, **HIDDEN_COMMANDS}[arguments.command]
-        if command.prints_data:
+        given = parse_arguments(argv)
+        name = given.command
+        if name in DATA_COMMANDS:
             console.leave_standard_output()
         if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
             console.plain(GREETING)
-        settings = read_settings(command.needs_source)
+        settings = checked_settings(values, mistakes, name in SOURCE_COMMANDS)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
         memory_mb = settings.memory_limit_mb or container_memory_mb()
-        if arguments.command in TOLD_COMMANDS:
+        if name in TOLD_COMMANDS:
             reporter.start()
-        return command.run(Runtime(settings, environ, console, reporter.stop, memory_mb, report), arguments)
+        code = given.run(Runtime(settings, environ, console, stop, memory_mb, report), given)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
-        return error.exit_code
+        code = error.exit_code
     except BackupError as error:
-        console.error(arguments.command, str(error))
-        return error.exit_code
+        console.error(name, str(error))
+        code = error.exit_code
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
-        console.defect(arguments.command, error)
-        return EXIT_FAILURE
+        console.defect(name, error)
+        code = EXIT_FAILURE
+    if report.command in TOLD_COMMANDS:
+        reporter.end(code)
+    return code
 
 
 def secrets_in(values: Mapping[str, str]) -> list[str]:

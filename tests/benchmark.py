@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmark_contenders import CONTENDERS, Contender, Place, measure
-from benchmark_report import PHASES, Measurement, ReportError, load, save, table, write_report
+from benchmark_contenders import BEFORE, CONTENDERS, Contender, Place, measure
+from benchmark_report import PHASES, RESTORE, Measurement, ReportError, load, save, table, write_report
 from demo import STOP_SIGNALS, say, stop, workplace
 from helpers import Bucket, seal_environment
 from servers import ADMIN, SeaweedFS, ServerError, ToxicProxy, Toxiproxy, s3_client
@@ -128,7 +128,8 @@ def plan(
             usual = [
                 name
                 for name, contender in CONTENDERS.items()
-                if not contender.is_variant or (dataset, latency_ms) == VARIANTS_AT
+                if (not contender.is_variant or (dataset, latency_ms) == VARIANTS_AT)
+                and (not contender.is_asked_for or BEFORE in os.environ)
             ]
             chosen = [CONTENDERS[name] for name in contenders or usual]
             groups.append(
@@ -186,6 +187,7 @@ class Benchmark:
         self._run_phase(group, places, "unchanged", 0)
         new_bytes = _store(group.dataset.changes(), source, files, group.dataset.settle_seconds)
         self._run_phase(group, places, "changed", new_bytes)
+        self._run_phase(group, places, RESTORE, 0)
 
     def _run_phase(self, group: Group, places: Sequence[Place], phase: str, new_bytes: int) -> None:
         """All contenders, one after another; without those that failed before."""
@@ -195,7 +197,8 @@ class Benchmark:
                 continue
             latency_ms = None if contender.is_local else group.latency_ms
             described = Measurement(contender.name, group.dataset.name, latency_ms, phase)
-            self._say(f"{group.dataset.name}, {group.latency_ms} ms: {contender.name}, {PHASES[phase]} ...")
+            what = f"{contender.name}, {PHASES.get(phase, phase)}"
+            self._say(f"{group.dataset.name}, {group.latency_ms} ms: {what} ...")
             if any(one.failure and one.series == described.series for one in earlier):
                 self._keep(replace(described, failure="not run, as an earlier run failed"))
             else:
@@ -220,11 +223,12 @@ class Benchmark:
 def _place(contender: Contender, number: int, server: SeaweedFS, proxy: ToxicProxy, folder: Path) -> Place:
     """Where a contender works, with its empty buckets."""
     targets = tuple(f"target-{number}-{copy}" for copy in range(contender.target_count))
-    for name in targets:
+    restored = f"restored-{number}"
+    for name in (*targets, restored):
         Bucket(server, name).create()
     own = folder / f"contender-{number}"
     own.mkdir()
-    return Place(own, server, proxy.endpoint, "source", targets, folder / "files")
+    return Place(own, server, proxy.endpoint, "source", targets, folder / "files", restored)
 
 
 @contextlib.contextmanager
@@ -313,6 +317,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for option, details in options.items():
         parser.add_argument(option, action="append", **details)  # type: ignore[arg-type]
     parser.add_argument("--json", type=Path, metavar="FILE", help="write raw results there, after each run")
+    parser.add_argument("--before", metavar="FILE", help="measure this backup.py, too")
     parser.add_argument("--report", action="store_true", help="write the table into README.md, and the chart")
     parser.add_argument(
         "--from",
@@ -322,6 +327,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="measure nothing, take the raw results of FILE",
     )
     options_given = parser.parse_args(arguments)
+    if options_given.before:
+        os.environ[BEFORE] = str(Path(options_given.before).resolve())
     if min(options_given.latency or [0]) < 0:
         parser.error("--latency: no less than 0")
     return options_given
@@ -357,7 +364,7 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_USAGE
     failures = [one for one in measurements if one.failure]
     for one in failures:
-        say(f"\nfailed: {one.contender}, {one.dataset}, {PHASES[one.phase]}: {one.failure}")
+        say(f"\nfailed: {one.contender}, {one.dataset}, {PHASES.get(one.phase, one.phase)}: {one.failure}")
     return EXIT_FAILED if failures else 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from benchmark_report import PHASES, Measurement
+from benchmark_report import PHASES, RESTORE, Measurement
 from helpers import BACKUP, PASSPHRASE, borg_environment, mounts_below, settings
 from servers import READER, WRITER, Identity, SeaweedFS, die_with_parent
 
@@ -131,6 +131,8 @@ class Processes:
 
 # ------------------------------------------------------------------------------------------------- Contenders
 
+BEFORE = "BENCHMARK_BEFORE"  # a variable: the path of another backup.py that is measured, too
+
 
 @dataclass(frozen=True)
 class Place:
@@ -142,6 +144,7 @@ class Place:
     source: str
     targets: tuple[str, ...]
     local_files: Path  # the same files as in the source
+    restored: str  # an empty bucket
 
     @property
     def target(self) -> str:
@@ -163,12 +166,26 @@ class Contender:
     phases: tuple[str, ...] = tuple(PHASES)
     is_local: bool = False  # it uses no network, so latency is nothing to it
     is_variant: bool = False  # not measured everywhere by default
+    is_asked_for: bool = False  # and this one nowhere
 
 
-def _run_s3borgbackup(place: Place, processes: Processes, _phase: str) -> None:
+def _run_s3borgbackup(place: Place, processes: Processes, phase: str, program: str | Path = BACKUP) -> None:
     targets = {bucket: {"path": bucket, "endpoint": place.endpoint} for bucket in place.targets}
-    environment = settings(place.server, place.folder, place.source, targets, SOURCE_ENDPOINT=place.endpoint)
-    processes.run([sys.executable, BACKUP], environment)
+    restore = {
+        "RESTORE_ENDPOINT": place.endpoint,
+        "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
+        "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+    }
+    environment = settings(
+        place.server, place.folder, place.source, targets, SOURCE_ENDPOINT=place.endpoint, **restore
+    )
+    arguments = ["restore", place.target, "--to-bucket", place.restored] if phase == RESTORE else []
+    processes.run([sys.executable, program, *arguments], environment)
+
+
+def _run_before(place: Place, processes: Processes, phase: str) -> None:
+    """Another backup.py, say of the release before, that `--before` names."""
+    _run_s3borgbackup(place, processes, phase, os.environ[BEFORE])
 
 
 @contextlib.contextmanager
@@ -248,14 +265,14 @@ def _run_restic(place: Place, processes: Processes, phase: str) -> None:
         processes.run([*restic, "backup", "--ignore-inode", source], environment)
 
 
-def _run_rclone(place: Place, processes: Processes, _phase: str, *options: str) -> None:
+def _run_rclone(place: Place, processes: Processes, phase: str, *options: str) -> None:
     """Between two remotes, so that the data takes the way through rclone and is not copied by the server."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(place.folder),
         "RCLONE_CONFIG": str(place.folder / "rclone.conf"),
     }
-    for name, identity in (("SOURCE", READER), ("TARGET", WRITER)):
+    for name, identity in (("SOURCE", READER), ("TARGET", WRITER), ("RESTORED", WRITER)):
         fields = {
             "TYPE": "s3",
             "PROVIDER": "SeaweedFS",
@@ -265,8 +282,8 @@ def _run_rclone(place: Place, processes: Processes, _phase: str, *options: str) 
             "NO_CHECK_BUCKET": "true",
         }
         environment |= {f"RCLONE_CONFIG_{name}_{field}": value for field, value in fields.items()}
-    command = ["rclone", "sync", *options, f"source:{place.source}", f"target:{place.target}"]
-    processes.run(command, environment)
+    ways = [f"source:{place.source}", f"target:{place.target}", f"restored:{place.restored}"]
+    processes.run(["rclone", "sync", *options, *(ways[1:] if phase == RESTORE else ways[:2])], environment)
 
 
 def _run_rclone_checksum(place: Place, processes: Processes, phase: str) -> None:
@@ -279,7 +296,15 @@ _MOUNTING = ("tigrisfs", "fusermount3")
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("s3borgbackup", _run_s3borgbackup, ("borg", *_MOUNTING)),
+        Contender("s3borgbackup", _run_s3borgbackup, ("borg", *_MOUNTING), phases=(*PHASES, RESTORE)),
+        Contender(
+            "s3borgbackup, before",
+            _run_before,
+            ("borg", *_MOUNTING),
+            phases=(*PHASES, RESTORE),
+            is_variant=True,
+            is_asked_for=True,
+        ),
         Contender(
             "s3borgbackup, two targets",
             _run_s3borgbackup,
@@ -291,7 +316,7 @@ CONTENDERS = {
         Contender("plain", _run_plain, ("borg", *_MOUNTING)),
         Contender("plain, --noxattrs", _run_plain_noxattrs, ("borg", *_MOUNTING), is_variant=True),
         Contender("restic", _run_restic, ("restic", *_MOUNTING)),
-        Contender("rclone", _run_rclone, ("rclone",)),
+        Contender("rclone", _run_rclone, ("rclone",), phases=(*PHASES, RESTORE)),
         Contender("rclone, --checksum", _run_rclone_checksum, ("rclone",), is_variant=True),
         Contender("borg, local disk", _run_local, ("borg",), is_local=True),
     )

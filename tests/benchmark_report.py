@@ -12,6 +12,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 PHASES = {"first": "first run", "unchanged": "unchanged", "changed": "1 % changed"}
+RESTORE = "restored"  # a phase of those who can: into an empty bucket
 BASELINE = "plain"  # what the ratios are to
 CHART_GROUP = ("mixed", 20)
 
@@ -94,6 +95,7 @@ COLUMNS = (
     "bucket",
     "contender",
     *(f"{title}, s (of plain)" for title in PHASES.values()),
+    "restored into a bucket, s",
     "requests",
     "read from source, MB",
     "peak memory, MB",
@@ -178,7 +180,7 @@ def _row_cells(row: Row, all_rows: Sequence[Row]) -> list[str]:
     return [
         row.any.dataset + latency,
         row.any.contender,
-        *(_time_cell(row, phase, all_rows) for phase in PHASES),
+        *(_time_cell(row, phase, all_rows) for phase in (*PHASES, RESTORE)),
         _requests_cell(row),
         _source_cell(row),
         f"{peak / 1e6:.0f}" if peak else "-",
@@ -214,7 +216,7 @@ def _chart_rows(measurements: Sequence[Measurement]) -> list[Row]:
 
     Those without all phases are left out.
     """
-    complete = [row for row in rows(measurements) if len(row.phases) == len(PHASES)]
+    complete = [row for row in rows(measurements) if PHASES.keys() <= row.phases.keys()]
     if not complete:
         raise ReportError(
             "there is no contender that was measured in all phases, so there is nothing to draw"
@@ -277,7 +279,8 @@ def chart(measurements: Sequence[Measurement]) -> str:
     """An SVG of horizontal bars: seconds of each contender and phase. Raises ReportError."""
     charted = _chart_rows(measurements)
     largest = max(
-        (one.seconds for row in charted for one in row.phases.values() if not one.failure), default=1
+        (row.phases[phase].seconds for row in charted for phase in PHASES if not row.phases[phase].failure),
+        default=1,
     )
     scale = (WIDTH - LABEL_WIDTH - VALUE_WIDTH) / largest
     group_height = len(PHASES) * BAR_STEP + GROUP_GAP

@@ -1,7 +1,8 @@
 """Shows s3borgbackup at work, on this machine alone: `tests/demo` installs what it needs and starts it.
 
 It starts a small S3 server with sample data, backs the sample bucket up to two other buckets, changes
-something, backs up again, and restores an object the way you would. Every command is shown before it runs.
+something, backs up again, and restores an object the way you would, and the whole bucket. Every command is
+shown before it runs.
 The exit code is 0 only when what was restored is what was there. What it makes is in a temporary folder,
 which is removed at the end, after Ctrl-C too.
 """
@@ -28,7 +29,7 @@ from helpers import (
     seal_environment,
     settings,
 )
-from servers import SeaweedFS, terminate_with_parent
+from servers import WRITER, SeaweedFS, terminate_with_parent
 
 OBJECT_COUNT = 300
 LARGE_OBJECT_BYTES = 50 * 1024 * 1024
@@ -38,6 +39,14 @@ ENDING_SECONDS = 60
 CHANGED_KEY = "Straße/čeština/日本語.txt"
 DELETED_KEY = "plain.txt"
 ADDED_KEY = "added/after the first backup.txt"
+# No folder can hold the first one beside the second one.
+ODD_KEY, BESIDE_KEY = "notes", "notes/today.txt"
+PAGE_KEY = "site/index.html"
+PAGE = {
+    "ContentType": "text/html; charset=utf-8",
+    "CacheControl": "max-age=3600",
+    "Metadata": {"author": "me"},
+}
 
 
 class DemoFailed(Exception):
@@ -122,9 +131,16 @@ def make_sample_data(source: Bucket) -> None:
     objects = sample_objects(7, OBJECT_COUNT, largest_bytes=200_000)
     objects["videos/large.bin"] = random.Random(7).randbytes(LARGE_OBJECT_BYTES)
     source.put(objects)
+    source.put({ODD_KEY: b"a file and a folder, for S3\n"})  # first: SeaweedFS would drop it if it came last
+    source.put({BESIDE_KEY: b"below it\n"})
+    source.client.put_object(
+        Bucket=source.name, Key=PAGE_KEY, Body=b"<h1>Hello</h1>", Tagging="team=web", **PAGE
+    )
     total = sum(map(len, objects.values()))
-    say(f"The bucket {source.name!r} has {len(objects)} objects, {total / 1e6:.0f} MB; one of them is 50 MB.")
+    counted = f"{len(objects) + 3} objects, {total / 1e6:.0f} MB"
+    say(f"The bucket {source.name!r} has {counted}; one of them is 50 MB.")
     say("Some names are unusual: blanks, UTF-8, '+', '%', a line break, 200 characters.")
+    say(f"{ODD_KEY!r} beside {BESIDE_KEY!r} is possible on S3 only; {PAGE_KEY!r} has headers and a tag.")
 
 
 def show_settings(environment: Mapping[str, str]) -> None:
@@ -168,11 +184,22 @@ def restore(environment: Mapping[str, str], folder: Path, versions: Mapping[str,
             expect(restored == content, f"{CHANGED_KEY!r} is restored, byte for byte: {description}")
 
 
+def restore_bucket(environment: Mapping[str, str], source: Bucket, restored: Bucket) -> None:
+    """Restore the newest archive into an empty bucket, and compare that with the source."""
+    run(environment, "backup.py", "restore", "first", "--to-bucket", restored.name)
+    expect(restored.contents() == source.contents(), "it has the source's objects, byte for byte")
+    expect(ODD_KEY in restored.sizes(), f"{ODD_KEY!r} beside {BESIDE_KEY!r}, too")
+    head = restored.client.head_object(Bucket=restored.name, Key=PAGE_KEY)
+    say(f"  {PAGE_KEY!r}: {', '.join(f'{name}: {head[name]}' for name in PAGE)}")
+    expect(all(head[name] == value for name, value in PAGE.items()), "its headers are back")
+    tags = restored.client.get_object_tagging(Bucket=restored.name, Key=PAGE_KEY)["TagSet"]
+    expect(tags == [{"Key": "team", "Value": "web"}], "and its tag")
+
+
 def demonstrate(server: SeaweedFS, folder: Path) -> None:
     """The story that the reader sees."""
     source = Bucket(server, "my-bucket").create()
-    for name in ("backups-one", "backups-two"):
-        Bucket(server, name).create()
+    restored, *_ = [Bucket(server, name).create() for name in ("restored", "backups-one", "backups-two")]
     step("1. A bucket with data, on an S3 server of our own")
     say(f"SeaweedFS serves S3 at {server.endpoint}, on this machine only.")
     make_sample_data(source)
@@ -186,7 +213,11 @@ def demonstrate(server: SeaweedFS, folder: Path) -> None:
         },
         "second": {"path": "backups-two:some/prefix", "compression": "lz4"},
     }
-    environment = settings(server, folder, source.name, targets, BACKUP_LABEL="demo")
+    keys = {
+        "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
+        "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+    }
+    environment = settings(server, folder, source.name, targets, BACKUP_LABEL="demo", **keys)
     show_settings(environment)
     say("The source's key may only read. Is every store usable?")
     run(environment, "backup.py", "check-config")
@@ -203,7 +234,10 @@ def demonstrate(server: SeaweedFS, folder: Path) -> None:
     versions = {"the first version": original, "the second version": source.get(CHANGED_KEY)}
     restore(environment, folder, versions)
 
-    step("6. Nothing is left running or mounted")
+    step("6. Restoring the bucket: every key, every byte, every header")
+    restore_bucket(environment, source, restored)
+
+    step("7. Nothing is left running or mounted")
     expect(not leftovers(folder), "no process, no mount")
 
 

@@ -5,6 +5,7 @@ mistake there must not hide itself.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -430,6 +431,9 @@ def borg_environment(base_folder: Path, passphrase: str = PASSPHRASE) -> dict[st
     }
 
 
+MANIFEST_PATH = "data/s3borgbackup/manifest.jsonl"
+
+
 @dataclass(frozen=True)
 class Repository:
     """A borg repository in a local folder, looked at with plain borg."""
@@ -486,12 +490,25 @@ class Repository:
     def contents(self, archive: str, source_folder: Path, folder: Path) -> dict[str, bytes]:
         """The objects in an archive (key → content), by extracting it into `folder`.
 
-        `source_folder` is where the source was mounted (`<DATA_DIR>/source`); the archive holds nothing else.
+        `source_folder` is where the source was mounted (`<DATA_DIR>/source`). Besides, the archive holds the
+        manifest, and the objects that no mount shows.
         """
         extracted = tree(self.extract(archive, folder))
         start = str(source_folder).lstrip("/") + "/"
-        assert all(path.startswith(start) for path in extracted), f"something outside {start} in {archive}"
-        return {path.removeprefix(start): body for path, body in extracted.items()}
+        found = {path.removeprefix(start): body for path, body in extracted.items() if path.startswith(start)}
+        others = {path: body for path, body in extracted.items() if not path.startswith(start)}
+        for line in others.pop(MANIFEST_PATH, b"").splitlines():
+            entry = json.loads(line)
+            name = hashlib.sha256(entry["key"].encode("utf-8", "surrogateescape")).hexdigest()[:32]
+            if (path := f"data/s3borgbackup/objects/{name}") in others:
+                found[entry["key"]] = others.pop(path)
+        assert not others, f"something outside {start} in {archive}"
+        return found
+
+    def manifest(self, archive: str) -> dict[str, dict[str, Any]]:
+        """An archive's manifest: what it has of each key."""
+        lines = self.borg("extract", "--stdout", f"{self.folder}::{archive}", MANIFEST_PATH).splitlines()
+        return {entry["key"]: entry for entry in map(json.loads, lines)}
 
 
 # ------------------------------------------------------------------------------------------ Running backup.py

@@ -13,11 +13,11 @@ from helpers import borg_environment
 
 STORE = backup.Store("first", "http://127.0.0.1:1", "bucket", "", "key-id", "key-secret")
 TARGET = backup.Target("first", STORE, "pass-phrase", "repokey-blake2", False, "lz4", ("--keep-daily=7",), 10)
-REPOSITORY, SOURCE = Path("/data/target-first"), Path("/data/source")
+REPOSITORY = Path("/data/target-first")
 COMMANDS = {
     "init": backup.borg_init(TARGET, REPOSITORY),
     "list": backup.borg_newest(REPOSITORY, bypass_lock=True),
-    "create": backup.borg_create(TARGET, "label", REPOSITORY, SOURCE),
+    "create": backup.borg_create(TARGET, "label", REPOSITORY),
     "prune": backup.borg_prune(TARGET, "label", REPOSITORY),
     "compact": backup.borg_compact(TARGET, REPOSITORY),
 }
@@ -86,17 +86,27 @@ def message(level: str, text: str, msgid: str = "") -> dict[str, object]:
     return {"type": "log_message", "levelname": level, "message": text, "msgid": msgid, "name": "borg"}
 
 
-def test_an_unreadable_object_is_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    log = log_of(
-        message("WARNING", "data/source/x: read: [Errno 5] Input/output error: 'x'", "BackupIOError")
-    )
-    assert (log.io_errors, log.warnings) == (1, 1)
+@pytest.mark.parametrize(
+    ("text", "msgid"),
+    [
+        ("data/source/x: read: [Errno 5] Input/output error: 'x'", "BackupIOError"),
+        ("data/source/x: open: [Errno 13] Permission denied: 'x'", "BackupPermissionError"),
+        ("data/source/x: read: [Errno 2] No such file", "BackupFileNotFoundError"),
+    ],
+)
+def test_what_borg_could_not_read_is_no_warning_where_our_own_client_tries_next(
+    capsys: pytest.CaptureFixture[str], text: str, msgid: str
+) -> None:
+    """That is, where borg is fed; elsewhere nobody else would tell of it."""
+    assert log_of(message("WARNING", text, msgid)).warnings == 1
     assert "data/source/x" in capsys.readouterr().err
-
-
-def test_a_vanished_object_is_a_warning_only() -> None:
-    log = log_of(message("WARNING", "data/source/x: read: [Errno 2] No such file", "BackupFileNotFoundError"))
-    assert (log.io_errors, log.warnings) == (0, 1)
+    told = []
+    log = backup.BorgLog("target-first", backup.Console(debug=False), backup.Stop(), told.append)
+    log.feed(json.dumps(message("WARNING", text, msgid)))
+    log.feed('{"type": "fed_status", "number": 7, "status": "E"}')
+    assert log.warnings == 0
+    assert capsys.readouterr().err == ""
+    assert told == [{"type": "fed_status", "number": 7, "status": "E"}]
 
 
 def test_the_hard_link_note_is_explained_and_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:

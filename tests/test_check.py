@@ -42,9 +42,7 @@ def day(number: float) -> datetime:
     ],
 )
 def test_what_check_means(text: str, plan: backup.CheckPlan | None) -> None:
-    mistakes: list[str] = []
-    assert backup.parse_check("setting", text, mistakes) == plan
-    assert mistakes == []
+    assert backup.parse_check(text) == plan
 
 
 @pytest.mark.parametrize(
@@ -66,10 +64,8 @@ def test_what_check_means(text: str, plan: backup.CheckPlan | None) -> None:
     ],
 )
 def test_what_check_cannot_mean_is_a_mistake_that_says_what_to_write(text: str) -> None:
-    mistakes: list[str] = []
-    assert backup.parse_check('TARGETS "first"."check"', text, mistakes) is None
-    [mistake] = mistakes
-    assert mistake.startswith(f'TARGETS "first"."check": {text!r} is not understood; write such as 30m')
+    with pytest.raises(ValueError, match=f"^{re.escape(repr(text))} is not understood; write such as 30m"):
+        backup.parse_check(text)
 
 
 @pytest.mark.parametrize("value", ["never", 30, True, ["30m"]])

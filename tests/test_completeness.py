@@ -1,7 +1,6 @@
-"""The completeness audit: each object of the source that an archive lacks is named, with its reason."""
+"""Completeness: an archive has each object that the source lists; what it lacks is named, with its reason."""
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import backup
 from faults.proxy import Action, FaultProxy, Request
 from helpers import (
     BACKUP,
+    MANIFEST_PATH,
     Backup,
     Bucket,
     Repository,
@@ -29,20 +29,13 @@ from helpers import (
     wait_until,
     with_target,
 )
-from servers import READER, Moto, SeaweedFS
+from servers import Moto, SeaweedFS
 
 NewBucket = Callable[..., Bucket]
 
 LONG = "l" * 300
-# What S3 keeps and no mount can show, with the audit's reason.
-UNSHOWN = {
-    "a": "it is hidden by objects below the same name",
-    "deep/er": "it is hidden by objects below the same name",
-    "x//y": "no file can have this name",
-    "./z": "no file can have this name",
-    "in/../side": "no file can have this name",
-    "trail/": "no file can have this name",
-}
+# What S3 keeps and no mount can show: hidden by objects below the same name, or a name that no file can have.
+UNSHOWN = {key: key.encode() * 3 for key in ("a", "deep/er", "x//y", "./z", "in/../side", "trail/")}
 # No disk takes a name of 300 bytes, but Linux lets FUSE show one of up to 1024, and so borg has it.
 SHOWN = {
     "a/b": b"below a",
@@ -56,127 +49,120 @@ SHOWN = {
 MARKER = "empty folder/"
 SLOW = "lzma,6"  # some 2 MB a second
 FILLER_BYTES = 10_000_000
+LARGE_BYTES = 20_000_000  # more than the window that reading ahead has with 256 MB
 
 
 # --------------------------------------------------------------------------------------------- Pure decisions
 
 
 @pytest.mark.parametrize(
-    ("key", "failed", "hidden", "reason"),
+    ("key", "size_bytes", "is_shown"),
     [
-        *((key, False, "hidden" in reason, reason) for key, reason in UNSHOWN.items()),
-        ("l" * 1025, False, False, "no file can have this name"),
-        (LONG, False, False, "the mount did not show it"),
-        ("/leading", False, False, "no file can have this name"),
-        ("a/.", False, False, "no file can have this name"),
-        ("..", False, False, "no file can have this name"),
-        ("nul\0byte", False, False, "no file can have this name"),
-        ("ü" * 513, False, False, "no file can have this name"),
-        ("ü" * 512, False, False, "the mount did not show it"),
-        ("...", False, False, "the mount did not show it"),
-        (".hidden/..x/y..", False, False, "the mount did not show it"),
-        ("unreadable", True, False, "it could not be read"),
+        *((key, 7, True) for key in SHOWN),
+        *((key, 7, key in ("a", "deep/er")) for key in UNSHOWN),  # what hides these is beside them
+        ("marker/", 0, True),
+        ("marker//", 0, False),
+        ("/", 0, False),
+        ("/leading", 7, False),
+        ("a/.", 7, False),
+        ("..", 7, False),
+        ("nul\0byte", 7, False),
+        ("return\rs", 7, False),
+        ("no XML \x01/below", 7, False),
+        ("no XML \ufffe", 7, False),
+        ("no UTF-8 \udcff", 7, False),
+        ("tab\t and line\nend", 7, True),
+        ("l" * 1025, 7, False),
+        ("l" * 1024, 7, True),
+        ("ü" * 513, 7, False),
+        ("ü" * 512, 7, True),
+        ("...", 7, True),
+        (".hidden/..x/y..", 7, True),
     ],
 )
-def test_the_reason_why_an_object_is_missing(key: str, failed: bool, hidden: bool, reason: str) -> None:
-    assert backup.why_missing(key, failed, hidden) == reason
+def test_what_a_mount_can_show(key: str, size_bytes: int, is_shown: bool) -> None:
+    assert backup.is_showable(key, size_bytes) == is_shown
 
 
-BEGAN = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
+LISTED_AT = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
 OF_BOTH = "it was overwritten meanwhile: what is archived may be of both versions"
 LARGE = backup.WHOLE_READ_BYTES + 1
 
 
 @pytest.mark.parametrize(
-    ("key", "archived", "age_seconds", "listed_bytes", "shown_bytes", "shown_age_seconds", "reason"),
+    ("is_read", "shown_bytes", "shown_after_seconds", "now_bytes", "reason", "noted"),
     [
-        ("old", True, 60, 5, 5, 60, ""),
-        ("old", False, 60, 5, 5, 60, "the mount did not show it"),
-        ("old", False, 60, 5, None, None, "the mount did not show it"),
-        ("folder", False, 60, 5, 0, 60, "it is hidden by objects below the same name"),
-        ("marker/", False, 60, 0, None, None, ""),
-        ("marker/", False, 60, 3, None, None, "no file can have this name"),
-        ("l" * 1025, False, 60, 5, None, None, "no file can have this name"),
-        ("/etc", False, 60, 5, None, None, "no file can have this name"),
-        ("nul\0byte", False, 60, 5, None, None, "no file can have this name"),
-        ("old/below", False, 60, 5, None, None, "the mount did not show it"),
-        ("new", False, -5, 5, None, None, ""),
-        ("new", False, 0, 5, None, None, ""),
-        (LONG, False, -5, 5, None, None, ""),
-        ("new", True, -5, 5, 5, -5, ""),
-        ("new", True, -5, 7, 5, 60, "it was overwritten meanwhile: 5 bytes are archived, it has 7"),
-        ("new", True, -5, 1200, 50, 60, "it was overwritten meanwhile: 50 bytes are archived, it has 1,200"),
-        ("new", True, -5, 5, 5, 60, ""),
-        ("new", True, -5, LARGE, LARGE, -5, ""),
-        ("new", True, -5, LARGE, LARGE, 60, OF_BOTH),
-        ("new", True, -5, 5, None, None, "it was overwritten meanwhile, and No such file or directory"),
+        # The mount was listed after it: that version was read, or will be by the next run.
+        (True, 7, 5, 7, "", (7, "new")),
+        (True, LARGE, 5, LARGE, "", (LARGE, "new")),
+        (False, 7, 5, 7, "", (7, "new")),
+        # It came after the mount was listed.
+        (False, 5, 0, 7, "", (5, "old")),
+        (True, 5, 0, 7, "it was overwritten meanwhile: 5 bytes are archived, it has 7", (5, "")),
+        (True, 50, 0, 1200, "it was overwritten meanwhile: 50 bytes are archived, it has 1,200", (50, "")),
+        (True, 5, 0, 5, "", (5, "")),
+        (True, LARGE, 0, LARGE, OF_BOTH, (LARGE, "")),
+        (True, None, None, 7, "it was overwritten meanwhile, and No such file or directory", (7, "")),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_object(
+def test_what_is_noted_of_an_object_that_was_overwritten_after_it_was_listed(
     tmp_path: Path,
-    key: str,
-    archived: bool,
-    age_seconds: int,
-    listed_bytes: int,
+    is_read: bool,
     shown_bytes: int | None,
-    shown_age_seconds: int | None,
+    shown_after_seconds: int | None,
+    now_bytes: int,
     reason: str,
+    noted: tuple[int, str],
 ) -> None:
-    """Ages are as the run begins; the mount shows the object with a size and an age of its own, or not."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "old").touch()
-    if shown_bytes is not None and shown_age_seconds is not None and key != "folder":
-        with (tmp_path / key).open("wb") as file:
+    """It was listed with 5 bytes, and overwritten 5 seconds later; the mount shows it as it was at a time."""
+    if shown_bytes is not None and shown_after_seconds is not None:
+        with (tmp_path / "key").open("wb") as file:
             file.truncate(shown_bytes)
-        when = BEGAN.timestamp() - shown_age_seconds
-        os.utime(tmp_path / key, (when, when))
-    archive = backup.ArchivedObjects(tmp_path)
-    archive.take("A" if archived else "-", f"{tmp_path}/{key}")
-    entry = backup.S3Object(key, listed_bytes, BEGAN - timedelta(seconds=age_seconds))
-    mount = SimpleNamespace(path=tmp_path, store=SimpleNamespace(name="source"))
-    assert backup.audit_object(entry, key, archive, mount, BEGAN) == reason
+        when = LISTED_AT.timestamp() + shown_after_seconds
+        os.utime(tmp_path / "key", (when, when))
+    since = LISTED_AT.timestamp() + (-60 if is_read else 60)
+    feeder = SimpleNamespace(
+        readers=[backup.Reader(since=since, began=1.0)],
+        mixed=backup.Findings(),
+        path=lambda each: str(tmp_path / each.key),
+    )
+    each = backup.S3Object("key", 5, LISTED_AT, "old")
+    now = backup.S3Object("key", now_bytes, LISTED_AT + timedelta(seconds=5), "new")
+    found = backup.Feeder._overwritten(feeder, each, now)
+    assert [why for _, why in feeder.mixed.named] == [reason] * bool(reason)
+    assert (found.size_bytes, found.etag) == noted
 
 
-@pytest.mark.parametrize(
-    ("status", "held", "failed"),
-    [("A", True, False), ("M", True, False), ("U", True, False), ("C", True, False), ("h", True, False),
-     ("E", False, True), ("d", False, False), ("x", False, False), ("-", False, False), ("", False, False)],
-)  # fmt: skip
-def test_what_borg_lists_as_added_changed_or_unchanged_is_archived(
-    status: str, held: bool, failed: bool
-) -> None:
-    archive = backup.ArchivedObjects(Path("/data/source"))
-    archive.take(status, "/data/source/folder/ü\udcff")
-    assert (archive.holds("folder/ü\udcff"), archive.failed("folder/ü\udcff")) == (held, failed)
-    assert not archive.holds("folder")
-
-
-DIGESTS = """
-import resource, sys
+CATALOG = """
+import datetime, pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
 import backup
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, texts = peak(), backup.Digests()
-for number in range(1_000_000):
-    texts.add(f"{number:->200}")
-assert all(f"{number:->200}" in texts for number in range(0, 1_000_000, 100))
-assert not any(f"{number}" in texts for number in range(10_000))
-print(peak() - before)
+now = datetime.datetime.now(datetime.UTC)
+
+def peak_with(number):
+    catalog = backup.Catalog(pathlib.Path(sys.argv[2], "catalog"))
+    keys = (f"folder {each % 100:02}/{each:->200}" for each in range(number))
+    catalog.add(backup.S3Object(key, 1, now, "e" * 32, facts={"headers": {"a": "b" * 100}}) for key in keys)
+    catalog.hide(catalog.unlistable())
+    assert sum(1 for each in map(backup.manifest_line, catalog.rows()) if each) == number
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+few, many = peak_with(10_000), peak_with(110_000)
+print((many - few) / 100_000)
 """
 
 
-def test_a_million_keys_are_kept_in_30_mb() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", DIGESTS, str(BACKUP.parent)], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 30_000_000
+def test_the_catalogs_memory_does_not_grow_with_the_bucket(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CATALOG, str(BACKUP.parent), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 20, "bytes for each object"
 
 
 # -------------------------------------------------------------------------------------------------- Real runs
 
 
 def named(result: Result) -> dict[str, str]:
-    """Key → reason of each object that the audit names."""
+    """Key → reason of each object that a run names as missing, or mixed."""
     pattern = r".*\] warning: '(.*)' is not, or not whole, in the archive: (.*)"
     return {match[1]: match[2] for line in result.lines if (match := re.fullmatch(pattern, line))}
 
@@ -185,7 +171,7 @@ def named(result: Result) -> dict[str, str]:
 def odd_source(moto: Moto, new_bucket: NewBucket) -> Bucket:
     """A source of some objects that a mount shows, and others that it does not."""
     bucket = new_bucket("source", on=moto)
-    bucket.put({**SHOWN, MARKER: b"", **dict.fromkeys(UNSHOWN, b"content")})
+    bucket.put({**SHOWN, MARKER: b"", **UNSHOWN})
     assert set(bucket.sizes()) == {*SHOWN, *UNSHOWN, MARKER}
     let_age(bucket)
     return bucket
@@ -202,11 +188,16 @@ def let_age(bucket: Bucket) -> None:
 
 def archive_of(target: Bucket, folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Key → SHA-256 of the objects of the newest archive; not extracted, which a disk may refuse."""
-    repository, start = Repository.download(target, folder), f"{environment['DATA_DIR']}/source/".lstrip("/")
-    archive = f"{folder}::{repository.archives()[-1]}"
-    lines = repository.borg("list", "--format", "{type} {sha256} {path}{NL}", archive).splitlines()
+    repository = Repository.download(target, folder)
+    archive, start = repository.archives()[-1], f"{environment['DATA_DIR']}/source/".lstrip("/")
+    lines = repository.borg(
+        "list", "--format", "{type} {sha256} {path}{NL}", f"{folder}::{archive}"
+    ).splitlines()
     entries = [line.split(" ", 2) for line in lines]
-    return {path.removeprefix(start): digest for kind, digest, path in entries if kind == "-"}
+    files = {path.removeprefix(start): digest for kind, digest, path in entries if kind == "-"}
+    assert files.pop(MANIFEST_PATH)
+    odd = {backup.odd_path(key): key for key in repository.manifest(archive)}
+    return {odd.get(path, path): digest for path, digest in files.items()}
 
 
 def digests(objects: Mapping[str, bytes]) -> dict[str, str]:
@@ -215,35 +206,63 @@ def digests(objects: Mapping[str, bytes]) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("needs_fuse")
-def test_objects_that_no_mount_shows_are_named_and_all_others_archived(
-    server: SeaweedFS, moto: Moto, odd_source: Bucket, target: Bucket, tmp_path: Path
+@pytest.mark.parametrize("headers", ["on", "off"])
+def test_objects_that_no_mount_shows_are_archived_byte_for_byte_like_all_others(
+    server: SeaweedFS, moto: Moto, odd_source: Bucket, target: Bucket, tmp_path: Path, headers: str
 ) -> None:
     entry = {"path": target.name, "endpoint": server.endpoint}
-    environment = settings(moto, tmp_path, odd_source.name, {"first": entry})
-    result = run_backup(environment).expect(1)
-    assert named(result) == UNSHOWN
-    assert f"the archive lacks {len(UNSHOWN)} objects" in result.output
-    assert archive_of(target, tmp_path / "copy", environment) == digests(SHOWN)
-    result = run_backup({**environment, "AUDIT": "off"}).expect(0)
-    assert named(result) == {}
+    environment = settings(moto, tmp_path, odd_source.name, {"first": entry}, HEADERS=headers)
+    for time in ("first", "again"):
+        result = run_backup(environment).expect(0)
+        assert "warning" not in result.output
+        assert archive_of(target, tmp_path / time, environment) == digests({**SHOWN, **UNSHOWN})
 
 
 @pytest.mark.usefixtures("needs_fuse")
-def test_of_many_such_objects_the_first_100_are_named_and_the_rest_counted(
+def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
     server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
-    """For each of two targets."""
     source, targets = new_bucket("source", on=moto), [new_bucket("target") for _ in range(2)]
-    keys = [f"folder//{number:03}" for number in range(150)]
-    source.put({**dict.fromkeys(keys, b"content"), "plain": b"plain"})
+    odd = {f"folder//{number:03}": f"{number}".encode() for number in range(200)}
+    source.put({**odd, "plain": b"plain"})
     let_age(source)
-    entries = {bucket.name: {"path": bucket.name, "endpoint": server.endpoint} for bucket in targets}
-    result = run_backup(settings(moto, tmp_path, source.name, entries)).expect(1)
+    with FaultProxy(moto.endpoint) as proxy:
+        proxy.add(lambda request: request.kind == "GET" and "//" in request.key, Action.DELAY, seconds=0.3)
+        entries = {bucket.name: {"path": bucket.name, "endpoint": server.endpoint} for bucket in targets}
+        environment = settings(moto, tmp_path, source.name, entries, SOURCE_ENDPOINT=proxy.endpoint)
+        run_backup(environment).expect(0)
+        requests = [request for request, _ in proxy.requests if "range" not in request.headers]
+    fetched = [request for request in requests if request.kind == "GET" and request.key in odd]
+    assert sorted(request.key for request in fetched) == sorted(odd)
+    assert fetched[-1].when - fetched[0].when < len(odd) * 0.3 / 3
     for bucket in targets:
-        lines = [line for line in result.lines if f"[target-{bucket.name}]" in line]
-        assert list(named(Result(1, lines, 0))) == keys[:100]
-        assert len([line for line in lines if "50 more such objects" in line]) == 1
-    assert result.output.count("the archive lacks 150 objects") == 2
+        expected = digests({**odd, "plain": b"plain"})
+        assert archive_of(bucket, tmp_path / f"copy-{bucket.name}", environment) == expected
+
+
+@pytest.mark.usefixtures("needs_fuse")
+def test_an_object_that_was_deleted_before_it_was_read_is_a_note(
+    server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
+) -> None:
+    """Whoever was to read it. Two of them are larger than what is read ahead; nobody waits for them."""
+    source, targets = new_bucket("source", on=moto), [new_bucket("target") for _ in range(2)]
+    deleted = {"gone": b"1", "m//large": bytes(LARGE_BYTES), "m/large": bytes(LARGE_BYTES), "m//small": b"2"}
+    kept = {"a": b"3", "m//z": b"4", "n": b"5", "z//z": b"6", "z/z": b"7"}
+    source.put({**deleted, **kept})
+    entries = {bucket.name: {"path": bucket.name, "endpoint": server.endpoint} for bucket in targets}
+    variables = {"MEMORY_LIMIT_MB": "256", "STALL_TIMEOUT": "30", "PARALLEL_TARGETS": "2"}
+    environment = settings(moto, tmp_path, source.name, entries, **variables)
+    with Backup(environment) as running:
+        running.wait_for_line(f"lists {len(deleted) + len(kept)} objects")
+        source.delete(*deleted)
+        result = running.wait().expect(0)
+    assert "warning" not in result.output
+    for bucket in targets:
+        [told] = [line for line in result.lines if f"-{bucket.name}] deleted before it was read" in line]
+        assert all(repr(key) in told for key in deleted)
+        assert archive_of(bucket, tmp_path / f"copy-{bucket.name}", environment) == digests(kept)
+        repository = Repository.download(bucket, tmp_path / f"again-{bucket.name}")
+        assert repository.manifest(repository.archives()[-1]).keys() == kept.keys()
 
 
 @pytest.mark.usefixtures("needs_fuse")
@@ -257,6 +276,10 @@ def test_what_is_created_after_the_run_began_is_nothing_to_warn_of(
         source.put({"a/new": b"new", "b/new": b"new", "zzz": b"new"})
         result = running.wait().expect(0)
     assert not [line for line in result.lines if "warning" in line]
+    archived = archive_of(target, tmp_path / "copy", environment)
+    assert archived.keys() == {f"a/{number}" for number in range(20)}
+    run_backup(environment).expect(0)
+    assert {"a/new", "b/new", "zzz"} <= archive_of(target, tmp_path / "next", environment).keys()
 
 
 def borg_is_in_the_middle(running: Backup) -> bool:
@@ -293,20 +316,36 @@ def test_what_is_overwritten_in_mid_run_is_named(
 
 
 @pytest.mark.usefixtures("needs_fuse")
-def test_the_audit_takes_one_list_request_for_each_1000_objects(
-    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+@pytest.mark.parametrize(
+    ("variables", "lists"), [({}, 2), ({"HEADERS": "off"}, 4), ({"HEADERS": "off", "AUDIT": "off"}, 2)]
+)
+def test_the_source_is_listed_once_and_again_only_where_objects_were_read_that_were_not_asked_for(
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    variables: dict[str, str],
+    lists: int,
 ) -> None:
-    """Counted among the requests of backup.py itself, which, unlike TigrisFS, sends no User-Agent."""
-    source.put({f"{number:04}": b"" for number in range(2_100)})
-    lists = {}
+    """A request for 1,000 objects, among those of backup.py: unlike TigrisFS it sends no User-Agent."""
+    source.put({f"{number:04}": b"" for number in range(1_100)})
+    let_age(source)
     with FaultProxy(server.endpoint) as proxy:
         targets = {"first": target.name}
-        environment = settings(server, tmp_path, source.name, targets, SOURCE_ENDPOINT=proxy.endpoint)
-        for audit in ("on", "off"):
-            before = proxy.count(is_our_list)
-            run_backup({**environment, "AUDIT": audit}).expect(0)
-            lists[audit] = proxy.count(is_our_list) - before
-    assert lists["on"] - lists["off"] == 3
+        variables = {**variables, "SOURCE_ENDPOINT": proxy.endpoint}
+        environment = settings(server, tmp_path, source.name, targets, **variables)
+        done = {}
+        for change in ({}, {}, {"0500": b"changed"}):
+            source.put(change)
+            before = proxy.count(is_our_whole_list)
+            run_backup(environment).expect(0)
+            done[len(done)] = proxy.count(is_our_whole_list) - before
+    assert done == {0: 2, 1: 2, 2: lists}, "nothing is read of empty objects, and of unchanged ones"
+
+
+def is_our_whole_list(request: Request) -> bool:
+    """Whether backup.py itself asked for a page of up to 1,000 objects."""
+    return is_our_list(request) and request.query.get("max-keys", "1000") == "1000"
 
 
 def is_our_list(request: Request) -> bool:
@@ -353,7 +392,7 @@ def is_of_the_mount(request: Request) -> bool:
     return "user-agent" in request.headers
 
 
-def test_what_the_mount_does_not_show_is_named_and_nothing_is_pruned(site: Site) -> None:
+def test_what_the_mount_does_not_show_comes_through_our_own_client(site: Site) -> None:
     """TigrisFS cannot list a folder; with over 1,000 objects it asks for each folder's listing."""
     site.source.put({f"m/{number}": b"" for number in range(1_010)})
     let_age(site.source)
@@ -365,22 +404,38 @@ def test_what_the_mount_does_not_show_is_named_and_nothing_is_pruned(site: Site)
         ),
         Action.REFUSE,
     )
-    result = run_backup(site.environment).expect(1)
-    assert named(result) == {"z": "it could not be read", "z/object": "the mount did not show it"}
-    assert "older archives may hold what this one lacks: nothing is pruned" in result.output
-    assert len(site.archives()) == 2
+    result = run_backup(site.environment).expect(0)
+    assert "pruned 1 archive, kept 1" in result.output
+    assert archive_of(site.target, site.folder / "copy", site.environment) == digests(site.source.contents())
+
+
+def is_get_of_z(request: Request) -> bool:
+    return request.kind == "GET" and request.key == "z/object"
+
+
+def test_an_object_that_the_mount_cannot_read_comes_through_our_own_client(site: Site) -> None:
+    """TigrisFS repeats nothing after 400."""
+    refused = site.proxy.add(
+        lambda request: is_of_the_mount(request) and is_get_of_z(request),
+        Action.REFUSE, status=400, code="InvalidRequest",
+    )  # fmt: skip
+    result = run_backup(site.environment).expect(0)
+    assert refused.hit
+    assert named(result) == {}
+    assert "pruned 1 archive, kept 1" in result.output
+    assert archive_of(site.target, site.folder / "copy", site.environment) == digests(site.source.contents())
 
 
 def test_an_object_whose_reading_fails_is_a_failure_after_the_archive_was_recorded_and_compared(
     site: Site,
 ) -> None:
-    """TigrisFS cannot read an object that S3 gives, and repeats nothing after 400."""
-    site.proxy.add(
-        lambda request: is_of_the_mount(request) and request.kind == "GET" and request.key == "z/object",
-        Action.REFUSE, status=400, code="InvalidRequest",
-    )  # fmt: skip
+    """Neither the mount nor our own client gets it, and what S3 says is no refusal of this object."""
+    site.proxy.add(is_get_of_z, Action.REFUSE, status=405, code="MethodNotAllowed")
     result = run_backup({**site.environment, "METRICS_FILE": str(site.folder / "m.prom")}).expect(2)
-    assert named(result) == {"z/object": "it could not be read"}
+    [(key, reason)] = named(result).items()
+    assert key == "z/object"
+    assert reason.startswith("it could not be read: ")
+    assert "MethodNotAllowed (405)" in reason
     row = next(line for line in result.lines if line.startswith("first  "))
     assert re.fullmatch(r"first +failed +12 .* backup-\S+", row), row
     assert "1 object of the source could not be read" in result.output
@@ -404,56 +459,34 @@ def test_an_object_that_s3_refuses_is_a_warning_by_name_and_all_others_are_archi
     assert archive_of(site.target, site.folder / "copy", site.environment) == digests(rest)
 
 
-@pytest.mark.parametrize(
-    ("unread", "put", "refused", "verdict", "reasons"),
-    [
-        ("gone", [], "", "ok", []),
-        ("folder", ["folder/object"], "", "failed", ["it could not be read"]),
-        ("object", ["object"], "", "failed", ["it could not be read"]),
-        ("object", ["object"], "object", "warnings", ["S3 refuses it: AccessDenied (403): injected"]),
-    ],
-)
-def test_s3_is_asked_why_borg_could_not_read_an_object(
-    server: SeaweedFS,
-    source: Bucket,
-    tmp_path: Path,
-    unread: str,
-    put: list[str],
-    refused: str,
-    verdict: str,
-    reasons: list[str],
+def test_of_many_objects_that_s3_refuses_the_first_100_are_named_and_the_rest_counted(site: Site) -> None:
+    """And not asked for one by one."""
+    keys = [f"n/{number:03}" for number in range(300)]
+    site.source.put(dict.fromkeys(keys, b"content"))
+    site.proxy.add(lambda request: request.kind == "GET" and request.key.startswith("n/"), Action.REFUSE)
+    result = run_backup(site.environment).expect(1)
+    assert list(named(result)) == keys[:100]
+    assert "200 more such objects" in result.output
+    assert "the archive lacks 300 objects" in result.output
+    asked = [request for request, _ in site.proxy.requests if not is_of_the_mount(request)]
+    assert 100 <= sum(request.kind == "GET" and request.key in keys for request in asked) < 150
+
+
+@pytest.mark.parametrize("headers", ["on", "off"])
+def test_an_archive_that_cannot_be_compared_is_a_failure_and_nothing_is_pruned(
+    site: Site, headers: str
 ) -> None:
-    source.put(dict.fromkeys(put, b"content"))
-    archived = backup.ArchivedObjects(tmp_path)
-    archived.take("E", f"{tmp_path}/{unread}")
-    console = backup.Console(debug=False)
-    log = backup.BorgLog("target-first", console, backup.Stop())
-    warning = {"levelname": "WARNING", "msgid": "BackupIOError", "message": f"{unread}: read: [Errno 5]"}
-    log.feed(json.dumps({"type": "log_message", **warning}))
-    with FaultProxy(server.endpoint) as proxy:
-        if refused:
-            proxy.add(lambda request: request.key == refused, Action.REFUSE)
-        store = backup.Store(
-            None, proxy.endpoint, source.name, "", READER.access_key_id, READER.secret_access_key
-        )
-        runtime = SimpleNamespace(
-            settings=SimpleNamespace(source=store, audit=False), console=console, stop=backup.Stop()
-        )
-        outcome = backup.Outcome(backup.Target("first", store, "", "none", False, "lz4", (), None))
-        created = backup.BorgResult(backup.Verdict.FAILURE, "", log)
-        at = SimpleNamespace(found=SimpleNamespace(region="", clock=BEGAN), mount=None)
-        backup.compare_with_source(runtime, outcome, archived, created, at, SimpleNamespace(lease=None))
-    outcome.finish()
-    told = [text.partition("in the archive: ")[2] for text in console.troubles.about("warning", ["source"])]
-    assert (outcome.verdict.value, [text for text in told if text]) == (verdict, reasons)
-
-
-def test_an_archive_that_cannot_be_compared_is_a_failure_and_nothing_is_pruned(site: Site) -> None:
-    """The source's listing is refused from the moment on at which borg reads."""
-    with Backup(site.environment) as running:
+    """The source's listing is refused from the moment on at which borg reads; with headers none is needed."""
+    run_backup(site.environment).expect(0)
+    site.source.put({"a": b"once more"})
+    let_age(site.source)
+    with Backup({**site.environment, "HEADERS": headers}) as running:
         running.wait_for_line("borg create begins")
-        site.proxy.add(lambda request: is_our_list(request), Action.REFUSE)
-        result = running.wait().expect(2)
-    assert "could not be compared with the source" in result.output
+        site.proxy.add(is_our_list, Action.REFUSE)
+        result = running.wait().expect(2 if headers == "off" else 0)
+    if headers == "on":
+        assert "pruned 1 archive, kept 1" in result.output
+        return
+    assert "whether objects were overwritten while they were read is not known" in result.output
     assert "AccessDenied (403)" in result.output
     assert len(site.archives()) == 2

@@ -76,11 +76,14 @@ def test_a_folder_in_which_something_is_still_mounted_is_not_emptied(tmp_path: P
         ("/Straße/日本語", "/Straße/日本語"),
     ],
 )
-def test_mount_points_are_read_from_the_table_as_they_are(escaped: str, mount_point: str) -> None:
+def test_mount_points_are_read_from_the_table_as_they_are(
+    escaped: str, mount_point: str, tmp_path: Path
+) -> None:
     """proc(5) escapes blanks, tabs, line ends, backslashes and hashes; the rest is as it is."""
     root = "21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n"
     line = f"99 21 0:50 / {escaped} rw,nosuid shared:7 master:2 - fuse.tigrisfs bucket rw,user_id=0\n"
-    assert backup.parse_mount_table(root + line) == {"/": "ext4", mount_point: "fuse.tigrisfs"}
+    (tmp_path / "mountinfo").write_text(root + line, encoding="utf-8")
+    assert backup.mount_table(tmp_path / "mountinfo") == {"/": "ext4", mount_point: "fuse.tigrisfs"}
 
 
 @pytest.mark.parametrize("read_only", [True, False])

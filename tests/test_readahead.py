@@ -1,16 +1,16 @@
 """Reading ahead: the source's bytes are fetched once and side by side, and the archives are the same."""
 
-import itertools
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -22,7 +22,6 @@ from helpers import (
     Bucket,
     Repository,
     Result,
-    borg_environment,
     run_backup,
     sample_objects,
     settings,
@@ -36,25 +35,6 @@ SETTLED_SECONDS = 4
 DELAY_SECONDS = 0.5
 
 # -------------------------------------------------------------------------------------------- Without a mount
-
-
-def test_the_order_is_borgs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files made in no order, in folders among files: what `borg create` lists."""
-    folder = tmp_path / "tree"
-    for key in sorted(sample_objects(3, 200, largest_bytes=10), key=hash):
-        (folder / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / key).write_bytes(b"x")
-    (folder / "link").symlink_to("plain.txt")
-    environment = borg_environment(tmp_path) | {"BORG_PASSPHRASE": ""}
-    repository = tmp_path / "repository"
-    subprocess.run(["borg", "init", "--encryption=none", repository], env=environment, check=True)
-    command = ["borg", "create", "--list", "--dry-run", "--log-json", f"{repository}::x", "tree"]
-    listed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
-    paths = [json.loads(line).get("path", "") for line in listed.stderr.splitlines()]
-    files = [path for path in paths if os.path.isfile(tmp_path / path) and not path.endswith("link")]
-    monkeypatch.chdir(tmp_path)
-    assert [entry.path for entry in backup.in_borgs_order("tree")] == files
-    assert len(files) > 150
 
 
 def test_the_position_in_an_open_file_is_the_kernels(tmp_path: Path) -> None:
@@ -74,27 +54,30 @@ def state(child: backup.Child) -> str:
     return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+Readers = Callable[..., tuple[backup.ReadAhead, list[backup.Reader]]]
+
+
 @pytest.fixture
-def readers(tmp_path: Path) -> Iterator[Callable[[int], tuple[backup.ReadAhead, list[backup.Reader]]]]:
-    """A read-ahead of a folder with 40 files of 1 MiB for two readers, whose window is 16 MiB."""
-    folder, started = tmp_path / "source", []
-    folder.mkdir()
-    for number in range(40):
-        (folder / str(number)).write_bytes(bytes(MEBIBYTE))
+def readers(tmp_path: Path) -> Iterator[Readers]:
+    """Reads files of these sizes in MiB ahead for two readers that are processes; the window has 16 MiB."""
+    started: list[backup.Child] = []
     made: list[backup.ReadAhead] = []
 
-    def make(stall_seconds: int) -> tuple[backup.ReadAhead, list[backup.Reader]]:
+    def make(sizes: Sequence[int], stall_seconds: int = 900, threads: int = 2) -> Any:
         settings = SimpleNamespace(
-            source=SimpleNamespace(target=None),
-            read_ahead_threads=2,
-            source_metadata=False,
-            stall_seconds=stall_seconds,
+            source=SimpleNamespace(target=None), read_ahead_threads=threads, stall_seconds=stall_seconds
         )
-        runtime, mount = SimpleNamespace(settings=settings, memory_mb=300), SimpleNamespace(path=folder)
+        items = []
+        for number, size in enumerate(sizes, 1):
+            path = tmp_path / f"{number}"
+            with path.open("wb") as file:
+                file.truncate(size * MEBIBYTE)
+            items.append(backup.Upcoming(str(path), size * MEBIBYTE))
         both = [backup.Reader(), backup.Reader()]
-        made.append(backup.ReadAhead(runtime, mount, both))
+        made.append(backup.ReadAhead(SimpleNamespace(settings=settings, memory_mb=300), items, both))
         for reader in both:
-            started.append(backup.Child(["sleep", "60"], os.environ, print, print))
+            words = [sys.executable, "-c", READ_A_FILE, str(tmp_path / "1"), str(tmp_path / "go")]
+            started.append(backup.Child(words, os.environ, print, print))
             made[0].began(reader, -math.inf, started[-1])
         return made[0], both
 
@@ -105,35 +88,99 @@ def readers(tmp_path: Path) -> Iterator[Callable[[int], tuple[backup.ReadAhead, 
         child.kill()
 
 
-def pass_files(ahead: backup.ReadAhead, reader: backup.Reader, folder: Path, first: int, end: int) -> None:
-    """The reader is done with these of the files, with each as soon as it is in the window."""
-    for entry in itertools.islice(backup.in_borgs_order(str(folder)), first, end):
-        wait_until(lambda path=entry.path: path in ahead._places, 10, f"{entry.name} is in the window")
-        ahead.passed(reader, entry.path)
+# It reads a file to as many MiB as the name of a file `go…` says, when that is there.
+READ_A_FILE = """
+import glob, sys, time
+file, read = open(sys.argv[1], "rb", buffering=0), 0
+while True:
+    for path in glob.glob(sys.argv[2] + "*"):
+        while read < int(path.removeprefix(sys.argv[2])):
+            file.read(1024 * 1024)
+            read += 1
+    time.sleep(0.01)
+"""
 
 
-def test_who_is_far_ahead_is_held_until_the_other_has_come_nearer(readers: Callable, tmp_path: Path) -> None:
-    """At three quarters of the window, until a half."""
-    ahead, (fast, slow) = readers(900)
-    pass_files(ahead, fast, tmp_path / "source", 0, 12)
+def is_told(ahead: backup.ReadAhead, reader: backup.Reader, number: int, seconds: float = 1) -> bool:
+    """Whether a reader may be told of the object with this number within that time."""
+    thread = threading.Thread(target=ahead.wait_until_near, args=(reader, number), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def test_who_is_ahead_is_told_of_no_more_than_the_window_has(readers: Readers) -> None:
+    """And is not stopped: it waits, until the other has come nearer."""
+    ahead, (fast, slow) = readers([1] * 40)
+    assert is_told(ahead, fast, 16, 10)
+    ahead.done(fast, 16)
+    assert not is_told(ahead, fast, 17)
     assert state(fast.child) == "S"
-    pass_files(ahead, fast, tmp_path / "source", 12, 13)
-    wait_until(lambda: state(fast.child) == "T", 5, "it is held")
-    pass_files(ahead, slow, tmp_path / "source", 0, 5)
+    ahead.done(slow, 4)
+    assert is_told(ahead, fast, 20, 10)
+    assert not is_told(ahead, fast, 21)
+
+
+def test_who_is_busy_does_not_wait_for_others(readers: Readers) -> None:
+    """Though it is ahead of them: what it waits for is itself, and nobody is left behind for that."""
+    ahead, (fast, slow) = readers([1] * 40)
+    ahead.done(fast, 3)
+    assert not is_told(ahead, fast, 17)
+    assert not fast.waits_since
+    ahead.done(fast, 16)
+    wait_until(lambda: fast.waits_since, 5, "it waits")
+    ahead.done(slow, 16)
+    wait_until(lambda: not fast.waits_since, 5, "it goes on")
+
+
+def test_who_is_ahead_within_an_object_larger_than_the_window_is_stopped_until_the_other_comes_nearer(
+    readers: Readers, tmp_path: Path
+) -> None:
+    """At three quarters of the window, until a half; the second reader is at the file's beginning."""
+    ahead, (fast, slow) = readers([40, 1])
+    os.kill(slow.child.pid, signal.SIGSTOP)
+    (tmp_path / "go11").touch()
+    time.sleep(10 * backup.WATCH_SECONDS)
+    assert state(fast.child) != "T"
+    (tmp_path / "go11").rename(tmp_path / "go13")
+    wait_until(lambda: state(fast.child) == "T", 10, "it is held")
+    ahead.done(slow, 0, 3 * MEBIBYTE)
+    time.sleep(10 * backup.WATCH_SECONDS)
     assert state(fast.child) == "T"
-    pass_files(ahead, slow, tmp_path / "source", 5, 6)
-    wait_until(lambda: state(fast.child) == "S", 5, "it goes on")
-    assert state(slow.child) == "S"
+    ahead.done(slow, 0, 6 * MEBIBYTE)
+    wait_until(lambda: state(fast.child) != "T", 10, "it goes on")
 
 
-def test_who_does_not_move_is_left_behind(readers: Callable, tmp_path: Path) -> None:
-    """After a third of STALL_TIMEOUT; the other is held no more, and what it reads is read ahead."""
-    ahead, (fast, _) = readers(6)
-    pass_files(ahead, fast, tmp_path / "source", 0, 13)
-    wait_until(lambda: state(fast.child) == "T", 5, "it is held")
-    wait_until(lambda: state(fast.child) == "S", 10, "it goes on")
-    pass_files(ahead, fast, tmp_path / "source", 13, 40)
-    assert state(fast.child) == "S"
+def test_who_does_not_move_is_left_behind(readers: Readers) -> None:
+    """After a third of STALL_TIMEOUT; the other waits no more, and what it reads is read ahead."""
+    ahead, (fast, slow) = readers([1] * 40, stall_seconds=6)
+    ahead.done(fast, 16)
+    assert is_told(ahead, fast, 17, 10)
+    assert ahead.is_left(slow)
+    assert not ahead.is_left(fast)
+    for number in range(17, 41):
+        assert is_told(ahead, fast, number, 10)
+        ahead.done(fast, number)
+    assert is_told(ahead, slow, 40), "it goes on by itself"
+
+
+def test_without_threads_nobody_is_held_back(readers: Readers) -> None:
+    ahead, (fast, _) = readers([1] * 40, threads=0)
+    assert is_told(ahead, fast, 40, 10)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(readers: Readers) -> None:
+    def items() -> Iterator[backup.Upcoming]:
+        yield backup.Upcoming("/dev/null", 0)
+        raise ValueError("this is not caught")
+
+    settings = SimpleNamespace(source=SimpleNamespace(target=None), read_ahead_threads=2, stall_seconds=900)
+    reader = backup.Reader()
+    ahead = backup.ReadAhead(SimpleNamespace(settings=settings, memory_mb=300), items(), [reader])
+    ahead.began(reader, -math.inf, SimpleNamespace(pid=os.getpid(), is_held=lambda why: False))
+    assert is_told(ahead, reader, 1000, 10)
+    assert not ahead.wait_until_passed(1000)
 
 
 @pytest.mark.parametrize(
@@ -258,15 +305,19 @@ def test_an_object_larger_than_the_window_is_read_ahead_to_its_end(
 def test_verify_reads_ahead_within_an_object_that_is_larger_than_the_window(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
 ) -> None:
-    """To its end: with 256 MB the window has 12 MiB."""
+    """To its end, by our own client; the preflight has looked at one byte."""
+
+    def is_piece(request: Request) -> bool:
+        return request.kind == "GET" and request.key == "large" and len(fetched_bytes(request, 2**40)) > 1
+
     objects = {"large": bytes(40 * MEBIBYTE)}
     source.put(objects)
     made = environment(MEMORY_LIMIT_MB="256")
     run_backup(made).expect(0)
     before = len(proxy.requests)
-    proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
+    proxy.add(is_piece, Action.DELAY, seconds=DELAY_SECONDS)
     run_backup(made, "verify", "first").expect(0)
-    read = [request for request, _ in proxy.requests[before:] if is_read(request)]
+    read = [request for request, _ in proxy.requests[before:] if is_piece(request)]
     assert_each_byte_was_read_once(read, objects)
     last = [request for request in read if fetched_bytes(request, 2**40).start >= 20 * MEBIBYTE]
     assert most_at_a_time(last) > 1
@@ -334,30 +385,50 @@ def test_without_borgs_cache_all_is_read_again_and_the_run_says_how_to_keep_it(
     assert read_keys(proxy, first) == set()
 
 
-def test_user_metadata_is_archived_on_demand_and_asked_for_side_by_side(
+def is_head(request: Request) -> bool:
+    """Whether backup.py asks for an object's headers; TigrisFS, unlike it, sends a User-Agent."""
+    return request.kind == "HEAD" and "user-agent" not in request.headers
+
+
+def test_headers_are_asked_for_side_by_side_once_for_each_new_or_changed_object(
+    environment: Make, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket], proxy: FaultProxy
+) -> None:
+    """Whatever borg reads; and for all targets once."""
+    keys = {f"{number % 3}/{number}" for number in range(40)}
+    source.put(dict.fromkeys(keys, b"x"))
+
+    def heads(made: Mapping[str, str]) -> list[Request]:
+        before = len(proxy.requests)
+        run_backup(made).expect(0)
+        return [request for request, _ in proxy.requests[before:] if is_head(request)]
+
+    assert heads(environment(HEADERS="off")) == []
+    delay = proxy.add(is_head, Action.DELAY, seconds=DELAY_SECONDS)
+    found = heads(environment())
+    assert sorted(request.key for request in found) == sorted(keys)
+    assert found[-1].when - found[0].when < len(keys) * DELAY_SECONDS / 4
+    proxy.remove(delay)
+    assert heads(environment()) == []
+    assert heads(environment({"second": new_bucket("target")})) == []
+    changed = {"0/0": b"y", "new": b"x", "empty": b""}
+    source.put(changed)
+    assert heads(environment(HEADERS="off")) == []
+    assert sorted(request.key for request in heads(environment())) == sorted(changed)
+
+
+def test_tags_that_may_not_be_read_are_told_once_and_all_else_is_archived(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    keys = [f"{number % 3}/{number}" for number in range(24)]
-    for key in keys:
-        source.client.put_object(Bucket=source.name, Key=key, Body=b"x", Metadata={"colour": key[2:]})
-    made = environment(SOURCE_METADATA="true")
-
-    def is_head(request: Request) -> bool:
-        return request.kind == "HEAD" and bool(request.key)
-
-    proxy.add(is_head, Action.DELAY, seconds=DELAY_SECONDS)
-    run_backup(made).expect(0)
-    heads = [request.when for request, _ in proxy.requests if is_head(request) and request.key in keys]
-    assert len(heads) == len(keys), "one for each object"
-    assert heads[-1] - heads[0] < len(keys) * DELAY_SECONDS / 2
+    for number in range(50):
+        source.client.put_object(Bucket=source.name, Key=f"{number}", Tagging="a=b", CacheControl="no-store")
+    proxy.add(lambda request: "tagging" in request.query and bool(request.key), Action.REFUSE)
+    result = run_backup(environment()).expect(0)
+    assert len([line for line in result.lines if "tags" in line]) == 1
+    assert "AccessDenied (403)" in result.output
     repository = Repository.download(target, tmp_path / "local")
-    folder = tmp_path / "extracted"
-    folder.mkdir()
-    command = ["borg", "extract", f"{repository.folder}::{repository.archives()[-1]}"]
-    # It warns of TigrisFS's own attributes (s3.etag), which no file system takes.
-    subprocess.run(command, cwd=folder, env=borg_environment(tmp_path), capture_output=True, check=False)
-    found = {path.name: os.getxattr(path, "user.colour") for path in folder.rglob("*") if path.is_file()}
-    assert found == {key[2:]: key[2:].encode() for key in keys}
+    for entry in repository.manifest(repository.archives()[-1]).values():
+        assert entry["headers"]["cache-control"] == "no-store"
+        assert "tags" not in entry
 
 
 # ----------------------------------------------------------------------------------------------- Many targets
@@ -445,7 +516,7 @@ def test_a_target_that_hangs_neither_stops_nor_holds_up_another(
     with FaultProxy(server.endpoint) as hanging:
         made["TARGETS"] = made["TARGETS"].replace(server.endpoint, hanging.endpoint, 1)
         hanging.add(is_tigrisfs_write, Action.HANG)
-        result = run_backup(made).expect(2)
+        result = run_backup(made, timeout_seconds=240).expect(2)  # it is tried once more
     assert outcomes(result.lines, ("first", "second")) == ["failed", "ok"], result.output
     assert line_number(result, "[target-second] done") < line_number(result, "[target-first] error")
     assert newest_contents(second, tmp_path, made) == objects

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -906,9 +907,8 @@ def forget_cache(site: Site) -> None:
 
 
 def forget_count(site: Site) -> None:
-    """The next run finds borg's cache as a version that noted no counts has left it."""
-    (note,) = (site.folder / "cache").rglob(backup.COUNTS_NAME)
-    note.unlink()
+    """The next run finds `/cache` as a version that had no catalog has left it."""
+    shutil.rmtree(site.folder / "cache" / "s3borgbackup")
 
 
 @pytest.mark.parametrize("forget", [None, forget_cache, forget_count])

@@ -13,10 +13,10 @@ from servers import SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
-FEW, MANY = 1_000, 50_000
-# Held as text, listed or archived, 49,000 such keys more would take 15 MB each time.
+FEW, MANY = 10_000, 60_000  # of fewer, not all is on its way at a time that may be
 KEY = "a folder with a name of some length/{folder:02}/" + "k" * 150 + "-{number:06}"
-BOUND_BYTES = 12_000_000
+BOUND_BYTES = 20  # for each object more: a key alone has 200
+CHANCE_BYTES = 1_000_000  # by which two runs alike differ: some 60 threads have memory of their own
 THREADS = 16
 
 
@@ -49,8 +49,8 @@ def peak_bytes(pid: int) -> int:
     return int(words[words.index("VmHWM:") + 1]) * 1024 if "VmHWM:" in words else 0
 
 
-@pytest.mark.timeout(600)
-def test_the_audit_of_50000_objects_takes_hardly_more_memory_than_that_of_1000(
+@pytest.mark.timeout(900)
+def test_a_run_with_60000_objects_takes_hardly_more_memory_than_one_with_10000(
     server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
 ) -> None:
     peaks = {}
@@ -62,4 +62,4 @@ def test_the_audit_of_50000_objects_takes_hardly_more_memory_than_that_of_1000(
             peaks[count] = peak_of_a_run(environment, count)
             assert len(newest_contents(target, tmp_path / str(count), environment)) == count
         print({count: f"{peak / 1e6:.1f} MB" for count, peak in peaks.items()})
-        assert peaks[MANY] - peaks[FEW] < BOUND_BYTES
+        assert peaks[MANY] - peaks[FEW] < CHANCE_BYTES + BOUND_BYTES * (MANY - FEW)

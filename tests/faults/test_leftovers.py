@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import backup
-from helpers import BACKUP, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
+from helpers import BACKUP, Backup, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
 from proof import Table, prove_intact
 from proxy import Action, FaultProxy
 from servers import WRITER, SeaweedFS
@@ -272,3 +273,24 @@ def test_a_repository_that_was_deleted_in_a_hurry_is_not_taken_for_an_interrupte
         run_backup(environment).expect(2)
         left = {key: size for key, size in target.sizes().items() if key.startswith("data/")}
         assert left == {key: size for key, size in before.items() if key.startswith("data/")}
+
+
+# ---------------------------------------------------------------------------------------- Beside the catalog
+
+
+def test_what_a_killed_run_left_beside_the_catalog_goes_when_nobody_can_be_at_work_there_any_more(
+    environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    """Another run on the same volume may be: its folder is not touched for a day."""
+    folder = tmp_path / "cache" / "s3borgbackup"
+    [catalog] = folder.iterdir()
+    with table.attempt("SIGKILL while there is a folder beside the catalog"):
+        for _ in range(2):
+            with Backup({**environment, "LEASE_TTL": "10"}) as running:
+                running.wait_for_line("[source] lists")
+                running.send_signal(signal.SIGKILL)
+                running.wait().expect(128 + signal.SIGKILL)
+        young, old = set(folder.iterdir()) - {catalog}
+        os.utime(old, (0, 0))
+        prove_intact(environment, source, target, tmp_path)
+        assert set(folder.iterdir()) == {catalog, young}

@@ -15,7 +15,6 @@ from helpers import (
     Backup,
     Bucket,
     Result,
-    command_line,
     descendants,
     full,
     is_running,
@@ -64,6 +63,12 @@ class Site:
         self.proxy.clear()
         self.restore().expect(0)
         assert self.destination.contents() == self.objects
+        assert self.uploads() == []
+
+    def uploads(self) -> list[str]:
+        """The keys of the uploads in parts that nobody has ended."""
+        listed = self.destination.client.list_multipart_uploads(Bucket=self.destination.name)
+        return [upload["Key"] for upload in listed.get("Uploads", ())]
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def site(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path) -
     """With small objects and some that are uploaded in parts."""
     source, target, destination = (new_bucket(name) for name in ("source", "target", "destination"))
     objects = sample_objects(31, 400, largest_bytes=100_000)
-    objects |= {f"large/{number}": os.urandom(7_000_000) for number in range(6)}
+    objects |= {f"large/{number}": os.urandom(36_000_000 if number % 2 else 7_000_000) for number in range(6)}
     source.put(objects)
     with FaultProxy(server.endpoint, 3) as proxy:
         environment = settings(
@@ -91,11 +96,6 @@ def site(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path) -
 def writes(request: Request) -> bool:
     """What writes an object that is restored."""
     return request.is_write and ".s3borgbackup-" not in request.key
-
-
-def tigrisfs_of(running: Backup, bucket: Bucket) -> int:
-    """The process that serves a bucket's mount; 0 when there is none."""
-    return next((pid for pid in descendants(running.pid) if f" {bucket.name} " in command_line(pid)), 0)
 
 
 def kill_everything(running: Backup) -> None:
@@ -147,6 +147,7 @@ def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
             remove_leftovers(site.folder)  # dead mounts, which a container takes along
             run_backup(site.environment, *words).expect(0)
             assert (site.destination.contents() if to_bucket else tree(out)) == site.objects
+            assert site.uploads() == []
     assert interrupted >= len(KILLED_WITH) // 2, "moments that came too late"
 
 
@@ -161,6 +162,7 @@ def test_a_restore_that_is_stopped_ends_in_order_and_goes_on_later(site: Site, t
             result = running.wait(30).expect(143)
         assert "restored" not in result.output.replace("restored into", "")
         assert mounts_below(site.folder) == []
+        assert site.uploads() == []
         done = len(site.destination.sizes())
         assert done
         site.prove()
@@ -203,14 +205,11 @@ def test_requests_that_fail_at_random_lose_nothing(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("after", [0, 10, 200, 423])
+@pytest.mark.parametrize("after", [0, 10, 200, 400 + 3 + 3 * 5 - 1])
 def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Table, after: int) -> None:
     """From the first on, in the middle, and the last alone."""
-    probes = 4
     with table.attempt("writes to the destination are refused (403)"):
-        fault = site.proxy.add(
-            lambda request: request.is_write, Action.REFUSE, after=after + probes, code="AccessDenied"
-        )
+        fault = site.proxy.add(writes, Action.REFUSE, after=after, code="AccessDenied")
         result = site.restore().expect(2)
         assert fault.hit
         assert "AccessDenied (403)" in result.output
@@ -220,16 +219,54 @@ def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Tabl
         site.prove()
 
 
-@pytest.mark.timeout(600)
-def test_a_tigrisfs_of_the_destination_that_dies_is_told_at_once(site: Site, table: Table) -> None:
-    slow = site.proxy.add(writes, Action.DELAY, seconds=0.3)
-    with table.attempt("tigrisfs of the destination is killed"):
+def test_an_upload_is_ended_when_nobody_goes_on_with_it(site: Site, table: Table) -> None:
+    """At once when a restore is stopped or refused, by the next one when it was killed; nobody else's is."""
+    site.destination.client.create_multipart_upload(Bucket=site.destination.name, Key="large/foreign")
+
+    def begin(running: Backup) -> None:
+        hanging = site.proxy.add(lambda request: request.kind == "PART", Action.HANG)
+        wait_until(lambda: hanging.hit > 1, 60, "it uploads in parts")
+        assert len(site.uploads()) > 1
+        assert running.process.poll() is None
+
+    with table.attempt("SIGTERM within an upload in parts"):
         with Backup(site.environment, *site.to_bucket) as running:
-            wait_until(lambda: slow.hit > 20, 60, "it writes")
-            os.kill(tigrisfs_of(running, site.destination), signal.SIGKILL)
-            result = running.wait(30).expect(2)
-        assert "destination: tigrisfs ended with 137" in result.output
-        site.prove()
+            begin(running)
+            running.send_signal(signal.SIGTERM)
+            running.wait(20).expect(143)
+        assert site.uploads() == ["large/foreign"]
+    site.proxy.clear()
+    refused = site.proxy.add(lambda request: request.kind == "PART", Action.REFUSE, after=1)
+    with table.attempt("a part of an upload is refused (403)"):
+        site.restore().expect(2)
+        assert refused.hit
+        assert site.uploads() == ["large/foreign"]
+    site.proxy.clear()
+    with table.attempt("SIGKILL within an upload in parts"):
+        with Backup(site.environment, *site.to_bucket) as running:
+            begin(running)
+            kill_everything(running)
+        site.proxy.clear()
+        remove_leftovers(site.folder)
+        assert len(site.uploads()) > 1
+        site.restore().expect(0)
+        assert site.uploads() == ["large/foreign"]
+        assert site.destination.contents() == site.objects
+
+
+@pytest.mark.timeout(600)
+def test_two_restores_at_once_leave_each_other_alone(site: Site, table: Table, tmp_path: Path) -> None:
+    """The second does not take the uploads of the first, which are slow, for those of a dead one."""
+    slow = site.proxy.add(lambda request: request.kind == "PART", Action.DELAY, seconds=25)
+    other = {**site.environment, "XDG_CACHE_HOME": str(tmp_path / "a"), "DATA_DIR": str(tmp_path / "b")}
+    with table.attempt("two restores into one bucket at once"):
+        with Backup(site.environment, *site.to_bucket) as first:
+            wait_until(lambda: slow.hit > 1, 60, "the first uploads in parts")
+            run_backup(other, *site.to_bucket, "plain.txt", timeout_seconds=200).expect(0)
+            assert first.process.poll() is None, "it was too quick for the test"
+            first.wait(200).expect(0)
+        assert site.destination.contents() == site.objects
+        assert site.uploads() == []
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,113 @@
+"""S3 refuses or leaves open what is asked beside borg's reads, or an object changes between two reads."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import helpers
+from helpers import Backup, Bucket, Repository, leftovers, run_backup, settings, wait_until
+from proof import Table, newest_contents
+from proxy import Action, FaultProxy, Request
+from servers import SeaweedFS
+
+pytestmark = pytest.mark.usefixtures("needs_fuse")
+
+MANY = 2300  # more than wait for their headers at a time
+DOCKER_STOP_SECONDS = 10
+LARGER_THAN_CACHE_BYTES = 200_000_000  # so that the mount does not know any more what was before it
+
+
+def is_own_head(request: Request) -> bool:
+    """A question of ours for an object's headers; TigrisFS says who it is."""
+    return request.kind == "HEAD" and "user-agent" not in request.headers
+
+
+def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    source.put({f"{number:04}": str(number).encode() for number in range(MANY)})
+    with table.attempt("each question for headers is refused"), FaultProxy(server.endpoint) as proxy:
+        environment = settings(
+            server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
+        )
+        proxy.add(is_own_head, Action.REFUSE, status=403, code="AccessDenied")
+        result = run_backup(environment).expect(0)
+        assert result.output.count("headers cannot be asked for") == 1
+        assert "(403)" in next(line for line in result.lines if "headers cannot be asked for" in line)
+        assert newest_contents(target, tmp_path, environment) == source.contents()
+        repository = Repository.download(target, tmp_path / "local")
+        manifest = repository.manifest(repository.archives()[-1])
+        assert len(manifest) == MANY
+        assert not any("headers" in entry for entry in manifest.values())
+
+
+def test_headers_that_s3_does_not_answer_hold_no_stopped_run(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    source.put({f"folder/{number}": os.urandom(1000) for number in range(50)})
+    with table.attempt("stopped while headers are waited for"), FaultProxy(server.endpoint) as proxy:
+        environment = settings(
+            server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
+        )
+        fault = proxy.add(is_own_head, Action.HANG)
+        with Backup(environment) as running:
+            wait_until(lambda: fault.hit >= 16, 60, "headers are asked for")
+            start = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            result = running.wait(60).expect(128 + signal.SIGTERM)
+        assert time.monotonic() - start < DOCKER_STOP_SECONDS
+        assert not any(line.startswith(("Traceback", "Exception")) for line in result.lines), result.output
+        assert leftovers(tmp_path) == []
+        assert target.locks() == []
+        assert [path.name for path in (tmp_path / "cache" / "s3borgbackup").iterdir() if path.is_dir()] == []
+        assert list((tmp_path / "tmp").iterdir()) == []
+
+
+IMPATIENT = """\
+import os, sys
+sys.stdout.reconfigure(line_buffering=True)
+sys.path.insert(0, {folder!r})
+import backup
+backup.JOIN_SECONDS, backup.SOURCE_CACHE_MB = 1, backup.SMALLEST_CACHE_MB
+os._exit(backup.main(sys.argv[1:], os.environ))
+"""
+
+
+def test_a_manifest_does_not_take_what_a_late_target_reads_for_what_others_have_read(
+    server: SeaweedFS,
+    source: Bucket,
+    new_bucket: Callable[..., Bucket],
+    tmp_path: Path,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The object is overwritten when one target is done with it, and the other has not begun."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT.format(folder=str(helpers.BACKUP.parent)))
+    monkeypatch.setattr(helpers, "BACKUP", script)
+    targets = {name: new_bucket(name) for name in ("first", "second")}
+    source.put({"object": b"old", "then": bytes(LARGER_THAN_CACHE_BYTES)})
+    with table.attempt("an object changes between two targets"), FaultProxy(server.endpoint) as proxy:
+        entries = {
+            "first": targets["first"].name,
+            "second": {"path": targets["second"].name, "endpoint": proxy.endpoint},
+        }
+        environment = settings(server, tmp_path, source.name, entries)
+        hanging = proxy.add(lambda request: request.key == "config" and request.is_write, Action.HANG)
+        with Backup(environment) as running:
+            running.wait_for_line("[target-first] done")
+            assert hanging.hit
+            assert "[target-second] borg create begins" not in "\n".join(running.lines)
+            source.put({"object": b"new"})
+            proxy.clear()
+            running.wait().expect(0)
+    for name, body in (("first", b"old"), ("second", b"new")):
+        assert newest_contents(targets[name], tmp_path / name, environment)["object"] == body
+        repository = Repository.download(targets[name], tmp_path / f"local-{name}")
+        etag = repository.manifest(repository.archives()[-1])["object"]["etag"]
+        assert etag in ("", hashlib.md5(body).hexdigest())
