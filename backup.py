@@ -3941,12 +3941,6 @@ class Borg:
             raise self._failure(command, code, log)
         return result
 
-    def with_mounts(self, *mounts: Mount) -> Borg:
-        """The same borg, for work on further mounts, too."""
-        twin = copy.copy(self)
-        twin._mounts = [*self._mounts, *mounts]
-        return twin
-
     def hand_over(self, arguments: Sequence[str]) -> int:
         """Runs what a person typed, with our standard streams and terminal; returns borg's exit code.
 
