@@ -2,12 +2,14 @@
 """Back up an S3 bucket to one or more S3 buckets with BorgBackup, the buckets mounted with TigrisFS.
 
 What a run does: it reads the configuration from environment variables and reports every mistake in it at
-once; asks S3 directly whether each store is there and usable; mounts the source read-only; and for each
-target, several side by side, takes the lease that excludes other runs, makes the borg repository where it is
-new, clears what crashed runs left, mounts the bucket, creates an archive while threads read the source ahead
-of borg, compares it with what the source lists, prunes, compacts and checks where asked, unmounts, which
-returns only when all is uploaded, compares the bucket with what borg wrote, and gives the lease back. At the
-end whoever is to hear of the run is told. One failing target does not stop the others.
+once; asks S3 directly whether each store is there and usable; lists the source into a catalog, which is what
+the archives are compared with; mounts the source read-only; and for each target, several side by side, takes
+the lease that excludes other runs, makes the borg repository where it is new, clears what crashed runs left,
+mounts the bucket, and creates an archive: borg is told object by object what to read, while threads read
+ahead of it and ask for headers, and what no mount can show is fetched by our own client. Then it prunes,
+compacts and checks where asked, unmounts, which returns only when all is uploaded, compares the bucket with
+what borg wrote, and gives the lease back. At the end whoever is to hear of the run is told. One failing
+target does not stop the others.
 Nothing is waited for that makes no progress.
 Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
 finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
@@ -18,18 +20,18 @@ The sections of this file, each using only those above it:
     Constants       paths, and times with their reasons
     Errors          what a user is told: what happened, and what to do about it
     Configuration   environment variables -> Settings, or all the mistakes in them
-    S3              request signing (pure), and a thin client for control requests, never for bulk data
+    S3              request signing (pure), and a thin client: control, listings, headers, restoring
     Catalog         the objects of a source, an archive or a bucket, in an SQLite file
     Lease           the right to write to a repository: an object renewed under S3's conditions
     Processes       console, stop signals, the one place that starts child processes, deadlines, progress
     Mounts          TigrisFS: memory, command line, log, mounting, unmounting
     Read-ahead      threads that read the source before borg does, and keep several borgs together
     Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
-    Audit           whether the bucket holds what borg wrote, and the archive what the source lists
+    Audit           whether the bucket holds what borg wrote; what an archive lacks
     Notifications   how a run went, for a health check, a webhook and Prometheus
     Repository      preflight, the lease, leftovers; a repository opened for writing, or to read from
     Check           whether a repository is sound: `borg check` in slices, and what was checked when
-    Backup          one target, a whole run, the summary
+    Backup          the catalog of a run, what feeds borg, one target, a whole run, the summary
     Operations      what a person does with backups: list, info, maintain, key-export, any borg command
     Restore         an archive, or a part of it, into a folder or a bucket
     Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
@@ -1082,7 +1084,7 @@ DEFAULT_REGION = "us-east-1"
 
 
 class S3Client:
-    """Control requests to one store: signed, path-style, retried. Safe to use from several threads.
+    """Requests to one store: signed, path-style, retried. Safe to use from several threads.
 
     Every method raises S3Error when S3 refuses or when there is no answer for longer than the patience
     constants say. When a stop signal comes, requests get CLEANUP_SECONDS more and no further try, also those
