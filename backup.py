@@ -8206,6 +8206,9 @@ class ToBucket(Restoration):
             return
         upload = xml_text(begun.body, "UploadId")
         self._write_note(key, (since, upload))
+        # An earlier try may have begun one as well, and its answer was lost.
+        found = self._begun(self._client, key, since, utc_now(self._client))
+        self._abort(self._client, key, [other for other in found if other != upload])
 
         def send(number: int, body: bytes) -> str:
             query = [("partNumber", str(number)), ("uploadId", upload)]
@@ -8292,27 +8295,34 @@ class ToBucket(Restoration):
             self.console.progress("restore", "waiting to see whether another restore is alive")
             self.runtime.stop.wait(1)
 
+    @staticmethod
+    def _begun(client: S3Client, key: str, since: str, until: str) -> list[str]:
+        """The ids of the uploads of an object that began in this time."""
+        query, ids = [("uploads", ""), ("prefix", key), ("encoding-type", "url")], []
+        for element in ElementTree.fromstring(client.request("GET", query=query).body).iter():
+            told = {each.tag.rpartition("}")[2]: each.text or "" for each in element}
+            if urllib.parse.unquote_plus(told.get("Key", "")) == key and "UploadId" in told:
+                begun = datetime.fromisoformat(told["Initiated"])
+                if datetime.fromisoformat(since) <= begun <= datetime.fromisoformat(until):
+                    ids.append(told["UploadId"])
+        return ids
+
+    @staticmethod
+    def _abort(client: S3Client, key: str, uploads: Sequence[str]) -> None:
+        for upload in uploads:
+            try:
+                client.request("DELETE", key, [("uploadId", upload)])
+            except S3Error as error:
+                if error.status != 404:
+                    raise
+
     def _end_uploads(self, note: str, uploads: Mapping[str, Sequence[str]], until: str) -> None:
         """Ends uploads, and deletes the note with them. One whose id is not known began meanwhile."""
         client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
 
         def end(key: str) -> None:
-            since, ids = uploads[key][0], [uploads[key][1]]
-            if not ids[0]:
-                query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
-                root = ElementTree.fromstring(client.request("GET", query=query).body)
-                for element in root.iter():
-                    told = {each.tag.rpartition("}")[2]: each.text or "" for each in element}
-                    if urllib.parse.unquote_plus(told.get("Key", "")) == key and "UploadId" in told:
-                        begun = datetime.fromisoformat(told["Initiated"])
-                        if datetime.fromisoformat(since) <= begun <= datetime.fromisoformat(until):
-                            ids.append(told["UploadId"])
-            for upload in filter(None, ids):
-                try:
-                    client.request("DELETE", key, [("uploadId", upload)])
-                except S3Error as error:
-                    if error.status != 404:
-                        raise
+            since, upload = uploads[key]
+            self._abort(client, key, [upload] if upload else self._begun(client, key, since, until))
 
         with ThreadPoolExecutor(RESTORE_THREADS) as pool:
             list(pool.map(end, uploads))
