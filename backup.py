@@ -952,6 +952,16 @@ def endpoint_key(store: Store) -> tuple[str, int | None]:
 # (AWS Signature Version 4)" of the Amazon S3 API reference; the functions are named after its steps.
 
 
+def encode_key(key: str) -> bytes:
+    """A key as S3 sorts them."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def decode_key(key: bytes) -> str:
+    """A key as all else has it."""
+    return key.decode("utf-8", "surrogateescape")
+
+
 def uri_encode(text: str, safe: str = "") -> str:
     """UriEncode() of the specification: everything but unreserved characters as %XX of its UTF-8 bytes."""
     return urllib.parse.quote(text, safe=safe + "-._~", errors="surrogateescape")
@@ -1020,6 +1030,16 @@ class Answer:
             return email.utils.parsedate_to_datetime(self.headers[header.lower()]).astimezone(UTC)
         except (KeyError, ValueError):
             return None
+
+    @property
+    def etag(self) -> str:
+        """The ETag without quotes; empty where there is none."""
+        return self.headers.get("etag", "").strip('"')
+
+    @property
+    def has_tags(self) -> bool:
+        """Whether the object has tags, as the answer to GET and HEAD tells."""
+        return int(self.headers.get("x-amz-tagging-count") or 0) > 0
 
 
 @dataclass(frozen=True)
@@ -1423,27 +1443,29 @@ def http_reason(status: int) -> str:
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
-KEPT_HEADERS = frozenset(
-    {
-        "content-type",
-        "cache-control",
-        "content-disposition",
-        "content-encoding",
-        "content-language",
-        "expires",
-        "x-amz-website-redirect-location",
-    }
+# What is archived of an object's headers and can be given to another one, besides user metadata; with
+# examples, as which a probe has them.
+KEPT_HEADERS = dict(
+    pair.split(": ")
+    for pair in (
+        *("content-type: text/css", "cache-control: no-store", "content-disposition: inline"),
+        *("content-encoding: gzip", "content-language: la", "expires: Thu, 01 Jan 1970 00:00:00 GMT"),
+        "x-amz-website-redirect-location: /",
+    )
 )
 USER_METADATA = "x-amz-meta-"
 
 
+def kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Those headers that are an object's own, in their order."""
+    own = KEPT_HEADERS.keys()
+    return {name: text for name, text in headers.items() if name in own or name.startswith(USER_METADATA)}
+
+
 def headers_of(answer: Answer) -> dict[str, str]:
     """Those of an object's headers that are its own, in S3's order and letters."""
-    return {
-        name: text.encode("latin-1").decode("utf-8", "surrogateescape")
-        for name, text in answer.headers.items()
-        if name in KEPT_HEADERS or name.startswith(USER_METADATA)
-    }
+    own = kept_headers(answer.headers)
+    return {name: decode_key(text.encode("latin-1")) for name, text in own.items()}
 
 
 def describe_fault(fault: Exception) -> str:
@@ -1510,8 +1532,15 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def is_showable(key: str, size_bytes: int) -> bool:
     """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
     name = key if size_bytes else key.removesuffix("/")
-    is_long = any(len(part.encode("utf-8", "surrogateescape")) > NAME_MAX_BYTES for part in name.split("/"))
+    is_long = any(len(encode_key(part)) > NAME_MAX_BYTES for part in name.split("/"))
     return not (is_long or UNREPRESENTABLE.search(name) or NOT_IN_XML.search(name) or "\r" in name)
+
+
+def pages(rows: Iterable[Result]) -> Iterator[list[Result]]:
+    """Rows, as many at a time as is good for a database."""
+    rows = iter(rows)
+    while page := list(itertools.islice(rows, CATALOG_PAGE)):
+        yield page
 
 
 class CatalogError(BackupError):
@@ -1548,8 +1577,7 @@ class Catalog:
 
     def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Takes rows in."""
-        rows = iter(rows)
-        while page := list(itertools.islice(rows, CATALOG_PAGE)):
+        for page in pages(rows):
             with self._told():
                 marks = ", ".join("?" * len(page[0]))
                 self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", page)
@@ -1562,10 +1590,8 @@ class Catalog:
 
     def rows(self, where: str = "1", values: Sequence[Any] = (), after: str = "") -> Iterator[S3Object]:
         """The objects behind the key `after` for which `where` holds, a condition of SQL, in key order."""
-        sql, last = (
-            f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?",
-            encode_key(after),
-        )
+        sql = f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?"
+        last = encode_key(after)
         while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
             yield from itertools.starmap(self._object, page)
             last = page[-1][0]
@@ -1652,16 +1678,6 @@ class Catalog:
             self._db.close()
 
 
-def encode_key(key: str) -> bytes:
-    """A key as S3 sorts them."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def decode_key(key: bytes) -> str:
-    """A key as all else has it."""
-    return key.decode("utf-8", "surrogateescape")
-
-
 def manifest_line(each: S3Object) -> str:
     """An object's line in an archive's manifest; what is not known is left out."""
     path = {} if each.is_shown else {"path": odd_path(each.key)}
@@ -1681,12 +1697,13 @@ def parse_manifest_line(line: str) -> S3Object:
 
 
 # Where an archive has what is not the source's own files. borg deduplicates the manifest like all else.
-MANIFEST_PATH = "data/s3borgbackup/manifest.jsonl"
+OWN_FOLDER = "data/s3borgbackup/"
+MANIFEST_PATH = f"{OWN_FOLDER}manifest.jsonl"
 
 
 def odd_path(key: str) -> str:
     """Where an archive holds an object that no mount can show."""
-    return f"data/s3borgbackup/objects/{hashlib.sha256(encode_key(key)).hexdigest()[:32]}"
+    return f"{OWN_FOLDER}objects/{hashlib.sha256(encode_key(key)).hexdigest()[:32]}"
 
 
 # ---------------------------------------------------------------------------------------------------- Lease
@@ -6055,7 +6072,6 @@ class Feeder:
         self, runtime: Runtime, source: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
     ) -> None:
         self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
-        self.began = source.clock
         self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
         self.mixed = Findings()  # what may have been archived as no version ever was
         self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
@@ -6161,13 +6177,14 @@ class Feeder:
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
         facts: dict[str, Any] = {"headers": headers_of(answer)}
-        if tags := self._tags(each.key) if int(answer.headers.get("x-amz-tagging-count") or 0) else {}:
+        if tags := self._tags(each.key) if answer.has_tags else {}:
             facts["tags"] = tags
         if storage_class := answer.headers.get("x-amz-storage-class"):
             facts["storage_class"] = storage_class
-        size_bytes, etag = int(answer.headers["content-length"]), answer.headers.get("etag", "").strip('"')
-        modified = answer.time("Last-Modified") or each.last_modified
-        return S3Object(each.key, size_bytes, modified, etag, each.is_shown, facts)
+        size_bytes, modified = int(answer.headers["content-length"]), answer.time("Last-Modified")
+        return S3Object(
+            each.key, size_bytes, modified or each.last_modified, answer.etag, each.is_shown, facts
+        )
 
     def _tags(self, key: str) -> dict[str, str]:
         """An object's tags. That they may not be read is told once."""
@@ -6232,9 +6249,6 @@ class Feeder:
         return future.result()
 
     def _fetch(self, each: S3Object) -> str:
-        root = (
-            f"{self._folder}/./"  # borg archives it by what follows (the slashdot hack of its documentation)
-        )
         path = Path(self._folder, odd_path(each.key))
         with path.open("wb") as stream:
             for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
@@ -6244,7 +6258,8 @@ class Feeder:
         now = dataclasses.replace(now, size_bytes=path.stat().st_size)
         os.utime(path, (now.last_modified.timestamp(),) * 2)
         self.catalog.add([now])
-        return root + odd_path(each.key)
+        # borg archives it by what follows the dot (the slashdot hack of its documentation).
+        return f"{self._folder}/./{odd_path(each.key)}"
 
     def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
         """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
@@ -7319,16 +7334,7 @@ MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's l
 # The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
 COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
 
-# With examples, as which a probe has them.
-RESTORED_HEADERS = dict(
-    pair.split(": ")
-    for pair in (
-        *("content-type: text/css", "cache-control: no-store", "content-disposition: inline"),
-        *("content-encoding: gzip", "content-language: la", "expires: Thu, 01 Jan 1970 00:00:00 GMT"),
-        "x-amz-website-redirect-location: /",
-    )
-)
-METADATA, TAGGING = "x-amz-meta-", "x-amz-tagging"
+TAGGING = "x-amz-tagging"
 
 # A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
 # ends these uploads. Nobody else's are touched.
@@ -7429,7 +7435,6 @@ class Item:
     fate: Fate = Fate.UNKNOWN
 
 
-OWN_FOLDER = MANIFEST_PATH.removesuffix("manifest.jsonl")
 PLAN_TABLES = """
 CREATE TABLE entries (
     path BLOB PRIMARY KEY, place INTEGER, kind TEXT, size INTEGER, modified INTEGER, is_whole INTEGER
@@ -7480,12 +7485,6 @@ PLAN_ITEMS = (
 # What is in a bucket: not a folder that an older archive has because nothing is in it.
 COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
 CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
-
-
-def pages(rows: Iterator[Result]) -> Iterator[list[Result]]:
-    """Rows, as many at a time as is good for a database."""
-    while page := list(itertools.islice(rows, CATALOG_PAGE)):
-        yield page
 
 
 def parse_entry(line: bytes) -> tuple[str, str, int, int, bool]:
@@ -8002,9 +8001,9 @@ class ToFolder(Restoration):
     def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
         """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
         path = f"{self._root}/{item.key}"
-        for name, text in (item.facts or {}).get("headers", {}).items():
-            if name.startswith(USER_METADATA):
-                metadata = {**metadata, name.removeprefix(USER_METADATA): text}
+        known, start = restorable(item.facts).items(), len(USER_METADATA)
+        own = {name[start:]: text for name, text in known if name.startswith(USER_METADATA)}
+        metadata = {**metadata, **own}
         try:
             folder = os.path.dirname(path)
             if folder not in self._folders:
@@ -8053,8 +8052,7 @@ class ToFolder(Restoration):
 
 def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
     """Those of an object's headers that can be given to another one."""
-    headers = (facts or {}).get("headers", {}).items()
-    return {name: value for name, value in headers if name in RESTORED_HEADERS or name.startswith(METADATA)}
+    return kept_headers((facts or {}).get("headers", {}))
 
 
 def readable(value: str) -> str:
@@ -8086,25 +8084,19 @@ class ToBucket(Restoration):
         key, body = f"{start}{secrets.token_hex(6)}", secrets.token_bytes(16)
         try:
             try:
-                answer = client.put(key, body, {**RESTORED_HEADERS, TAGGING: "a=b"})
-                kept = {TAGGING} if self._tags(key) else set()
+                answer = client.put(key, body, {**KEPT_HEADERS, TAGGING: "a=b"})
+                kept = {TAGGING} if client.tags(key) else set()
             except S3Error as error:
                 if error.status not in (*REFUSALS, *UNTAKEN_STATUSES, 501):
                     raise
-                answer, kept = client.put(key, body, RESTORED_HEADERS), set()
-            dropped = {*RESTORED_HEADERS, TAGGING} - kept - self._headers(key).keys()
-            return answer.headers.get("etag", "").strip('"') == MD5(body).hexdigest(), dropped
+                answer, kept = client.put(key, body, KEPT_HEADERS), set()
+            dropped = {*KEPT_HEADERS, TAGGING} - kept - self._headers(key).keys()
+            return answer.etag == MD5(body).hexdigest(), dropped
         finally:
             client.delete(key)
 
     def _headers(self, key: str) -> dict[str, str]:
-        headers = self._client.request("HEAD", key).headers.items()
-        return restorable({"headers": {name: decode_key(text.encode("latin-1")) for name, text in headers}})
-
-    def _tags(self, key: str) -> dict[str, str]:
-        root = ElementTree.fromstring(self._client.request("GET", key, [("tagging", "")]).body)
-        texts = [element.text or "" for element in root.iter() if element.tag.endswith(("}Key", "}Value"))]
-        return dict(zip(texts[::2], texts[1::2], strict=True))
+        return headers_of(self._client.request("HEAD", key))
 
     def mistake(self, item: Item) -> str:
         length = len(encode_key(self._prefix + item.key))
@@ -8141,7 +8133,7 @@ class ToBucket(Restoration):
             names = (wanted.keys() | found.keys()) - self._dropped
             names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
             differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
-            if differ or (tags and TAGGING not in self._dropped and self._tags(key) != tags):
+            if differ or (tags and TAGGING not in self._dropped and self._client.tags(key) != tags):
                 self.plan.note(item, Fate.HEADERS)
         except S3Error as error:
             self._leave_out(item, error)
@@ -8172,7 +8164,9 @@ class ToBucket(Restoration):
 
     def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
         """What an object is written with; `metadata` is what older archives have of it."""
-        headers = restorable(item.facts) or {f"{METADATA}{name}": value for name, value in metadata.items()}
+        headers = restorable(item.facts) or {
+            f"{USER_METADATA}{name}": value for name, value in metadata.items()
+        }
         if tags := (item.facts or {}).get("tags"):
             headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
         with self.lock:
@@ -8188,7 +8182,7 @@ class ToBucket(Restoration):
         try:
             answer = self._client.put(key, stream.read(), headers)
             self.add(0, item.size_bytes)
-            self.plan.note(item, Fate.DONE, answer.headers.get("etag", ""))
+            self.plan.note(item, Fate.DONE, answer.etag)
         except S3Error as error:
             self._leave_out(item, error)
 
@@ -8212,7 +8206,7 @@ class ToBucket(Restoration):
 
         def send(number: int, body: bytes) -> str:
             query = [("partNumber", str(number)), ("uploadId", upload)]
-            etag = self._client.put(key, body, query=query).headers.get("etag", "").strip('"')
+            etag = self._client.put(key, body, query=query).etag
             self.add(0, len(body))
             return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
 
@@ -8232,9 +8226,9 @@ class ToBucket(Restoration):
             if error.code != "NoSuchUpload":
                 self._leave_out(item, error)
                 return
-            there = client.request("HEAD", key).headers  # an answer that was lost may have been a success
-            etag = there.get("etag", "").strip('"')
-            if there.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+            there = client.request("HEAD", key)  # an answer that was lost may have been a success
+            etag = there.etag
+            if there.headers.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
                 raise
         self._write_note(key)
         self.plan.note(item, Fate.DONE, etag)
@@ -8392,9 +8386,9 @@ def restore(runtime: Runtime, target: Target, order: Order) -> int:
                 return place.tell(order.overwrite)
             place.confirm(order.overwrite)
             place.write_all(repository, archive)
-        for item in plan.items("fate IN ('restored', 'there')"):
-            if known := plan.find(item.key):
-                print(manifest_line(known), file=metadata)
+        if order.metadata:
+            there = "key IN (SELECT key FROM items WHERE fate IN ('restored', 'there'))"
+            metadata.writelines(f"{manifest_line(known)}\n" for known in plan.rows(there))
         return place.report(time.monotonic() - start)
 
 
@@ -8808,8 +8802,8 @@ class Verifier:
                 return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
             ours = archived.read(len(answer.body))
             if ours != answer.body:
-                modified, etag = answer.time("Last-Modified"), answer.headers.get("etag", "").strip('"')
-                if etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
+                modified = answer.time("Last-Modified")
+                if answer.etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
                     return "extracted", ""
                 unlike = map(int.__ne__, ours, answer.body)
                 place = next(itertools.compress(itertools.count(offset), unlike))
@@ -8824,7 +8818,7 @@ class Verifier:
             return
         then, now = each.facts["headers"], headers_of(answer)
         other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
-        if int(answer.headers.get("x-amz-tagging-count") or 0):
+        if answer.has_tags:
             key = f"{self.client.store.key_prefix}{each.key}"
             with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
                 tags = self._wait(in_background(lambda: self.client.tags(key)))

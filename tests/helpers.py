@@ -434,6 +434,12 @@ def borg_environment(base_folder: Path, passphrase: str = PASSPHRASE) -> dict[st
 MANIFEST_PATH = "data/s3borgbackup/manifest.jsonl"
 
 
+def odd_path(key: str) -> str:
+    """Where an archive has the content of an object whose key no mount can show."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"data/s3borgbackup/objects/{digest[:32]}"
+
+
 @dataclass(frozen=True)
 class Repository:
     """A borg repository in a local folder, looked at with plain borg."""
@@ -499,8 +505,7 @@ class Repository:
         others = {path: body for path, body in extracted.items() if not path.startswith(start)}
         for line in others.pop(MANIFEST_PATH, b"").splitlines():
             entry = json.loads(line)
-            name = hashlib.sha256(entry["key"].encode("utf-8", "surrogateescape")).hexdigest()[:32]
-            if (path := f"data/s3borgbackup/objects/{name}") in others:
+            if (path := odd_path(entry["key"])) in others:
                 found[entry["key"]] = others.pop(path)
         assert not others, f"something outside {start} in {archive}"
         return found

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from faults.proxy import FaultProxy
-from helpers import BACKUP, Bucket, Result, run_backup, settings, tree
+from helpers import BACKUP, MANIFEST_PATH, Bucket, Result, odd_path, run_backup, settings, tree
 from servers import WRITER, Moto, SeaweedFS
 
 MODIFIED = 1735689600  # 2025-01-01T00:00:00Z
-MANIFEST = "data/s3borgbackup/manifest.jsonl"
 HEADERS = {
     "content-type": "text/html; charset=utf-8",
     "cache-control": "max-age=60, public",
@@ -37,11 +36,6 @@ TAGS = {"team": "a + b/c=d", "cost centre": "4711", "empty": ""}
 # Keys that no mount can show; those that a disk can hold all the same are not among `NO_FILES`.
 NO_FILES = ("x//y", "//", "/lead", "./z", "../up", "trail/", "p" * 300 + "/q", "k" * 1024)
 ODD_KEYS = (*NO_FILES, "a", "\x01", "\x7f", "a\x02b/c", "100%", "%2f", "+", "é" * 100)
-
-
-def odd_path(key: str) -> str:
-    """Where an archive has the content of such a key."""
-    return f"data/s3borgbackup/objects/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
 @dataclass
@@ -85,12 +79,12 @@ class Site:
                 continue
             os.utime(path, (MODIFIED, MODIFIED))
             paths.append(str(path.relative_to(self.folder)))
-        (self.folder / MANIFEST).parent.mkdir(exist_ok=True, parents=True)
-        with (self.folder / MANIFEST).open("w") as manifest:
+        (self.folder / MANIFEST_PATH).parent.mkdir(exist_ok=True, parents=True)
+        with (self.folder / MANIFEST_PATH).open("w") as manifest:
             manifest.writelines(things[key].line(key) for key in sorted(things, key=str.encode))
         options = ["--paths-from-stdin", "--paths-delimiter", "\\0"]
         command = [sys.executable, str(BACKUP), "borg", "first", "create", *options, "::exact"]
-        given = "\0".join([*paths, MANIFEST]).encode()
+        given = "\0".join([*paths, MANIFEST_PATH]).encode()
         environment = {**self.environment, "PYTHONPATH": ""}
         subprocess.run(command, env=environment, cwd=self.folder, input=given, check=True)
 

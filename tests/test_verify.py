@@ -1,6 +1,5 @@
 """`verify NAME`: an archive is compared with the live bucket, and a sample of it is proved."""
 
-import hashlib
 import io
 import json
 import os
@@ -23,9 +22,11 @@ import backup
 from faults.proxy import Action, FaultProxy
 from helpers import (
     BACKUP,
+    MANIFEST_PATH,
     Backup,
     Bucket,
     Result,
+    odd_path,
     run_backup,
     sample_objects,
     settings,
@@ -386,10 +387,10 @@ class Made:
         for key, content in self.contents.items():
             path = f"{self.environment['DATA_DIR']}/source/{key}"
             if key in self.odd:
-                path = f"data/s3borgbackup/objects/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+                path = odd_path(key)
             entries[path] = (content, datetime.fromisoformat(self.lines[key]["modified"]))
         manifest = "".join(f"{json.dumps(self.lines[key])}\n" for key in sorted(self.lines))
-        entries["data/s3borgbackup/manifest.jsonl"] = (manifest.encode(), self.as_of)
+        entries[MANIFEST_PATH] = (manifest.encode(), self.as_of)
         comment = f"s3borgbackup: source as of {self.as_of:%Y-%m-%dT%H:%M:%SZ}, with manifest"
         import_archive(self.environment, entries, comment)
 
