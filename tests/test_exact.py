@@ -1,5 +1,6 @@
 """Exactness: a bucket that was restored has every key, every byte and every header of the one archived."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,20 @@ class Site:
 
     def found(self, key: str) -> Thing:
         """An object of the destination."""
-        bucket = self.destination
-        answer = bucket.client.get_object(Bucket=bucket.name, Key=key)
-        raw = answer["ResponseMetadata"]["HTTPHeaders"]
-        names = (*HEADERS, *REDIRECT)
-        tags = bucket.client.get_object_tagging(Bucket=bucket.name, Key=key)["TagSet"]
-        return Thing(
-            answer["Body"].read(),
-            {name: raw[name] for name in raw if name in names or name.startswith("x-amz-meta-")},
-            {tag["Key"]: tag["Value"] for tag in tags},
-        )
+        return found_thing(self.destination, key)
+
+
+def found_thing(bucket: Bucket, key: str) -> Thing:
+    """An object as boto3 shows it."""
+    answer = bucket.client.get_object(Bucket=bucket.name, Key=key)
+    raw = answer["ResponseMetadata"]["HTTPHeaders"]
+    names = (*HEADERS, *REDIRECT)
+    tags = bucket.client.get_object_tagging(Bucket=bucket.name, Key=key)["TagSet"]
+    return Thing(
+        answer["Body"].read(),
+        {name: raw[name] for name in raw if name in names or name.startswith("x-amz-meta-")},
+        {tag["Key"]: tag["Value"] for tag in tags},
+    )
 
 
 def make_site(
@@ -298,6 +303,51 @@ def put_thing(bucket: Bucket, key: str, thing: Thing) -> None:
     )
 
 
+def every_thing(keys: Iterable[str], redirect: Mapping[str, str]) -> dict[str, Thing]:
+    """Objects with these odd keys, and with all that a server keeps of an object."""
+    odd = {key: Thing(f"odd {key!r}".encode(), {"content-type": "text/x"}, {"odd": "1"}) for key in keys}
+    return odd | {
+        "a/b": Thing(b"below", {**HEADERS, **redirect}, dict(TAGS)),
+        "changed": Thing(b"1", dict(HEADERS)),
+        "deleted": Thing(b"2", dict(HEADERS)),
+        "empty": Thing(b"", {"content-type": "image/png"}),
+        "large": Thing(os.urandom(20_000_000), {**HEADERS, **redirect}, dict(TAGS)),
+        "packed.gz": Thing(gzip.compress(b"packed" * 1000), {**HEADERS, "content-type": "text/css"}),
+        "other headers": Thing(b"3", {"content-type": "text/x", "x-amz-meta-a": "b"}),
+    }
+
+
+def prove_that_it_comes_back(
+    run: Callable[..., Result], source: Bucket, restored: Bucket, things: dict[str, Thing]
+) -> None:
+    """Backed up twice with changes in between, everything deleted, restored into another bucket.
+
+    `run` runs backup.py with arguments, and the target `first`.
+    """
+    for key, thing in things.items():
+        put_thing(source, key, thing)
+    run().expect(0)
+    source.delete("deleted")
+    changes = {
+        "changed": Thing(b"one", {"content-type": "text/y"}, {"now": "tagged"}),
+        "other headers": Thing(b"3", {"content-type": "text/y", "cache-control": "no-store"}),
+        "new": Thing(b"4", dict(HEADERS), dict(TAGS)),
+        next(iter(things)): Thing(b"odd and changed", {"content-type": "text/y"}),
+    }
+    for key, thing in changes.items():
+        put_thing(source, key, thing)
+    del things["deleted"]
+    things |= changes
+    run().expect(0)
+    run("verify", "first", "--sample", "all").expect(0)
+    source.clear()
+    run("restore", "first", "--to-bucket", restored.name).expect(0)
+    assert set(restored.sizes()) == set(things)
+    for key, thing in things.items():
+        found = found_thing(restored, key)
+        assert (key, found.body, found.headers, found.tags) == (key, thing.body, thing.headers, thing.tags)
+
+
 @pytest.mark.parametrize("kind", ["moto", "seaweedfs"])
 def test_the_restored_bucket_is_the_bucket(
     server: SeaweedFS,
@@ -307,50 +357,15 @@ def test_the_restored_bucket_is_the_bucket(
     needs_fuse: None,
     kind: str,
 ) -> None:
-    """Backed up twice with changes in between, everything deleted, restored into another bucket."""
-    own = moto if kind == "moto" else server
+    own, keys = (moto, ODD_KEYS) if kind == "moto" else (server, KEPT_BY_SEAWEEDFS)
     source, restored = new_bucket("source", on=own), new_bucket("restored", on=own)
-    target = {"path": new_bucket("target").name, "endpoint": server.endpoint}
-    redirect = REDIRECT if kind == "moto" else {}
-    odd = ODD_KEYS if kind == "moto" else KEPT_BY_SEAWEEDFS
-    things = {key: Thing(f"odd {key!r}".encode(), {"content-type": "text/x"}, {"odd": "1"}) for key in odd}
-    things |= {
-        "a/b": Thing(b"below", {**HEADERS, **redirect}, dict(TAGS)),
-        "changed": Thing(b"1", dict(HEADERS)),
-        "deleted": Thing(b"2", dict(HEADERS)),
-        "empty": Thing(b"", {"content-type": "image/png"}),
-        "large": Thing(os.urandom(20_000_000), {**HEADERS, **redirect}, dict(TAGS)),
-        "packed.gz": Thing(gzip.compress(b"packed" * 1000), {**HEADERS, "content-type": "text/css"}),
-        "other headers": Thing(b"3", {"content-type": "text/x", "x-amz-meta-a": "b"}),
-    }
-    for key, thing in things.items():
-        put_thing(source, key, thing)
     environment = settings(
         own,
         tmp_path,
         source.name,
-        {"first": target},
+        {"first": {"path": new_bucket("target").name, "endpoint": server.endpoint}},
         RESTORE_ACCESS_KEY_ID=WRITER.access_key_id,
         RESTORE_SECRET_ACCESS_KEY=WRITER.secret_access_key,
     )
-    run_backup(environment).expect(0)
-    source.delete("deleted")
-    changes = {
-        "changed": Thing(b"one", {"content-type": "text/y"}, {"now": "tagged"}),
-        "other headers": Thing(b"3", {"content-type": "text/y", "cache-control": "no-store"}),
-        "new": Thing(b"4", dict(HEADERS), dict(TAGS)),
-        odd[0]: Thing(b"odd and changed", {"content-type": "text/y"}),
-    }
-    for key, thing in changes.items():
-        put_thing(source, key, thing)
-    del things["deleted"]
-    things |= changes
-    run_backup(environment).expect(0)
-    assert run_backup(environment, "verify", "first", "--sample", "all").expect(0)
-    source.clear()
-    run_backup(environment, "restore", "first", "--to-bucket", restored.name).expect(0)
-    assert set(restored.sizes()) == set(things)
-    site = Site(environment, tmp_path, restored)
-    for key, thing in things.items():
-        found = site.found(key)
-        assert (key, found.body, found.headers, found.tags) == (key, thing.body, thing.headers, thing.tags)
+    things = every_thing(keys, REDIRECT if kind == "moto" else {})
+    prove_that_it_comes_back(functools.partial(run_backup, environment), source, restored, things)

@@ -96,9 +96,8 @@ def test_keys_reach_tigrisfs_by_its_environment_only(read_only: bool, prefix: st
     assert not [word for word in command if "KEY-" in word]
     assert command[-2:] == [f"bucket:{prefix}" if prefix else "bucket", "/data/target-first"]
     assert ("ro" in command) == read_only
-    environment = backup.tigrisfs_environment(
-        store, {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
-    )
+    given = {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
+    environment = backup.tigrisfs_environment(store, given, 128)
     assert environment["AWS_ACCESS_KEY_ID"] == "KEY-ID"
     assert environment["AWS_SECRET_ACCESS_KEY"] == "KEY-SECRET"
     assert "no" not in environment.values()
@@ -413,7 +412,7 @@ def test_the_next_command_removes_temporary_mounts_of_whatever_was_killed(
     for folder in (dead, elsewhere):
         folder.mkdir(parents=True)
         command = backup.tigrisfs_command(store, "us-east-1", folder, True, ["--memory-limit", "128"])
-        child = backup.Child(command, backup.tigrisfs_environment(store, environment), print, print)
+        child = backup.Child(command, backup.tigrisfs_environment(store, environment, 128), print, print)
         wait_until(lambda folder=folder: mounts_below(folder), 20, "it is mounted")
         assert child.kill()
     with mounted(source, alive), backup.mounted(runtime, store, "us-east-1", read_only=True) as mount:

@@ -193,9 +193,10 @@ def test_what_is_read_ahead_fits_in_a_quarter_of_the_cache(
     source = backup.Store(
         target=None, endpoint="http://x", bucket="b", prefix="", access_key_id="k", secret_access_key="s"
     )
-    window = backup.read_ahead_bytes(memory_mb, source)
+    cache_mb = backup.data_cache_mb(memory_mb, source)
+    window = backup.read_ahead_bytes(cache_mb)
     assert window == window_mib * MEBIBYTE
-    assert 4 * window <= backup.data_cache_mb(memory_mb, source) * MEBIBYTE
+    assert 4 * window <= cache_mb * MEBIBYTE
     assert backup.piece_bytes(window) == piece_mib * MEBIBYTE
 
 

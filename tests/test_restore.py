@@ -585,7 +585,7 @@ def test_a_long_name_hinders_no_other(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, [(f"data/source/{key}", "-") for key in ("x" * 256, "fine", "fine/below")])
     place = folder_of(plan, root)
     for found in list(plan.items()):
-        place.write(found, io.BytesIO(b"1"), {}, backup.Threads(1))
+        place.write(found, io.BytesIO(b"1"), {}, backup.Threads(1, backup.Stop()))
     assert [found.key for found in plan.items("fate = 'left out'")] == ["fine/below", "x" * 256]
     assert tree(root) == {"fine": b"1"}
 
@@ -602,7 +602,7 @@ def test_borg_can_write_its_tar_file_to_the_end() -> None:
     taken: list[str] = []
     items = iter([backup.Item("key", "key", len(content), 0)])
     with ThreadPoolExecutor(1) as pool, os.fdopen(writing, "wb", buffering=0) as stream:
-        threads = backup.Threads(2**20)
+        threads = backup.Threads(2**20, backup.Stop())
         work = pool.submit(
             backup.take_out, reading, items, 2**20, threads, lambda found, *_: taken.append(found.key)
         )
@@ -623,7 +623,7 @@ def test_names_that_differ_in_case_only_are_not_written_over_each_other(
     plan = plan_of(tmp_path, [("data/source/k", "-")])
     place = folder_of(plan, root)
     (root / "k").write_bytes(b"K")
-    place.write(next(plan.items()), io.BytesIO(b"1"), {}, backup.Threads(1))
+    place.write(next(plan.items()), io.BytesIO(b"1"), {}, backup.Threads(1, backup.Stop()))
     assert f"'k' could not be restored: {os.strerror(errno.EEXIST)}" in capsys.readouterr().err
     assert (root / "k").read_bytes() == b"K"
 

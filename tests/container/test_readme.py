@@ -19,6 +19,7 @@ from docker_client import BaseImages, Docker
 from helpers import PASSPHRASE, Bucket, Repository, Result, sample_objects, tree, wait_until
 from readme import README, TOP, code_block, code_blocks
 from servers import WRITER, SeaweedFS
+from test_exact import KEPT_BY_SEAWEEDFS, every_thing, prove_that_it_comes_back
 
 PHOTOS = sample_objects(5, 40, prefix="photos/")
 OBJECTS = {**sample_objects(6, 60), **PHOTOS}
@@ -284,6 +285,21 @@ def test_a_folder_is_restored_into_the_bucket(place: Place) -> None:
         terminal.type(f"export BORG_PASSPHRASE={shlex.quote(PASSPHRASE)}")
         type_all(terminal, block, **{SAMPLE_ARCHIVE: archive})
     assert place.source.contents() == {**PHOTOS, **later}
+
+
+def test_the_bucket_comes_back_with_every_key_header_and_tag(
+    place: Place, new_bucket: Callable[..., Bucket]
+) -> None:
+    keys = {"ACCESS_KEY_ID": WRITER.access_key_id, "SECRET_ACCESS_KEY": WRITER.secret_access_key}
+    destination = {f"RESTORE_{name}": value for name, value in keys.items()}
+    place.source.clear()
+    place.site.configure(place.source, {"first": place.first.name}, **destination)
+
+    def run(*arguments: str) -> Result:
+        return place.site.run(arguments=arguments)
+
+    things = every_thing(KEPT_BY_SEAWEEDFS, {})
+    prove_that_it_comes_back(run, place.source, new_bucket("restored"), things)
 
 
 # ---------------------------------------------------------------------------------------------- The worst day
