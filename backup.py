@@ -124,9 +124,7 @@ TELL_TRY_SECONDS = 5  # for one try
 
 CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
 ANSWER_TIMEOUT_SECONDS = 30  # for one read from a connection: some servers take long to list
-CONNECT_PATIENCE_SECONDS = (
-    8  # how long connection errors are retried: a wrong endpoint is to be told in seconds
-)
+CONNECT_PATIENCE_SECONDS = 8  # how long these are tried again: a wrong endpoint is to be told in seconds
 SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such storms pass
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
@@ -796,30 +794,17 @@ def parse_encryption(text: str) -> str:
     return text
 
 
-COMPRESSION_LEVELS = {"none": None, "lz4": None, "zstd": (1, 22), "zlib": (0, 9), "lzma": (0, 9)}
-OBFUSCATION_LEVELS = {*range(1, 7), *range(110, 124), 250}
+COMPRESSION = re.compile(
+    r"(obfuscate,([1-6]|11[0-9]|12[0-3]|250),)?(auto,)*"
+    r"(none|lz4|zstd(,0?[1-9]|,1[0-9]|,2[0-2])?|zlib(,0?[0-9])?|lzma(,0?[0-9])?)"
+)
 COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
 
 
 def parse_compression(specification: str) -> str:
     """Refuses what borg would refuse (`borg help compression`)."""
-    name, *rest = specification.split(",")
-    if name == "auto" and rest:
-        if rest[0] == "obfuscate":
-            raise ValueError("obfuscate goes before auto")
-        parse_compression(",".join(rest))
-    elif name == "obfuscate" and len(rest) >= 2:
-        if not (rest[0].isascii() and rest[0].isdigit() and int(rest[0]) in OBFUSCATION_LEVELS):
-            raise ValueError("the level of obfuscate is 1-6, 110-123 or 250")
-        parse_compression(",".join(rest[1:]))
-    elif name not in COMPRESSION_LEVELS or len(rest) > 1:
+    if not COMPRESSION.fullmatch(specification):
         raise ValueError(COMPRESSION_HELP)
-    elif rest:
-        levels = COMPRESSION_LEVELS[name]
-        if levels is None or not re.fullmatch(r"[0-9]{1,2}", rest[0]):
-            raise ValueError(COMPRESSION_HELP)
-        if not levels[0] <= int(rest[0]) <= levels[1]:
-            raise ValueError(f"the level of {name} is {levels[0]} to {levels[1]}")
     return specification
 
 
@@ -833,17 +818,13 @@ class OptionParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-KEEP_OPTIONS = (
-    ("--keep-last", "--keep-secondly"),
-    ("--keep-minutely",),
-    ("-H", "--keep-hourly"),
-    ("-d", "--keep-daily"),
-    ("-w", "--keep-weekly"),
-    ("-m", "--keep-monthly"),
-    ("--keep-13weekly",),
-    ("--keep-3monthly",),
-    ("-y", "--keep-yearly"),
-)
+KEEP_OPTIONS = [
+    names.split()
+    for names in (
+        *("--keep-last --keep-secondly", "--keep-minutely", "-H --keep-hourly", "-d --keep-daily"),
+        *("-w --keep-weekly", "-m --keep-monthly", "--keep-13weekly", "--keep-3monthly", "-y --keep-yearly"),
+    )
+]
 KEEP_HELP = "write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
 PRUNE_HELP = {
     "-n": "it would prune nothing: leave `prune` out instead",
@@ -1146,7 +1127,7 @@ class S3Client:
         return twin
 
     def direct(self) -> S3Client:
-        """The same client for threads that nobody waits for: faster, but a stop signal does not end a wait."""
+        """The same client for threads that nobody waits for: faster, but no stop signal ends a wait."""
         twin = copy.copy(self)
         twin._is_direct = True
         return twin
@@ -3662,14 +3643,7 @@ class Verdict(enum.Enum):
 
 # What borg says of a file that it could not read; the exit code is one of the source's content.
 UNREAD_WARNINGS = frozenset(
-    {
-        "BackupError",
-        "BackupIOError",
-        "BackupOSError",
-        "BackupFileNotFoundError",
-        "BackupPermissionError",
-        "BackupRaceConditionError",
-    }
+    f"Backup{kind}Error" for kind in ("", "IO", "OS", "FileNotFound", "Permission", "RaceCondition")
 )
 IO_ERROR_CODE = 106
 
@@ -3702,12 +3676,6 @@ def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
     return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
 
 
-def borg_last_two(repository: Path, label: str, bypass_lock: bool) -> list[str]:
-    """Shows the two newest archives of `label` with the number of their files."""
-    options = ["--glob-archives", archive_pattern(label), *(["--bypass-lock"] if bypass_lock else [])]
-    return ["info", "--json", "--last", "2", *options, str(repository)]
-
-
 def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
     """Archives what it is told of (FED).
 
@@ -3721,23 +3689,9 @@ def borg_create(target: Target, label: str, repository: Path, comment: str = "")
     return ["create", "--json", *options, "--compression", target.compression, archive]
 
 
-def borg_names(repository: Path) -> list[str]:
-    return ["list", "--json", str(repository)]
-
-
-def borg_items(repository: Path, archive: str) -> list[str]:
-    """Lists what is in an archive, a JSON object a line; nothing of its content is read."""
-    return ["list", "--json-lines", "--format", "{size}{mtime}", f"{repository}::{archive}"]
-
-
 def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
     """Writes an archive's content to `stream`, as a tar file."""
     return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
-
-
-def borg_read(repository: Path, archive: str, path: str) -> list[str]:
-    """Writes the content of one file in an archive to standard output."""
-    return ["extract", "--stdout", f"{repository}::{archive}", f"pp:{path}"]
 
 
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
@@ -3746,12 +3700,6 @@ def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
 
 def borg_compact(target: Target, repository: Path) -> list[str]:
     return ["compact", "--verbose", "--progress", "--threshold", str(target.compact_percent), str(repository)]
-
-
-def borg_find_archive(repository: Path, pattern: str) -> list[str]:
-    """Shows the newest archive whose name matches, with its comment."""
-    options = ["--json", "--last", "1", "--format", "{name}{id}{start}{comment}"]
-    return ["list", *options, "--glob-archives", pattern, str(repository)]
 
 
 def drain(stream: IO[bytes]) -> None:
@@ -4637,12 +4585,6 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
     wait_until_listed(runtime, mount, mistakes)
 
 
-def names_after_data(client: S3Client) -> list[str]:
-    """The names that sort after a repository's segments: hints.N, index.N, integrity.N, and borg's locks."""
-    prefix = client.store.key_prefix
-    return [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
-
-
 def wait_until_listed(runtime: Runtime, mount: Mount, mistakes: Callable[[], list[str]]) -> None:
     """Waits until there are no mistakes in the bucket's listing. Raises Hung when there is no progress."""
     name, pause = mount.store.name, FIRST_PAUSE_SECONDS
@@ -5258,9 +5200,12 @@ def expect_repository(client: S3Client, found: Preflight) -> None:
 
 def find_leftovers(client: S3Client) -> Leftovers:
     """What crashed runs left in a repository, as the bucket has it."""
-    names = names_after_data(client)
+    prefix = (
+        client.store.key_prefix
+    )  # the names that sort after segments: hints.N, index.N, integrity.N, lock
+    names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
     # Its last holder may just have left.
-    roster = client.find(f"{client.store.key_prefix}lock.roster") if "lock.roster" in names else None
+    roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
     return Leftovers.sort(names, roster.body if roster else b"")
 
 
@@ -5566,7 +5511,8 @@ class CheckRecord:
             fields = json.loads(body)
             if fields["repository"] != identity:
                 return empty
-            times = {name: parse_time(fields[name]) for name in RECORD_TIMES}
+            known = {name: fields[name] for name in RECORD_TIMES if fields[name] is not None}
+            times = {name: datetime.fromisoformat(text).astimezone(UTC) for name, text in known.items()}
             texts = {name: str(fields[name]) for name in ("damage", "kind")}
             return cls(repository=identity, segment=int(fields["segment"]), **times, **texts)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -5574,10 +5520,6 @@ class CheckRecord:
 
 
 RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
-
-
-def parse_time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text).astimezone(UTC) if text is not None else None
 
 
 @dataclass(frozen=True)
@@ -6803,21 +6745,19 @@ def has_shrunk(objects: int, last: int, percent: int) -> bool:
 
 def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int | None:
     """How many objects the archive before this one has. borg reads both archives' metadata for that."""
-    borg, label = repository.borg, runtime.settings.label
+    borg, options = repository.borg, ["--glob-archives", archive_pattern(runtime.settings.label)]
+    options += ["--bypass-lock"] if repository.is_ours_alone else []
     try:
-        shown = borg.run(borg_last_two(borg.repository, label, repository.is_ours_alone))
+        shown = borg.run(["info", "--json", "--last", "2", *options, str(borg.repository)])
     except (Stopped, Stuck):
         raise
     except BackupError as error:  # the archive that was just made is worth more than this
         runtime.console.warning(outcome.target.store.name, str(error))
         return None
-    archives = json.loads(shown.output)["archives"]
-    return next((count_of(each) for each in archives if each["name"] != outcome.archive), None)
-
-
-def count_of(archive: Mapping[str, Any]) -> int:
-    """How many objects an archive has, by `borg info --json`."""
-    return archive["stats"]["nfiles"] - archive.get("comment", "").endswith(WITH_MANIFEST)
+    for each in json.loads(shown.output)["archives"]:
+        if each["name"] != outcome.archive:
+            return each["stats"]["nfiles"] - each.get("comment", "").endswith(WITH_MANIFEST)
+    return None
 
 
 # What an archive's comment begins with: before that time the source cannot have been listed.
@@ -7416,7 +7356,7 @@ def choose_archive(
 
 
 def archive_times(repository: Repository) -> dict[str, datetime]:
-    listed = json.loads(repository.borg.run(borg_names(repository.borg.repository)).output)
+    listed = json.loads(repository.borg.run(["list", "--json", str(repository.borg.repository)]).output)
     times = {
         entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
         for entry in listed["archives"]
@@ -7539,9 +7479,10 @@ class Plan(Catalog):
 
     def read(self, repository: Repository, archive: str, source: Path) -> None:
         """Takes in what an archive holds. `source` is where the source would be mounted now."""
-        borg = repository.borg
+        borg, place = repository.borg, f"{repository.borg.repository}::{archive}"
         borg.run(
-            borg_items(borg.repository, archive), consume=lambda lines: self.take(map(parse_entry, lines))
+            ["list", "--json-lines", "--format", "{size}{mtime}", place],  # nothing of its content is read
+            consume=lambda lines: self.take(map(parse_entry, lines)),
         )
         self.has_manifest = bool(
             self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()])
@@ -7549,7 +7490,7 @@ class Plan(Catalog):
         if self.has_manifest:
             try:
                 borg.run(
-                    borg_read(borg.repository, archive, MANIFEST_PATH),
+                    ["extract", "--stdout", place, f"pp:{MANIFEST_PATH}"],
                     consume=lambda lines: self.add(parse_manifest_line(line.decode()) for line in lines),
                 )
             except ValueError as error:
@@ -8157,9 +8098,6 @@ class ToBucket(Restoration):
         finally:
             client.delete(key)
 
-    def _headers(self, key: str) -> dict[str, str]:
-        return headers_of(self._direct.request("HEAD", key))
-
     def mistake(self, item: Item) -> str:
         length = len(encode_key(self._prefix + item.key))
         if length > MAX_KEY_BYTES:
@@ -8191,7 +8129,7 @@ class ToBucket(Restoration):
         if "headers" not in facts:
             return
         try:
-            found, tags = self._headers(key), facts.get("tags")
+            found, tags = headers_of(self._direct.request("HEAD", key)), facts.get("tags")
             names = (wanted.keys() | found.keys()) - self._dropped
             names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
             differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
@@ -8681,7 +8619,8 @@ def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> 
     """
     label, borg, store = runtime.settings.label, repository.borg, repository.target.store
     pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-    archives = json.loads(borg.run(borg_find_archive(borg.repository, pattern)).output)["archives"]
+    options = ["--last", "1", "--format", "{name}{id}{start}{comment}", "--glob-archives", pattern]
+    archives = json.loads(borg.run(["list", "--json", *options, str(borg.repository)]).output)["archives"]
     if not archives:
         what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
         raise BackupError(
@@ -9110,13 +9049,12 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
 
     told = in_background(sync)
 
-    def unsure() -> list[str]:
+    def mistakes() -> list[str]:
+        if written:
+            return upload_mistakes(written, listed_files(runtime, client))
         return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
 
-    def differences() -> list[str]:
-        return upload_mistakes(written, listed_files(runtime, client))
-
-    settle(runtime, mount, differences if written else unsure)
+    settle(runtime, mount, mistakes)
     mount.holds_nothing = False  # whoever works in it may go on
 
 

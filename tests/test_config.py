@@ -157,7 +157,7 @@ MISTAKES = {
         "repokey-blake2?",
     ),
     "unknown compression": (with_target(compression="gzip"), '"first"."compression"', "zstd[,1-22]"),
-    "compression level": (with_target(compression="zstd,23"), '"first"."compression"', "1 to 22"),
+    "compression level": (with_target(compression="zstd,23"), '"first"."compression"', "zstd[,1-22]"),
     "compact that is text": (with_target(compact="yes"), '"first"."compact"', "percent"),
     "compact over 100": (with_target(compact=101), '"first"."compact"', "0 to 100"),
     "name with slash": (with_targets(**{"a/b": f"{S3}|x"}), 'TARGETS "a/b"', "cannot be a mount point"),
