@@ -167,8 +167,8 @@ JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
 
 # Restoring.
-RESTORE_THREADS = 64  # that write at the same time
-WAITING_OBJECTS = 192  # small objects that may wait for a thread
+RESTORE_THREADS = 128  # that write at the same time
+WAITING_OBJECTS = 256  # small objects that may wait for a thread
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

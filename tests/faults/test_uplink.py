@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from helpers import Backup, Bucket, settings, skip_or_fail
 from proof import newest_contents
 from proxy import FaultProxy
-from servers import SeaweedFS
+from servers import WRITER, SeaweedFS
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
@@ -94,3 +94,37 @@ def test_an_upload_may_take_as_long_as_the_line_needs(
         parts = [status for request, status in proxy.requests if request.kind == "PART"]
         assert parts == [200, 200]
     assert newest_contents(target, tmp_path, environment) == objects
+
+
+def test_a_restore_may_take_as_long_as_the_line_needs(
+    server: SeaweedFS, source: Bucket, new_bucket: Callable[..., Bucket], tmp_path: Path, network: SlowNetwork
+) -> None:
+    """All requests under way share the line, and none is sent twice."""
+    objects = {"large": os.urandom(20_000_000)}
+    objects |= {f"small-{number}": os.urandom(30_000) for number in range(160)}
+    source.put(objects)
+    restored = new_bucket("restored")
+    with FaultProxy(server.endpoint, address=network.address) as proxy:
+        entry = {"path": new_bucket("target").name, "endpoint": proxy.endpoint}
+        environment = settings(
+            server,
+            tmp_path,
+            source.name,
+            {"first": entry},
+            SOURCE_ENDPOINT=proxy.endpoint,
+            RESTORE_ACCESS_KEY_ID=WRITER.access_key_id,
+            RESTORE_SECRET_ACCESS_KEY=WRITER.secret_access_key,
+        )
+        with Backup(environment, through=network.through) as running:
+            running.wait(120).expect(0)
+        network.slow_down(4000)
+        before = len(proxy.requests)
+        with Backup(
+            environment, "restore", "first", "--to-bucket", restored.name, through=network.through
+        ) as running:
+            running.wait(240).expect(0)
+        asked = [request for request, _ in proxy.requests[before:] if request.bucket == restored.name]
+    sent = [request.key for request in asked if request.kind == "PUT" and request.key.startswith("small")]
+    assert len(sent) == len(set(sent)) == 160
+    assert [request.kind for request in asked].count("PART") == 2
+    assert restored.contents() == objects
