@@ -6141,8 +6141,9 @@ class Feeder:
             with self._lock:  # each number is somebody's: one of them tells
                 self.is_unproven, self._refusals = True, self._refusals + 1
                 number = self._refusals
-            if number == MAX_NAMED:
-                words = "headers cannot be asked for, the archives lack those of new and changed objects"
+            if number in (1, MAX_NAMED):
+                many = "headers cannot be asked for, the archives lack those of new and changed objects"
+                words = many if number > 1 else f"{each.key!r} is archived without its headers"
                 self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
@@ -8709,8 +8710,8 @@ class Verifier:
             return
         for first in range(0, number, PATHS_AT_ONCE):
             last = min(first + PATHS_AT_ONCE, number)
-            with chosen.open("wb") as file:
-                file.writelines(encode_key(each.path) + b"\0" for each in self._chosen(first, last))
+            with chosen.open("w", encoding="ascii") as file:
+                file.writelines(f"{json.dumps(each.path)}\n" for each in self._chosen(first, last))
             self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
 
     def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:

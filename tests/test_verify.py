@@ -209,6 +209,18 @@ def test_a_good_archive_equals_the_source_whatever_the_names(
     assert target.contents() == before
 
 
+def test_of_an_archive_only_the_sample_is_read(
+    environment: dict[str, str], source: Bucket, target: Bucket
+) -> None:
+    """So that a sample costs what it has, and not what the archive has."""
+    source.put({"large": os.urandom(3_000_000), "small": b"small"})
+    run_backup(environment).expect(0)
+    target.flip_a_byte(target.largest("data/"))
+    seed = next(seed for seed in range(99) if choose("1", seed, 2) == [2])
+    found, _ = verify(environment, 0, "--sample", "1", "--seed", f"{seed}")
+    assert (found["sample"]["sampled_bytes"], found["sample"]["equal"]) == (5, 1)
+
+
 def test_what_changed_in_the_source_since_is_told_and_is_no_fault(
     environment: dict[str, str], source: Bucket
 ) -> None:

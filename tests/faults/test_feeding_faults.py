@@ -46,6 +46,31 @@ def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
         assert not any("headers" in entry for entry in manifest.values())
 
 
+def test_an_object_that_is_archived_without_its_headers_is_named(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
+) -> None:
+    """The next run asks again."""
+    source.put({f"{number:04}": str(number).encode() for number in range(9)})
+    with table.attempt("a question for headers is refused"), FaultProxy(server.endpoint) as proxy:
+        environment = settings(
+            server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
+        )
+        refused = proxy.add(
+            lambda request: is_own_head(request) and request.key == "0004",
+            Action.REFUSE,
+            status=403,
+            code="AccessDenied",
+        )
+        words = "'0004' is archived without its headers: "
+        assert words in run_backup(environment).expect(0).output
+        proxy.remove(refused)
+        assert words not in run_backup(environment).expect(0).output
+        repository = Repository.download(target, tmp_path / "local")
+        first, second = (repository.manifest(archive) for archive in repository.archives())
+        assert [key for key, entry in first.items() if "headers" not in entry] == ["0004"]
+        assert all("headers" in entry for entry in second.values())
+
+
 def test_headers_that_s3_does_not_answer_hold_no_stopped_run(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
