@@ -211,19 +211,22 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
 """
 
 
-def _chart_rows(measurements: Sequence[Measurement]) -> list[Row]:
-    """The rows of one bucket and latency, the usual one if it was measured, and what needs no network.
+def telling(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Those of one bucket and latency, the usual one if it was measured, and what needs no network."""
+    everything = list(measurements)
+    groups = [(one.dataset, one.latency_ms) for one in everything]
+    dataset, latency_ms = CHART_GROUP if CHART_GROUP in groups else next(iter(groups), CHART_GROUP)
+    return [one for one in everything if one.dataset == dataset and one.latency_ms in (latency_ms, None)]
 
-    Those without all phases are left out.
-    """
-    complete = [row for row in rows(measurements) if PHASES.keys() <= row.phases.keys()]
+
+def _chart_rows(measurements: Sequence[Measurement]) -> list[Row]:
+    """The telling rows; those without all phases are left out."""
+    complete = [row for row in rows(telling(measurements)) if PHASES.keys() <= row.phases.keys()]
     if not complete:
         raise ReportError(
             "there is no contender that was measured in all phases, so there is nothing to draw"
         )
-    groups = [row.group for row in complete]
-    dataset, latency_ms = CHART_GROUP if CHART_GROUP in groups else groups[0]
-    return [row for row in complete if row.group in ((dataset, latency_ms), (dataset, None))]
+    return complete
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
@@ -313,9 +316,14 @@ def replace_between_markers(text: str, content: str) -> str:
 
 
 def write_report(measurements: Sequence[Measurement], readme: Path) -> None:
-    """Write the table into README.md and the chart beside it. Raises ReportError, and then writes nothing."""
+    """Write the telling rows into README.md and the chart beside it.
+
+    Variants of a contender, with an option, are in the chart only. Raises ReportError, and then writes
+    nothing.
+    """
     svg = chart(measurements)
     image = f"![Bar chart: seconds of each contender]({CHART_PATH})"
-    text = replace_between_markers(readme.read_text(), f"\n{table(measurements)}\n\n{image}\n")
+    rows_for_readme = [one for one in telling(measurements) if ", --" not in one.contender]
+    text = replace_between_markers(readme.read_text(), f"{table(rows_for_readme)}\n\n{image}")
     (readme.parent / CHART_PATH).write_text(svg)
     readme.write_text(text)

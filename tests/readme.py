@@ -8,20 +8,27 @@ TOP = Path(__file__).resolve().parent.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
 
 FENCE = re.compile(r" *```(\w*)")
-HEADING = re.compile(r"(#+) (.+)")
+HEADING = re.compile(r"(?P<level>#+) (?P<title>.+)|<details><summary>(?P<folded>.+)</summary>")
+FOLDED_LEVEL = 7  # below all that `#` can make
 
 
 def _lines(heading: str) -> Iterator[tuple[str, str | None]]:
-    """The lines below a heading, smaller headings included, each with the language of its code block."""
+    """The lines below a heading, smaller headings included, each with the language of its code block.
+
+    What is folded has its summary as a heading.
+    """
     inside: str | None = None
     level = 0
     for line in README.splitlines():
-        found = HEADING.fullmatch(line)
-        if found and inside is None:
-            if level and len(found[1]) <= level:
+        found = HEADING.fullmatch(line) if inside is None else None
+        if found:
+            this_level = len(found["level"]) if found["level"] else FOLDED_LEVEL
+            if level and this_level <= level:
                 return
-            if found[2] == heading:
-                level = len(found[1])
+            if heading in (found["title"], found["folded"]):
+                level = this_level
+        if line == "</details>" and level == FOLDED_LEVEL:
+            return
         fence = FENCE.match(line)
         if fence:
             inside = fence[1] if inside is None else None
@@ -55,6 +62,13 @@ def code_block(heading: str, language: str, text: str = "") -> str:
     return found[0]
 
 
+def shell_line(heading: str, beginning: str) -> str:
+    """The one line that begins so in the shell blocks below a heading, without the comment behind it."""
+    lines = "".join(code_blocks(heading, "shell")).splitlines()
+    (line,) = [line for line in lines if line.startswith(beginning)]
+    return re.sub(r"\s+# .*", "", line)
+
+
 def table(heading: str, head: str) -> list[list[str]]:
     """The rows of the table below a heading that has `head` in its first line, without its two head lines."""
     lines = [line for line, _ in _lines(heading)]
@@ -65,3 +79,8 @@ def table(heading: str, head: str) -> list[list[str]]:
             break
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return rows
+
+
+# The function that stands for the long command, and that command: without a terminal, and without arguments.
+S3BB = code_block("Quick start", "shell", "s3bb() {").partition("\n}\n")[0] + "\n}\n"
+ONE_SHOT = "docker run" + S3BB.partition("docker run")[2].partition(' "$@"')[0].replace(" -i $tty", "", 1)

@@ -126,7 +126,8 @@ def test_only_what_is_between_the_markers_is_replaced() -> None:
     assert replace_between_markers(once, "new") == once
 
 
-def test_the_report_is_a_table_and_a_chart_beside_the_readme(tmp_path: Path) -> None:
+def test_the_report_is_a_short_table_and_a_chart_beside_the_readme(tmp_path: Path) -> None:
+    """Other buckets, other latencies and variants with an option are left out of it."""
     readme, svg = tmp_path / "README.md", tmp_path / CHART_PATH
     svg.parent.mkdir()
     readme.write_text("# Title\n\nno markers\n")
@@ -135,13 +136,16 @@ def test_the_report_is_a_table_and_a_chart_beside_the_readme(tmp_path: Path) -> 
     assert readme.read_text() == "# Title\n\nno markers\n"
     assert not svg.exists()
     readme.write_text(f"# Title\n\n{BEGIN}\n{END}\n\nrest\n")
-    write_report(MEASUREMENTS, readme)
+    more = [*measured("plain, --noxattrs", 9), *measured("elsewhere", 9, latency_ms=100)]
+    write_report([*MEASUREMENTS, *more], readme)
     text = readme.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n")
     assert text.endswith(f"\n{END}\n\nrest\n")
     assert table(MEASUREMENTS) in text
     assert f"]({CHART_PATH})" in text
-    assert svg.read_text() == chart(MEASUREMENTS)
+    assert "elsewhere" not in text
+    assert "--noxattrs" not in text
+    assert svg.read_text() == chart([*MEASUREMENTS, *more])
 
 
 def test_the_readme_has_the_markers() -> None:
@@ -258,6 +262,7 @@ def test_the_servers_counters_tell_buckets_and_kinds_apart() -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 def test_it_measures(tmp_path: Path) -> None:
     contenders = ("s3borgbackup", "plain", "borg, local disk")

@@ -88,9 +88,9 @@ def test_the_readme_explains_every_key_of_a_target() -> None:
 
 def test_the_readme_names_the_defaults_and_every_encryption_mode() -> None:
     words = {
-        backup.DEFAULT_ENCRYPTION,
-        backup.DEFAULT_COMPRESSION,
-        backup.DEFAULT_LABEL,
+        backup.TARGET["encryption"].default,
+        backup.TARGET["compression"].default,
+        backup.VARIABLES["BACKUP_LABEL"].default,
         backup.DEFAULT_DATA_DIR,
     }
     words.update(backup.ENCRYPTION_MODES)

@@ -6,12 +6,14 @@ The policy and the program that rescues an older state are the README's, word fo
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
-from servers import ADMIN, WRITER, Moto, SeaweedFS, Server
+from servers import ADMIN, WRITER, Identity, Moto, SeaweedFS, Server
 
 README = (BACKUP.parent / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## Ransomware\n")[2].partition("\n## ")[0]
@@ -62,11 +64,12 @@ class Site:
     source: Bucket
     target: Bucket
     folder: Path
+    identity: Identity = WRITER
 
     @property
     def thief(self) -> Any:
         """A client with the backup container's keys."""
-        return self.server.client(WRITER)
+        return self.server.client(self.identity)
 
     def elsewhere(self, bucket: Bucket) -> dict[str, str]:
         """The configuration of a clean machine, which has no source and never saw the repository."""
@@ -111,10 +114,14 @@ def quiet_moment() -> datetime:
     return moment
 
 
-def make_site(server: Server, source: Bucket, target: Bucket, folder: Path) -> Site:
+def make_site(
+    server: Server, source: Bucket, target: Bucket, folder: Path, identity: Identity = WRITER
+) -> Site:
     """A site in which nothing was backed up yet."""
     source.put({f"folder/{number}": bytes([number]) * 1000 for number in range(20)})
-    return Site(server, settings(server, folder, source.name, {"first": target.name}), source, target, folder)
+    targets = {"first": target.name}
+    environment = settings(server, folder, source.name, targets, target_identity=identity)
+    return Site(server, environment, source, target, folder, identity)
 
 
 def assert_rescued(site: Site, moment: datetime, rescued: Bucket, objects: dict[str, bytes]) -> None:
@@ -127,7 +134,7 @@ def assert_rescued(site: Site, moment: datetime, rescued: Bucket, objects: dict[
     place = site.folder / "restored"
     place.mkdir()
     done = subprocess.run(
-        [sys.executable, str(BACKUP), "borg", "first", "extract", archive],
+        [sys.executable, str(BACKUP), "borg", "first", "extract", f"::{archive}"],
         env=environment,
         cwd=place,
         check=False,
@@ -144,16 +151,21 @@ def assert_rescued(site: Site, moment: datetime, rescued: Bucket, objects: dict[
 
 @pytest.fixture
 def site(server: SeaweedFS, new_bucket: NewBucket, tmp_path: Path) -> Site:
-    """The target's bucket keeps versions, and has the README's policy for the backup container's keys."""
+    """The target's bucket keeps versions, and has the README's policy for the backup container's keys.
+
+    Without the policy these might do anything in it, so that it is the policy that refuses.
+    """
     source, target = new_bucket("source"), new_bucket("target")
     admin = server.client(ADMIN)
     admin.put_bucket_versioning(Bucket=target.name, VersioningConfiguration={"Status": "Enabled"})
     policy = code_block("json").replace("my-backups", target.name)
-    user = f"arn:aws:iam::000000000000:user/{WRITER.access_key_id}"
+    rights = (*WRITER.actions, f"Admin:{target.name}")
+    identity = server.add_identity(Identity(f"owner-of-{target.name}", "owner-secret-52c1", rights))
+    user = f"arn:aws:iam::000000000000:user/{identity.access_key_id}"
     policy = policy.replace("arn:aws:iam::123456789012:user/s3borgbackup", user)
     assert user in policy
     admin.put_bucket_policy(Bucket=target.name, Policy=policy)
-    site = make_site(server, source, target, tmp_path)
+    site = make_site(server, source, target, tmp_path, identity)
     suspend = {"Bucket": target.name, "VersioningConfiguration": {"Status": "Suspended"}}
     wait_until(lambda: refusal(site.thief.put_bucket_versioning, **suspend), 10, "the policy holds")
     admin.put_bucket_versioning(Bucket=target.name, VersioningConfiguration={"Status": "Enabled"})
@@ -181,6 +193,8 @@ def test_a_thief_cannot_touch_what_is_needed_to_get_everything_back(
         "Filter": {},
         "NoncurrentVersionExpiration": {"NoncurrentDays": 1},
     }
+    retention = {"Mode": "COMPLIANCE", "RetainUntilDate": datetime.now(UTC) + timedelta(days=1)}
+    lock = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}}
     policy = json.dumps({"Version": "2012-10-17", "Statement": []})
     assert [
         refusal(thief.delete_object, **this),
@@ -189,16 +203,19 @@ def test_a_thief_cannot_touch_what_is_needed_to_get_everything_back(
         refusal(
             thief.put_bucket_lifecycle_configuration, Bucket=name, LifecycleConfiguration={"Rules": [rule]}
         ),
+        refusal(thief.put_object_retention, **this, Retention=retention),
+        refusal(thief.put_object_lock_configuration, Bucket=name, ObjectLockConfiguration=lock),
         refusal(thief.put_bucket_policy, Bucket=name, Policy=policy),
         refusal(thief.delete_bucket_policy, Bucket=name),
         refusal(thief.delete_bucket, Bucket=name),
-    ] == ["AccessDenied"] * 7
+    ] == ["AccessDenied"] * 9
     site.attack()
     result = run_backup(site.elsewhere(site.target), "list").expect(2)
     assert "holds no repository" in result.output
     assert_rescued(site, moment, new_bucket("rescued"), objects)
 
 
+@pytest.mark.long
 def test_what_a_thief_prunes_comes_back_too(site: Site, new_bucket: NewBucket) -> None:
     """With borg, in place of S3: archives deleted and the space compacted."""
     objects = site.source.contents()
@@ -210,6 +227,7 @@ def test_what_a_thief_prunes_comes_back_too(site: Site, new_bucket: NewBucket) -
     assert_rescued(site, moment, new_bucket("rescued"), objects)
 
 
+@pytest.mark.long
 def test_the_maintenance_container_does_what_the_backup_container_leaves(site: Site) -> None:
     """Without a source. No backup deletes anything below `data/`: each such marker is the maintenance's."""
     for content in (b"1", b"2", b"3"):
@@ -227,6 +245,31 @@ def test_the_maintenance_container_does_what_the_backup_container_leaves(site: S
     assert len(run_backup(site.environment, "list").expect(0).lines) == 1 + 2
 
 
+def test_the_commands_for_versioning_and_lifecycle_do_what_the_text_says(moto: Moto) -> None:
+    """By boto3, which judges names as the `aws` command does, against a server that keeps what it is told."""
+    admin, bucket = moto.client(ADMIN), Bucket(moto, "my-backups").create()
+    words = shlex.split(code_block("shell").replace("\\\n", " "))
+    starts = [*(number for number, word in enumerate(words) if word == "aws"), len(words)]
+    for start, end in pairwise(starts):
+        _, service, operation, *options = words[start:end]
+        assert (service, options[:2]) == ("s3api", ["--bucket", bucket.name])
+        name, value = options[2:]
+        fields = json.loads(value) if value.startswith("{") else dict([value.split("=")])
+        parameter = name.removeprefix("--").title().replace("-", "")
+        getattr(admin, operation.replace("-", "_"))(Bucket=bucket.name, **{parameter: fields})
+    assert admin.get_bucket_versioning(Bucket=bucket.name)["Status"] == "Enabled"
+    [rule] = admin.get_bucket_lifecycle_configuration(Bucket=bucket.name)["Rules"]
+    assert rule.pop("ID") == "old versions"
+    assert rule == {
+        "Status": "Enabled",
+        "Filter": {},
+        "NoncurrentVersionExpiration": {"NoncurrentDays": 60},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7},
+        "Expiration": {"ExpiredObjectDeleteMarker": True},
+    }
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["GOVERNANCE", "COMPLIANCE"])
 def test_backups_prune_and_compact_in_a_bucket_with_object_lock(
     moto: Moto, tmp_path: Path, mode: str

@@ -1,5 +1,6 @@
 """The image, built once as the README says, and a person's folder for each test."""
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ def is_obtainable(docker: Docker, image: str) -> bool:
 def image(docker: Docker, bases: BaseImages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image's name, which no image of the machine's owner has."""
     name = f"s3borgbackup-test-{uuid.uuid4().hex[:8]}"
-    build(docker, bases, name, tmp_path_factory.mktemp("build"))
+    with (CACHE / "build.lock").open("w") as lock:  # who comes second finds all layers made
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(docker, bases, name, tmp_path_factory.mktemp("build"))
     yield name
     docker("image", "rm", "--force", name)
 

@@ -1,8 +1,8 @@
 """A person's folder on a machine with Docker: an .env file, and a shell for the README's commands.
 
-The commands run as they stand, but for three things: `s3borgbackup` becomes the test's own image's name (and
-so do the volumes' names), containers share the host's network, where the S3 server is, and the base images
-may be others.
+The commands run as they stand, in a shell with the function `s3bb`, but for three things: `s3borgbackup`
+becomes the test's own image's name (and so do the volumes' names), containers share the host's network, where
+the S3 server is, and the base images may be others.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pexpect
 import backup
 from docker_client import BaseImages, Docker
 from helpers import Bucket, Result, settings, wait_until
-from readme import TOP, code_block
+from readme import ONE_SHOT, S3BB, TOP, shell_line
 from servers import SeaweedFS
 
 # `docker` as a person calls it, with what these tests add.
@@ -66,7 +66,7 @@ def wrapped(docker: Docker, folder: Path, label: str, build_arguments: Sequence[
 
 def build(docker: Docker, bases: BaseImages, name: str, folder: Path) -> None:
     """Builds the image with the README's command."""
-    command = code_block("Quick start", "shell", "docker build").replace("s3borgbackup", name)
+    command = shell_line("Quick start", "docker build").replace("s3borgbackup", name)
     client = wrapped(docker, folder / "bin", name, bases.build_arguments)
     run_shell(command, TOP, client, timeout_seconds=1200).expect(0)
 
@@ -121,8 +121,9 @@ class Site:
         path.write_text(text, encoding="utf-8")
 
     def shell(self, script: str, timeout_seconds: float = 120) -> Result:
-        """Runs a command of the README to its end."""
-        return run_shell(script.replace("s3borgbackup", self.name), self.folder, self.docker, timeout_seconds)
+        """Runs a command of the README to its end, in a shell that knows `s3bb`."""
+        typed = f"{S3BB}{script}".replace("s3borgbackup", self.name)
+        return run_shell(typed, self.folder, self.docker, timeout_seconds)
 
     def run(self, *options: str, arguments: Sequence[str] = (), timeout_seconds: float = 120) -> Result:
         """Runs the one-shot command of the README with more options, or with arguments for backup.py."""
@@ -143,7 +144,7 @@ class Site:
     @contextlib.contextmanager
     def terminal(self, command: str) -> Iterator["Terminal"]:
         """A person at a terminal who has typed a command that gives them a shell in the container."""
-        script = command.replace("s3borgbackup", self.name)
+        script = f"{S3BB}{command}".replace("s3borgbackup", self.name)
         child = pexpect.spawn(
             "bash",
             ["-c", script],
@@ -160,9 +161,6 @@ class Site:
             child.expect(pexpect.EOF)
         finally:
             child.close(force=True)
-
-
-ONE_SHOT = code_block("Quick start", "shell", "--stop-timeout")
 
 
 def with_options(command: str, options: Sequence[str], arguments: Sequence[str] = ()) -> str:

@@ -17,7 +17,7 @@ from benchmark_contenders import count_traffic
 from container_site import PROMPT, Site, Terminal
 from docker_client import BaseImages, Docker
 from helpers import PASSPHRASE, Bucket, Repository, Result, sample_objects, tree, wait_until
-from readme import README, TOP, code_block, code_blocks
+from readme import README, TOP, code_block, code_blocks, shell_line, table
 from servers import WRITER, SeaweedFS
 from test_exact import KEPT_BY_SEAWEEDFS, every_thing, prove_that_it_comes_back
 
@@ -69,9 +69,10 @@ def configure(place: Place, **more: str) -> None:
 
 
 def test_the_quick_start_checks_and_backs_up_to_two_buckets(place: Place, tmp_path: Path) -> None:
-    check = code_block("Quick start", "shell", "check-config")
+    check = shell_line("Quick start", "docker run --rm --env-file")
+    assert check.endswith("check-config")
     assert place.site.shell(check).expect(0).output.count("ok, ") == 3
-    result = place.site.run().expect(0)
+    result = place.site.shell(shell_line("Quick start", "s3bb run")).expect(0)
     assert result.output.count("everything is uploaded") == 2
     assert place.newest(tmp_path) == OBJECTS
     assert place.site.run(arguments=["run", "second"]).expect(0).output.count("everything is uploaded") == 1
@@ -171,7 +172,17 @@ def test_compose_makes_a_backup_and_keeps_the_volumes(place: Place, tmp_path: Pa
 
 # ---------------------------------------------------------------------------------------------------- By hand
 
-SHELL = code_block("Manual mode", "shell", "docker run -it")
+SHELL = "s3bb ash"
+assert f"`{SHELL}` gives a shell" in README
+# Into the bucket, without `restore`: paths in the archive begin with data/source.
+INTO_THE_BUCKET = f"""\
+backup.py mount target-first
+backup.py mount source --read-write
+cd /
+borg extract --list /data/target-first::{SAMPLE_ARCHIVE} data/source/photos
+backup.py umount source
+backup.py umount target-first
+"""
 
 
 def commands(block: str) -> list[str]:
@@ -190,7 +201,7 @@ def type_all(terminal: Terminal, block: str, **replaced: str) -> dict[str, str]:
     return outputs
 
 
-def test_a_person_backs_up_mounts_checks_and_lists_in_a_shell(place: Place) -> None:
+def test_a_person_backs_up_mounts_checks_lists_and_extracts_in_a_shell(place: Place) -> None:
     block = code_block("Manual mode", "shell", "read -rs")
     with place.site.terminal(SHELL) as terminal:
         assert "everything is uploaded" in terminal.type("backup.py")
@@ -198,11 +209,13 @@ def test_a_person_backs_up_mounts_checks_and_lists_in_a_shell(place: Place) -> N
         terminal.type("backup.py mount source")
         assert "plain.txt" in terminal.type("ls /data/source")
         terminal.type("backup.py umount source")
-        outputs = type_all(terminal, block)
+        archive = Repository.download(place.first, place.site.folder / "copy").archives()[0]
+        outputs = type_all(terminal, block, **{SAMPLE_ARCHIVE: archive})
         terminal.type("ls /data")
     assert "my-bucket-" in outputs["borg list /data/target-first"]
     assert "no problems found" in outputs["borg check -v /data/target-first"]
     assert "everything is uploaded" in outputs["backup.py umount target-first"]
+    assert tree(place.site.folder / "restored/data/source") == PHOTOS
     assert place.first.locks() == []
 
 
@@ -230,10 +243,35 @@ def test_the_shell_is_a_whole_one_and_what_is_left_mounted_is_unmounted(place: P
     assert ".s3borgbackup-lease" not in place.first.sizes()
 
 
+def test_borgs_own_commands_work_with_borgs_own_names(place: Place) -> None:
+    for content in (b"1", b"2"):
+        place.source.put({"photos/changed": content})
+        place.site.run(arguments=["run", "first"]).expect(0)
+    older, newer = Repository.download(place.first, place.site.folder / "copy").archives()
+    names = {"my-bucket-2025-01-30T03:00:00": older, SAMPLE_ARCHIVE: newer}
+    outputs = {}
+    for line in code_block("Commands", "shell", "s3bb borg").splitlines():
+        typed = re.sub("|".join(names), lambda found: names[found[0]], line)
+        outputs[line.split()[3]] = place.site.shell(typed).expect(0).output
+    assert outputs.keys() == {"list", "diff", "delete"}
+    assert "data/source/photos/changed" in outputs["list"]
+    assert "plain.txt" not in outputs["list"]
+    assert "data/source/photos/changed" in outputs["diff"]
+    assert Repository.download(place.first, place.site.folder / "after").archives() == [newer]
+
+
+def test_a_good_backup_passes_every_check(place: Place) -> None:
+    place.site.run(arguments=["run", "first"]).expect(0)
+    commands = [row[0].strip("`") for row in table("Is this backup good?", "command")]
+    assert {command.split()[1] for command in commands} == {"check", "verify"}
+    for command in commands:
+        place.site.shell(command).expect(0)
+
+
 def test_a_key_is_exported_and_imported_again(place: Place) -> None:
     """Only the key goes to standard output; runs ask for the export until then."""
     assert "its key was never exported" in place.site.run(arguments=["run", "first"]).expect(0).output
-    export, put_back = code_blocks("Keys and passphrases", "shell")
+    export, put_back = code_block("Keys and passphrases", "shell").splitlines()
     place.site.shell(export).expect(0)
     key = (place.site.folder / "first.key").read_text()
     assert key.startswith("BORG_KEY ")
@@ -246,7 +284,7 @@ def test_an_exported_key_opens_a_repository_whose_config_volume_is_lost(place: P
     target = {"path": place.first.name, "encryption": "keyfile-blake2"}
     place.site.configure(place.source, {"first": target}, BACKUP_LABEL="my-bucket")
     place.site.run().expect(0)
-    export, put_back = code_blocks("Keys and passphrases", "shell")
+    export, put_back = code_block("Keys and passphrases", "shell").splitlines()
     place.site.shell(export).expect(0)
     place.site.docker("volume", "rm", f"{place.site.name}-config")
     assert "mount the volume" in place.site.run(arguments=["list"]).expect(2).output
@@ -254,27 +292,25 @@ def test_an_exported_key_opens_a_repository_whose_config_volume_is_lost(place: P
     assert "my-bucket-" in place.site.run(arguments=["list"]).expect(0).output
 
 
-def test_everything_is_restored_with_one_command(place: Place) -> None:
+def test_an_archive_or_a_part_of_it_is_restored_with_one_command(
+    place: Place, new_bucket: Callable[..., Bucket]
+) -> None:
+    keys = {"ACCESS_KEY_ID": WRITER.access_key_id, "SECRET_ACCESS_KEY": WRITER.secret_access_key}
+    configure(place, **{f"RESTORE_{name}": value for name, value in keys.items()})
+    one = {"2025/a.txt": b"one"}
+    place.source.put(one)
     place.site.run(arguments=["run", "first"]).expect(0)
-    restore = code_block("Restoring", "shell", "restore first --to /restored")
-    place.site.shell(restore).expect(0)
-    assert tree(place.site.folder / "restored") == OBJECTS
-
-
-def test_everything_is_restored_to_a_folder_of_the_host(place: Place) -> None:
-    place.site.run(arguments=["run", "first"]).expect(0)
-    block = code_block("Restoring", "shell", "backup.py mount target-first\nborg list")
-    archive = Repository.download(place.first, place.site.folder / "copy").archives()[0]
-    shell = SHELL.replace("s3borgbackup ash", '-v "$PWD/restored:/restored" s3borgbackup ash')
-    with place.site.terminal(shell) as terminal:
-        type_all(terminal, block, **{SAMPLE_ARCHIVE: archive, " data/source/photos": ""})
-    assert tree(place.site.folder / "restored/data/source") == OBJECTS
+    to_folder, to_bucket = code_block("Restoring", "shell", "photos").splitlines()
+    place.site.shell(to_folder).expect(0)
+    assert tree(place.site.folder / "restored") == {**OBJECTS, **one}
+    rescued = new_bucket("rescued")
+    place.site.shell(to_bucket.replace("my-bucket:", f"{rescued.name}:")).expect(0)
+    assert rescued.contents() == {f"rescued/{key}": body for key, body in {**PHOTOS, **one}.items()}
 
 
 def test_a_folder_is_restored_into_the_bucket(place: Place) -> None:
     """To where it was; what came later stays."""
     place.site.run(arguments=["run", "first"]).expect(0)
-    block = code_block("Restoring", "shell", "mount source --read-write")
     archive = Repository.download(place.first, place.site.folder / "copy").archives()[0]
     later = {"later/than that": b"stays"}
     place.source.clear()
@@ -283,7 +319,7 @@ def test_a_folder_is_restored_into_the_bucket(place: Place) -> None:
     place.site.edit({f"SOURCE_{name}": value for name, value in keys.items()})
     with place.site.terminal(SHELL) as terminal:
         terminal.type(f"export BORG_PASSPHRASE={shlex.quote(PASSPHRASE)}")
-        type_all(terminal, block, **{SAMPLE_ARCHIVE: archive})
+        type_all(terminal, INTO_THE_BUCKET, **{SAMPLE_ARCHIVE: archive})
     assert place.source.contents() == {**PHOTOS, **later}
 
 
