@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
 """Back up an S3 bucket to one or more S3 buckets with BorgBackup, the buckets mounted with TigrisFS.
 
-What a run does: it reads the configuration from environment variables and reports every mistake in it at
-once; asks S3 directly whether each store is there and usable; lists the source into a catalog, which is what
-the archives are compared with; mounts the source read-only; and for each target, several side by side, takes
-the lease that excludes other runs, makes the borg repository where it is new, clears what crashed runs left,
-mounts the bucket, and creates an archive: borg is told object by object what to read, while threads read
-ahead of it and ask for headers, and what no mount can show is fetched by our own client. Then it prunes,
-compacts and checks where asked, unmounts, which returns only when all is uploaded, compares the bucket with
-what borg wrote, and gives the lease back. At the end whoever is to hear of the run is told. One failing
-target does not stop the others.
-Nothing is waited for that makes no progress.
-Whatever happens, mounts and processes are gone at the end, and the exit code tells how it went: 0 all well, 1
-finished with warnings, 2 something failed, 75 another run was at work, 78 wrong configuration or usage, 128+N
-stopped by signal N.
+A run reads the configuration from environment variables and reports every mistake in it at once; asks S3
+directly whether each store is there and usable; lists the source into a catalog, which is what the archives
+are compared with; and mounts the source read-only. For each target, several side by side, it takes the lease
+that excludes other runs, makes the borg repository where it is new, clears what crashed runs left, mounts the
+bucket, and creates an archive: borg is told object by object what to read, while threads read ahead of it and
+ask for headers, and what no mount can show is fetched by our own client. Then it prunes, compacts and checks
+where asked, unmounts, which returns only when all is uploaded, compares the bucket with what borg wrote, and
+gives the lease back. One failing target does not stop the others, and nothing is waited for that makes no
+progress. At the end mounts and processes are gone, whatever happened, and whoever is to hear of the run is
+told. The exit code tells how it went: 0 all well, 1 finished with warnings, 2 something failed, 75 another
+run was at work, 78 wrong configuration or usage, 128+N stopped by signal N.
 
 The sections of this file, each using only those above it:
 
@@ -27,12 +25,12 @@ The sections of this file, each using only those above it:
     Mounts          TigrisFS: memory, command line, log, mounting, unmounting
     Read-ahead      threads that read the source before borg does, and keep several borgs together
     Borg            command lines (pure), what borg's log lines, exit codes and locks mean, one runner
-    Audit           whether the bucket holds what borg wrote; what an archive lacks
+    Audit           whether the bucket holds what borg wrote
     Notifications   how a run went, for a health check, a webhook and Prometheus
     Repository      preflight, the lease, leftovers; a repository opened for writing, or to read from
     Check           whether a repository is sound: `borg check` in slices, and what was checked when
-    Backup          the catalog of a run, what feeds borg, one target, a whole run, the summary
-    Operations      what a person does with backups: list, info, maintain, key-export, any borg command
+    Backup          a run or a maintenance, one target, the source's catalog, what feeds borg, the summary
+    Operations      what a person does with backups: check-config, list, info, key-export, any borg command
     Restore         an archive, or a part of it, into a folder or a bucket
     Verification    whether an archive is good: compared with the live bucket, and a sample byte for byte
     Manual mode     mounts that outlive the command that made them
@@ -45,7 +43,6 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import difflib
@@ -86,9 +83,9 @@ import time
 import traceback
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
+from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor  # its import, which notes what forks do, must not be late
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -102,18 +99,15 @@ MAX_NAME_BYTES = 200  # a mount point `target-NAME` must stay below the 255 byte
 
 # Everything that is waited for has a deadline. These are in seconds.
 POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited for
-WARM_UP_SECONDS = 900  # how long whoever waits for a mount gives it to list a repository's folders
 MOUNT_SECONDS = 120  # from the start of tigrisfs to a mount that can be listed, though a request may hang
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wait 8 s before it says so
-FIRST_PAUSE_SECONDS = 0.05  # between two looks at what is uploaded; each further one is twice as long
 BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
 HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal, or a first one while nothing moves
 TERMINATE_SECONDS = 4  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
 FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
-LIVE_SECONDS = 3  # how long a terminal shows the progress of somebody who says no more
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
 LEFTOVER_SECONDS = 86400  # after which what a run has left in /cache is nobody's
 LOCK_WAIT_SECONDS = 10  # how long a lock that somebody else holds is waited for
@@ -129,20 +123,11 @@ SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such 
 PROVEN_PATIENCE_SECONDS = 300  # how long either is retried in mid-run
 MAX_BACKOFF_SECONDS = 8.0
 
-# TigrisFS: a memory limit needs read-ahead sizes that fit it (`memory_flags`).
+# TigrisFS: a memory limit needs read-ahead sizes that fit it (`tigrisfs_command`).
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
 LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
-METADATA_TTL = "240h"  # nobody else writes: listings stay valid for as long as a run can last
-# 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the object.
-READ_RETRIES = ("--read-retry-attempts", "24", "--read-retry-max-interval", "15s")
-WRITE_RETRY = "2s"
-# For a whole request with its body. A read that is cut off goes on where it was, a part of an upload begins
-# anew: on a line of 1 Mbit/s two parts of 5 MiB side by side take 84 s. borg writes one large file at a time.
-# What hangs is repeated before the stall clock gives it up.
-READ_TIMEOUT, WRITE_TIMEOUT = "90s", "100s"
-PARALLEL_PARTS = "2"  # of one file; TigrisFS's default, 8, was no faster, and each took four times as long
 WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
 NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
 RETRY_BYTES = 4 * 6_000_000  # before it complains it tries four times, each with a part of at most 5 MiB
@@ -243,28 +228,170 @@ class Stopped(BackupError):
 
 # -------------------------------------------------------------------------------------------- Configuration
 
-ENCRYPTION_MODES = (
-    "repokey-blake2",
-    "repokey",
-    "keyfile-blake2",
-    "keyfile",
-    "authenticated-blake2",
-    "authenticated",
-    "none",
-)
-DEFAULT_ENCRYPTION = "repokey-blake2"
-DEFAULT_COMPRESSION = "auto,zstd,22"
-DEFAULT_LABEL = "backup"
-DEFAULT_COMPACT_PERCENT = 10  # borg's own
-DEFAULT_LEASE_SECONDS = 60
-
-LEASE_SECONDS = range(10, 3601)
+NOTIFY_ON = ("failure", "warning", "always")
+DEFAULT_LEASE_SECONDS, LEASE_SECONDS = 60, range(10, 3601)
 # Below this, TigrisFS's read-ahead does not fit its cache: reads fail, and borg skips the objects.
-MEMORY_MB = range(256, 1_000_001)
+MEMORY_MB, MEMORY_HELP = range(256, 1_000_001), "; TigrisFS and borg are not safe with less"
+CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
 
-STORE_KEYS = ("endpoint", "path", "access_key_id", "secret_access_key", "region")
-TARGET_KEYS = ("endpoint", "path", "prune", "encryption", "compression", "region", "compact", "check")
-SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
+
+@dataclass(frozen=True)
+class Value:
+    """What may stand in one place: in a variable, in the JSON of one, behind an option."""
+
+    help: str  # what to write there
+    parse: Callable[[str], Any]  # raises ArgumentTypeError to say what is wrong, or ValueError
+    default: Any = None  # "" where something has to be written
+
+    def __call__(self, text: str) -> Any:
+        """What `text` means. Raises ArgumentTypeError, which says what to write instead."""
+        try:
+            return self.parse(text)
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{error}; write {self.help}") from None
+        except (ValueError, LookupError, OverflowError):
+            raise ArgumentTypeError(f"write {self.help}") from None
+
+
+def setting(name: str, words: str, parse: Callable[[str], Any], default: Any = None, **options: Any) -> Any:
+    """A field of a class of settings: a variable, or a key in the JSON of one; `words` say what to write."""
+    return field(default=default, metadata={name: Value(words, parse, default)}, **options)
+
+
+def one_of(name: str, meanings: Mapping[str, Any] | Sequence[str], default: Any, words: str = "") -> Any:
+    """The same for one of these words, in any case; it is read as what it means."""
+    values = meanings if isinstance(meanings, Mapping) else {word: word for word in meanings}
+    return setting(name, words or " or ".join(values), lambda text: values[text.lower()], default)
+
+
+def whole_number(name: str, allowed: range, default: int | None, about: str = "") -> Any:
+    words = f"a whole number from {allowed[0]} to {allowed[-1]}{about}"
+    return setting(name, words, lambda text: allowed[allowed.index(int(text))], default)
+
+
+def rows(kind: type) -> dict[str, Value]:
+    """All that can be set in a class of settings, by the name that a user knows."""
+    return {name: value for each in dataclasses.fields(kind) for name, value in each.metadata.items()}
+
+
+def matching(pattern: str, result: Callable[[str], Any] = str, words: str = "") -> Callable[[str], Any]:
+    """A parser of texts that the pattern matches as a whole; `words` say what is wrong with others."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise ArgumentTypeError(words) if words else ValueError
+        return result(text)
+
+    return parse
+
+
+def parse_url(text: str) -> str:
+    """An http(s) URL. A mistake does not quote it: it may be a secret as a whole."""
+    with contextlib.suppress(ValueError):
+        url = urllib.parse.urlsplit(text)
+        (url.hostname or "").encode("idna")
+        is_usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        if is_usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
+            return text
+    raise ArgumentTypeError("is not an http(s) URL (an IPv6 address goes in brackets)")
+
+
+def parse_endpoint(text: str) -> str:
+    if re.search("//[^/]*[@?#]|//[^/]*/.", parse_url(text)):
+        raise ArgumentTypeError("holds more: the bucket goes into the path, keys into their own settings")
+    if not text.isascii():
+        raise ArgumentTypeError("is not ASCII")
+    return text.rstrip("/")
+
+
+def parse_path(text: str) -> tuple[str, str]:
+    """Bucket and prefix."""
+    bucket, _, prefix = text.partition(":")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+        hint = f" (did you mean {bucket.replace('/', ':', 1)!r}?)" if "/" in bucket.strip("/") else ""
+        raise ArgumentTypeError(f"{bucket!r} is not a bucket name{hint}")
+    parts = prefix.strip("/").split("/")
+    folder = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f]+")
+    if parts != [""] and not all(folder.fullmatch(part) and len(part.encode()) < 256 for part in parts):
+        raise ArgumentTypeError(
+            "the prefix has a part that no folder can be named after"
+            " (empty, '.', '..', over 255 bytes, or with a control character)"
+        )
+    return bucket, "/".join(parts)
+
+
+# An option of `borg prune` that says how many archives are kept (1) or how long (2), or that does no harm.
+PRUNE_OPTION = re.compile(
+    r"(?<!\S)(?:"
+    r"(?:--keep-(?:last|(?:second|minute|hour|dai|(?:13)?week|3?month|year)ly)[= ]|-[Hdwmy][= ]?)(-?[0-9]+)"
+    r"|--keep-within[= ](0*[1-9][0-9]*[Hdwmy])"
+    r"|(?:--checkpoint-interval[= ]|-c[= ]?)[0-9]+"
+    r"|--(?:list|stats|quick-stats|save-space|force|verbose|info)|-[sv]"
+    r")(?!\S)"
+)
+
+
+def parse_prune(text: str) -> tuple[str, ...]:
+    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
+    line = " ".join(shlex.split(text))
+    if unknown := PRUNE_OPTION.sub("", line).split():
+        raise ArgumentTypeError(
+            f"{unknown[0]!r} has no place here: which archives are pruned follows from BACKUP_LABEL;"
+            " to prune nothing leave `prune` out"
+        )
+    if line and not any(within or int(number or 0) for number, within in PRUNE_OPTION.findall(line)):
+        raise ArgumentTypeError("keeps nothing")
+    if "--keep-13weekly" in line and "--keep-3monthly" in line:
+        raise ArgumentTypeError("--keep-13weekly and --keep-3monthly exclude each other; keep one")
+    return tuple(line.split())
+
+
+@dataclass(frozen=True)
+class CheckPlan:
+    """How much of a repository is checked, and how often at most."""
+
+    seconds: int | None  # a slice of at most so long; None: everything, archives included
+    every: str = ""  # one of CHECK_PERIODS; empty: in each run
+
+
+def parse_check(text: str) -> CheckPlan:
+    """A duration (`90s`, `30m`, `2h`) or `full`, and a period where it is not done in each run."""
+    periods = "|".join(CHECK_PERIODS)
+    found = re.fullmatch(rf"(?:full|0*([1-9][0-9]{{0,5}})([smh]))(?:/({periods}))?", text)
+    if not found:
+        raise ArgumentTypeError(f"{text!r} is not understood")
+    number, unit, every = found.groups()
+    return CheckPlan(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] if unit else None, every or "")
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object with members. A mistake does not quote it: it may hold secrets."""
+
+    def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, times in Counter(name for name, _ in pairs).items():
+            if times > 1:  # the first one would be lost
+                raise ArgumentTypeError(f"{json.dumps(name)} is there twice; keep one")
+        return dict(pairs)
+
+    if text[0] in "'\"" and text[-1] == text[0]:
+        raise ArgumentTypeError(
+            "is quoted as a whole, and Docker's env files keep that: remove the outer quotes"
+        )
+    try:
+        document = json.loads(text, object_pairs_hook=unique_pairs)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"is not valid JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(document, dict) or not document:
+        raise ValueError
+    return document
+
+
+# What a request's headers and a mount's environment can hold. Only a file (`_FILE`) loses the line end at its
+# end: a value that others read, too, is not ours to correct.
+NOT_ASCII = "has a blank or a line end around it (`echo` adds one), or what is not printable ASCII"
+WORD, WORDS = matching("[!-~]+", words=NOT_ASCII), matching("[!-~]([ -~]*[!-~])?", words=NOT_ASCII)
+
+ENDPOINT_HELP = "the S3 server's URL, such as https://s3.eu-west-1.amazonaws.com"
 
 
 @dataclass(frozen=True)
@@ -272,12 +399,12 @@ class Store:
     """A bucket, or what lies below a prefix in it, and how to reach it. `target` is None for the source."""
 
     target: str | None
-    endpoint: str
-    bucket: str
-    prefix: str  # without slashes at its ends; empty for the whole bucket
-    access_key_id: str = field(repr=False)
-    secret_access_key: str = field(repr=False)
-    region: str | None = None
+    endpoint: str = setting("endpoint", ENDPOINT_HELP, parse_endpoint, "")
+    bucket: str = setting("path", "<bucket> or <bucket>:<prefix>", parse_path, "")
+    prefix: str = ""  # without slashes at its ends; empty for the whole bucket
+    access_key_id: str = setting("access_key_id", "the key's id", WORD, "", repr=False)
+    secret_access_key: str = setting("secret_access_key", "the key's secret", WORDS, "", repr=False)
+    region: str | None = setting("region", "the bucket's region", WORD)
 
     @property
     def name(self) -> str:
@@ -300,20 +427,22 @@ class Store:
         variable = "TARGET_SECRETS" if key in SECRET_KEYS else "TARGETS"
         return f'{variable} "{self.target}"."{key}"'
 
+    def missing(self) -> list[str]:
+        """A mistake for each setting that the store cannot do without and lacks."""
+        rows, values = STORE.items(), {**vars(self), "path": self.bucket}
+        return [
+            f"{self.setting(key)}: is missing; write {row.help}" for key, row in rows if values[key] == ""
+        ]
 
-@dataclass(frozen=True)
-class CheckPlan:
-    """How much of a repository is checked, and how often at most."""
 
-    seconds: int | None  # a slice of at most so long; None: everything, archives included
-    every: str = ""  # one of CHECK_PERIODS; empty: in each run
+STORE = rows(Store)
 
 
 @dataclass(frozen=True)
 class Destination(Store):
     """A bucket that is restored into; until that is known, only how to reach it."""
 
-    own: frozenset[str] = frozenset()  # the settings that it does not share with the source
+    shared: Collection[str] = ()  # the settings that are the source's
 
     @property
     def name(self) -> str:
@@ -323,7 +452,26 @@ class Destination(Store):
         if key == "path":
             return "--to-bucket"
         name = key.upper()
-        return f"RESTORE_{name}" if key in self.own else f"RESTORE_{name} (now SOURCE_{name})"
+        return f"RESTORE_{name} (now SOURCE_{name})" if key in self.shared else f"RESTORE_{name}"
+
+
+ENCRYPTION_MODES = (
+    *(f"{kind}{end}" for kind in ("repokey", "keyfile", "authenticated") for end in ("-blake2", "")),
+    "none",
+)
+COMPACT = {"true": 10, "false": None, **{str(percent): percent for percent in range(101)}}  # borg's own is 10
+COMPACT_HELP = "true, false, or a threshold in percent from 0 to 100"
+COMPRESSION = matching(  # `borg help compression`
+    r"(obfuscate,[0-9]+,)?(auto,)*(none|lz4|zstd(,([1-9]|1[0-9]|2[0-2]))?|(zlib|lzma)(,[0-9])?)"
+)
+COMPRESSION_HELP = "none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
+CHECK_HELP = (
+    "such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
+    " units are s, m, h, periods day, week, month"
+)
+PRUNE_HELP = "such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
+PASSPHRASE = matching(r"[^\r]*[^\r\n]")
+PASSPHRASE_HELP = "one without a line end in it; `openssl rand -base64 48` makes a good one"
 
 
 @dataclass(frozen=True)
@@ -332,46 +480,64 @@ class Target:
 
     name: str
     store: Store
-    passphrase: str = field(repr=False)
-    encryption: str  # what a new repository gets
-    must_match: bool  # the mode was asked for by name, so that an existing repository has to have it
-    compression: str
-    prune: tuple[str, ...]  # borg's options; empty: never prune
-    compact_percent: int | None  # borg's threshold; None: do not compact
-    check: CheckPlan | None = None  # None: a run checks nothing
+    passphrase: str = setting("borg_passphrase", PASSPHRASE_HELP, PASSPHRASE, "", repr=False)
+    encryption: str = one_of("encryption", ENCRYPTION_MODES, "repokey-blake2")  # what a new repository gets
+    must_match: bool = False  # the mode was asked for by name, so that an existing repository has to have it
+    compression: str = setting("compression", COMPRESSION_HELP, COMPRESSION, "auto,zstd,22")
+    prune: tuple[str, ...] = setting("prune", PRUNE_HELP, parse_prune, ())  # borg's options; empty: never
+    compact_percent: int | None = one_of("compact", COMPACT, 10, COMPACT_HELP)  # None: do not compact
+    check: CheckPlan | None = setting("check", CHECK_HELP, parse_check)  # None: a run checks nothing
+
+
+TARGET = rows(Target)
+SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
+TARGET_KEYS = tuple(key for key in (*STORE, *TARGET) if key not in SECRET_KEYS)
+ON_OR_OFF = {"on": True, "off": False}
+URL_HELP = "an http(s) URL, such as https://hc-ping.com/your-uuid"
+METRICS_HELP = "an absolute path, such as /metrics/s3borgbackup.prom"
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """Who is told how a run went, and the form of the output."""
+    """Who is told how a run went, and the form of the output. What is empty is not told."""
 
-    as_json: bool  # one JSON object a line
-    healthcheck_url: str = field(repr=False)  # empty: none; it is a secret
-    notify_url: str = field(repr=False)  # the same
-    notify_on: str  # one of NOTIFY_ON
-    metrics_file: str  # empty: none
+    as_json: bool = one_of("LOG_FORMAT", {"text": False, "json": True}, False)  # one object a line
+    healthcheck_url: str = setting("HEALTHCHECK_URL", URL_HELP, parse_url, "", repr=False)
+    notify_url: str = setting("NOTIFY_URL", URL_HELP, parse_url, "", repr=False)
+    notify_on: str = one_of("NOTIFY_ON", NOTIFY_ON, "failure")
+    metrics_file: str = setting("METRICS_FILE", METRICS_HELP, matching("/.*"), "")
+
+
+# Part of archive names and of patterns. One that ends like a date would be taken for a shorter label with a
+# date, and `prune` would confuse the two.
+LABEL = matching(r"(?!.*-[0-9]{4}(-|$))[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+")
+LABEL_HELP = "letters, digits, '.', '_' and '-', but no '-' before four digits (as in a date)"
+FOLDER = matching(r"/((?!::)[^{}])*", Path)
+FOLDER_HELP = "an absolute path without braces, such as /data"
 
 
 @dataclass(frozen=True)
 class Settings:
     """A configuration without mistakes."""
 
-    label: str
     source: Store
     targets: tuple[Target, ...]
-    data_dir: Path
-    debug: bool
-    lease_ttl_seconds: int
-    lease_wait_seconds: int | None  # None: until it is known whether the holder is alive
-    stall_seconds: int
-    audit: bool
-    memory_limit_mb: int | None  # None: what the container has
-    read_ahead_threads: int  # 0: borg reads alone
-    parallel_targets: int  # at most; fewer where memory is short
-    source_metadata: bool  # asked for once, and not needed any more
-    headers: bool  # whether objects' headers and tags are archived
-    shrink_percent: int  # an archive that lost more of its objects than this is suspicious; 0: none is
     destination: Destination  # how to reach the bucket that is restored into
+    label: str = setting("BACKUP_LABEL", LABEL_HELP, LABEL, "backup")
+    debug: bool = one_of("LOG_LEVEL", {"info": False, "debug": True}, False)
+    data_dir: Path = setting("DATA_DIR", FOLDER_HELP, FOLDER, Path(DEFAULT_DATA_DIR))
+    lease_ttl_seconds: int = whole_number("LEASE_TTL", LEASE_SECONDS, DEFAULT_LEASE_SECONDS, " (seconds)")
+    # None: until it is known whether the holder is alive
+    lease_wait_seconds: int | None = whole_number("LEASE_WAIT", range(7 * 86400 + 1), None, " (seconds)")
+    stall_seconds: int = whole_number("STALL_TIMEOUT", range(5, 86401), 900, " (seconds)")
+    audit: bool = one_of("AUDIT", ON_OR_OFF, True)
+    memory_limit_mb: int | None = whole_number("MEMORY_LIMIT_MB", MEMORY_MB, None, MEMORY_HELP)
+    read_ahead_threads: int = whole_number("READ_AHEAD_THREADS", range(257), 32, "; 0 turns it off")
+    parallel_targets: int = whole_number("PARALLEL_TARGETS", range(1, 65), 4)  # fewer where memory is short
+    source_metadata: bool = one_of("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
+    headers: bool = one_of("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
+    # An archive that lost more of its objects than this is suspicious.
+    shrink_percent: int = whole_number("SHRINK_WARNING", range(100), 50, " (percent); 0 turns it off")
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -379,558 +545,186 @@ class Settings:
 
     def require_source(self) -> None:
         """Raises ConfigurationError where a source is needed, and the configuration has none."""
-        if mistakes := missing_settings(self.source):
-            raise ConfigurationError(mistakes)
+        if missing := self.source.missing():
+            raise ConfigurationError(missing)
 
     def mount_point(self, store: Store) -> Path:
         """Where `store` is mounted: `/data/source` or `/data/target-NAME`."""
         return self.data_dir / store.name
 
 
-# A parser returns what a text means, or raises ValueError, which says what to write instead.
-
-
-def whole_number(allowed: range, about: str = "") -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,12}", text) and int(text) in allowed:
-            return int(text)
-        raise ValueError(f"write a whole number from {allowed[0]} to {allowed[-1]}{about}")
-
-    return parse
-
-
-def one_of(**meanings: Any) -> Callable[[str], Any]:
-    """A parser of these words, in any case, that returns what they mean."""
-
-    def parse(text: str) -> Any:
-        if text.lower() not in meanings:
-            raise ValueError(f"write {' or '.join(meanings)}")
-        return meanings[text.lower()]
-
-    return parse
-
-
-def parse_label(label: str) -> str:
-    """A prefix of archive names."""
-    if not re.fullmatch(r"[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+", label):
-        raise ValueError(
-            "write letters, digits, '.', '_' and '-' only: the label is part of archive names and patterns"
-        )
-    if re.search(r"-[0-9]{4}(-|$)", label):
-        raise ValueError(
-            f"{label!r} could be taken for a shorter label with a date, and `prune` would confuse the two;"
-            " leave out the dash before the four digits"
-        )
-    return label
-
-
-def parse_data_dir(text: str) -> Path:
-    if not text.startswith("/") or re.search(r"[{}]|::", text):
-        raise ValueError("write an absolute path without braces, such as /data")
-    return Path(text)
-
-
-def parse_metrics_file(text: str) -> str:
-    if not text.startswith("/"):
-        raise ValueError("write an absolute path, such as /metrics/s3borgbackup.prom")
-    return text
-
-
-def parse_url(text: str) -> str:
-    """An http(s) URL. A mistake does not quote it: it is a secret as a whole."""
-    try:
-        url = urllib.parse.urlsplit(text)
-        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        (url.hostname or "").encode("idna")
-    except ValueError:
-        usable = False
-    if usable and not re.search(r"[\s\x00-\x1f\x7f\\]", text):
-        return text
-    raise ValueError("is not an http(s) URL; write one such as https://hc-ping.com/your-uuid")
-
-
-NOTIFY_ON = ("failure", "warning", "always")
-ON_OR_OFF = one_of(on=True, off=False)
-
-# A variable's field in Settings, its parser, and its default. What is not here is a store's.
-SETTINGS = {
-    "BACKUP_LABEL": ("label", parse_label, DEFAULT_LABEL),
-    "LOG_LEVEL": ("debug", one_of(info=False, debug=True), False),
-    "DATA_DIR": ("data_dir", parse_data_dir, Path(DEFAULT_DATA_DIR)),
-    "LEASE_TTL": ("lease_ttl_seconds", whole_number(LEASE_SECONDS, " (seconds)"), DEFAULT_LEASE_SECONDS),
-    "LEASE_WAIT": ("lease_wait_seconds", whole_number(range(7 * 86400 + 1), " (seconds)"), None),
-    "STALL_TIMEOUT": ("stall_seconds", whole_number(range(5, 86401), " (seconds)"), 900),
-    "AUDIT": ("audit", ON_OR_OFF, True),
-    "MEMORY_LIMIT_MB": (
-        "memory_limit_mb",
-        whole_number(MEMORY_MB, "; TigrisFS and borg are not safe with less"),
-        None,
-    ),
-    "READ_AHEAD_THREADS": ("read_ahead_threads", whole_number(range(257), "; 0 turns reading ahead off"), 32),
-    "PARALLEL_TARGETS": ("parallel_targets", whole_number(range(1, 65)), 4),
-    "SOURCE_METADATA": ("source_metadata", one_of(false=False, true=True), False),
-    "HEADERS": ("headers", ON_OR_OFF, True),
-    "SHRINK_WARNING": ("shrink_percent", whole_number(range(100), " (percent); 0 turns the warning off"), 50),
-}
-# The same for Reporting.
-REPORTING = {
-    "METRICS_FILE": ("metrics_file", parse_metrics_file, ""),
-    "LOG_FORMAT": ("as_json", one_of(text=False, json=True), False),
-    "HEALTHCHECK_URL": ("healthcheck_url", parse_url, ""),
-    "NOTIFY_URL": ("notify_url", parse_url, ""),
-    "NOTIFY_ON": ("notify_on", one_of(**{word: word for word in NOTIFY_ON}), NOTIFY_ON[0]),
-}
-VARIABLES = (
-    *(*SETTINGS, *REPORTING, "TARGETS", "TARGET_SECRETS"),
-    *(f"SOURCE_{key.upper()}" for key in STORE_KEYS),
-    *(f"RESTORE_{key.upper()}" for key in STORE_KEYS if key != "path"),
-)
-# Stands for a value whose file could not be read: that is reported once, and not again as missing.
-UNREADABLE = "\0"
-NOT_PLAIN = "holds a NUL, or what is not UTF-8; write it without"
-
-
-def is_plain(text: str) -> bool:
-    """Whether a program can be given this text at all."""
-    return not re.search(r"[\x00\ud800-\udfff]", text)
-
-
-def read_variables(environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
-    """Our variables' values, each from NAME or from the file that NAME_FILE names; empty ones are unset."""
-    values = {}
-    for name in VARIABLES:
-        value, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
-        if value and path:
-            mistakes.append(f"{name}: given together with {name}_FILE; keep one of the two")
-        elif path:
-            try:
-                value = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-                mistakes.append(f"{name}_FILE: cannot read {path!r}: {reason}")
-                value = UNREADABLE
-        if value and value != UNREADABLE and not is_plain(value):
-            mistakes.append(f"{name}: {NOT_PLAIN}")
-            value = UNREADABLE
-        if value:
-            values[name] = value
-    return values
-
-
-def parse_fields(
-    table: Mapping[str, tuple[str, Callable[[str], Any], Any]],
-    values: Mapping[str, str],
-    place: Callable[[str], str],
-    mistakes: list[str],
-) -> dict[str, Any]:
-    """A value for each field in such a table as SETTINGS; `place` is where a user finds what gives it.
-
-    What is wrong is appended to `mistakes`, and counts as not given.
-    """
-    fields = {}
-    for name, (field_name, parse, default) in table.items():
-        fields[field_name] = default
-        if values.get(name, UNREADABLE) != UNREADABLE:
-            try:
-                fields[field_name] = parse(values[name])
-            except ValueError as error:
-                mistakes.append(f"{place(name)}: {error}")
-    return fields
-
-
-def parse_reporting(values: Mapping[str, str], mistakes: list[str]) -> Reporting:
-    """Who is to be told of a run. What is wrong counts as not given: the others must still hear of it."""
-    return Reporting(**parse_fields(REPORTING, values, str, mistakes))
-
-
-def checked_settings(values: Mapping[str, str], mistakes: list[str], needs_source: bool = True) -> Settings:
-    """The settings from plain values. Raises ConfigurationError with `mistakes` and all that are found.
-
-    That the source's settings are missing is no mistake unless it is needed.
-    """
-    fields = parse_fields(SETTINGS, values, str, mistakes)
-    parse_reporting(values, mistakes)
-    source = parse_store(None, {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}, mistakes)
-    targets = parse_targets(values, mistakes)
-    mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-    destination = parse_destination(values, mistakes)
-    if needs_source:
-        mistakes[:0] = missing_settings(source)
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return Settings(source=source, targets=targets, destination=destination, **fields)
-
-
-def parse_store(target: str | None, given: Mapping[str, str], mistakes: list[str]) -> Store:
-    """A store from its settings by their lower-case names."""
-    bucket, _, prefix = given.get("path", "").partition(":")
-    store = Store(
-        target,
-        given.get("endpoint", "").rstrip("/"),
-        bucket,
-        prefix.strip("/"),
-        given.get("access_key_id", ""),
-        given.get("secret_access_key", ""),
-        given.get("region") or None,
-    )
-    mistakes += store_mistakes(given, store.setting)
-    return store
-
-
-def parse_destination(values: Mapping[str, str], mistakes: list[str]) -> Destination:
-    """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
-    shared = {key: values.get(f"SOURCE_{key.upper()}", "") for key in STORE_KEYS}
-    own = {key: values[name] for key in STORE_KEYS if (name := f"RESTORE_{key.upper()}") in values}
-    if len(own.keys() & {"access_key_id", "secret_access_key"}) == 1:
-        mistakes.append(
-            "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY: one is missing; write both, or neither"
-        )
-    mistakes += store_mistakes(own, lambda key: f"RESTORE_{key.upper()}")
-    given = {**shared, **own}
-    region = given["region"] if "region" in own or "endpoint" not in own else ""
-    keys = given["access_key_id"], given["secret_access_key"]
-    missing = {key for key, value in given.items() if not value}
-    return Destination(
-        None, given["endpoint"].rstrip("/"), "", "", *keys, region or None, frozenset(own.keys() | missing)
-    )
-
-
-def missing_settings(store: Store) -> list[str]:
-    """A mistake for each setting that a store cannot do without and lacks."""
-    given = {
-        "endpoint": store.endpoint,
-        "path": store.location,
-        "access_key_id": store.access_key_id,
-        "secret_access_key": store.secret_access_key,
-    }
-    return [
-        f"{store.setting(key)}: is missing; {STORE_HELP[key]}" for key, value in given.items() if not value
-    ]
-
-
-# What a request's headers and a mount's environment can hold. Only a file (`_FILE`) loses the line end at its
-# end: a value that others read, too, is not ours to correct.
-HEADER_PARTS = {
-    "access_key_id": re.compile(r"[!-~]+"),
-    "secret_access_key": re.compile(r"[!-~]([ -~]*[!-~])?"),
-    "region": re.compile(r"[!-~]+"),
-}
-STORE_HELP = {
-    "endpoint": "write the S3 server's URL, such as https://s3.eu-central-1.amazonaws.com",
-    "path": "write <bucket> or <bucket>:<prefix>",
-    "access_key_id": "write the key's id",
-    "secret_access_key": "write the key's secret",
+DOCUMENT = Value("a JSON object with one member for each target, on one line", parse_json)
+DOCUMENTS = {"TARGETS": DOCUMENT, "TARGET_SECRETS": DOCUMENT}
+VARIABLES = {
+    **rows(Settings),
+    **rows(Reporting),
+    **DOCUMENTS,
+    **{f"SOURCE_{key.upper()}": value for key, value in STORE.items()},
+    **{f"RESTORE_{key.upper()}": value for key, value in STORE.items() if key != "path"},
 }
 
 
-def store_mistakes(given: Mapping[str, str], place: Callable[[str], str]) -> list[str]:
-    """What is wrong with what is given of a store's settings; keys and regions are not quoted."""
-    mistakes = {}
-    for key, text in given.items():
-        if text in ("", UNREADABLE):
-            continue
-        if key == "endpoint":
-            mistakes[key] = endpoint_mistake(text)
-        elif key == "path":
-            mistakes[key] = path_mistake(text)
-        elif key in HEADER_PARTS and not HEADER_PARTS[key].fullmatch(text):
-            mistakes[key] = (
-                "has a blank or a line end around it, or a character in it that is not printable ASCII;"
-                " write it without (`printf %s`, where `echo` would add a line end)"
-            )
-    return [f"{place(key)}: {mistake}" for key, mistake in mistakes.items() if mistake]
-
-
-def endpoint_mistake(endpoint: str) -> str:
-    if re.match(r"(?i)https?://[0-9a-f]*:[0-9a-f]*:", endpoint):
-        return "an IPv6 address goes in brackets, such as http://[2001:db8::1]:8333"
-    try:
-        url = urllib.parse.urlsplit(endpoint)
-        port_is_wrong = url.port == 0
-        (url.hostname or "").encode("idna")
-    except ValueError as error:
-        return f"is not a URL ({error}); {STORE_HELP['endpoint']}"
-    is_http = url.scheme in ("http", "https") and url.hostname and not port_is_wrong
-    if not is_http or re.search(r"[^!-~]|\\", endpoint):
-        return f"is not an http(s) URL; {STORE_HELP['endpoint']}"
-    if url.username is not None or url.path not in ("", "/") or url.query or url.fragment:
-        return (
-            "must be scheme, host and port only; the bucket goes into the path, keys into their own settings"
-        )
-    return ""
-
-
-def path_mistake(path: str) -> str:
-    bucket, _, prefix = path.partition(":")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
-        hint = f"; did you mean {bucket.replace('/', ':', 1)!r}?" if "/" in bucket.strip("/") else ""
-        return f"{bucket!r} is not a bucket name; {STORE_HELP['path']}{hint}"
-    parts = prefix.strip("/").split("/")
-    if prefix.strip("/") and any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        return "the prefix has a part that no folder can be named after (empty, '.', '..' or over 255 bytes)"
-    return "the prefix holds a control character" if re.search(r"[\x00-\x1f\x7f]", prefix) else ""
-
-
-def parse_targets(values: Mapping[str, str], mistakes: list[str]) -> tuple[Target, ...]:
-    """The targets from `TARGETS` and `TARGET_SECRETS`, in the order of `TARGETS`."""
-    settings = parse_json("TARGETS", values.get("TARGETS", ""), TARGET_KEYS, mistakes)
-    secret_values = parse_json("TARGET_SECRETS", values.get("TARGET_SECRETS", ""), SECRET_KEYS, mistakes)
-    if settings is None or secret_values is None:
-        return ()
-    for name in secret_values.keys() - settings.keys():
-        mistakes.append(
-            f"TARGET_SECRETS {json.dumps(name)}: there is no such target in TARGETS; add it or remove this"
-        )
-    targets = []
-    for name, given in settings.items():
-        wrong = not name or not is_plain(name) or re.search(r"[/{}\x00-\x1f\x7f]|::|:$", name)
-        if wrong or len(name.encode()) > MAX_NAME_BYTES:
-            mistakes.append(
-                f"TARGETS {json.dumps(name)}: this name cannot be a mount point;"
-                " use letters, digits, '.', '_' and '-'"
-            )
-        if name in secret_values:
-            targets.append(parse_target(name, given, secret_values[name], mistakes))
-        else:
-            mistakes.append(
-                f"TARGET_SECRETS {json.dumps(name)}: is missing;"
-                f" write an object with {', '.join(SECRET_KEYS)}"
-            )
-    return tuple(targets)
-
-
-def parse_json(
-    variable: str, text: str, keys: Sequence[str], mistakes: list[str]
-) -> dict[str, dict[str, Any]] | None:
-    """A JSON object of objects with known keys only; None when there is nothing to go on with."""
-    if text == UNREADABLE:
-        return None
-    if not text:
-        mistakes.append(
-            f'{variable}: is missing; write one line of JSON: {{"first": {{"{keys[0]}": "...", ...}}}}'
-        )
-        return None
-    try:
-        document = json.loads(text, object_pairs_hook=unique_pairs)
-    except ValueError as error:
-        mistakes.append(f"{variable}: {json_mistake(text, error)}")
-        return None
-    if not isinstance(document, dict) or not document:
-        mistakes.append(f"{variable}: write a JSON object with one member for each target")
-        return None
-    wrong = [name for name, value in document.items() if not isinstance(value, dict)]
-    mistakes += [f"{variable} {json.dumps(name)}: write an object with {', '.join(keys)}" for name in wrong]
-    for name in document.keys() - set(wrong):
-        for key in document[name].keys() - set(keys):
-            mistakes.append(
-                f"{variable} {json.dumps(name)}: unknown key {json.dumps(key)}; {near(key, keys)}"
-            )
-    return {name: value for name, value in document.items() if name not in wrong}
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members. Raises ValueError where one is there twice: the first would be lost."""
-    for name, times in Counter(name for name, _ in pairs).items():
-        if times > 1:
-            raise ValueError(f"{json.dumps(name)} is there twice; keep one")
-    return dict(pairs)
-
-
-def json_mistake(text: str, error: ValueError) -> str:
-    """What is wrong with a JSON text, without quoting it: it may hold secrets."""
-    if text[0] in "'\"" and text[-1:] == text[0]:
-        return "is quoted as a whole, and Docker's env files keep those quotes: remove the outer quotes"
-    if isinstance(error, json.JSONDecodeError):
-        place = f"character {error.pos + 1} (line {error.lineno})"
-        return f"is not valid JSON: {error.msg} at {place}; write it on one line"
-    return str(error)
-
-
-def near(word: str, words: Iterable[str]) -> str:
+def near(word: str, words: Collection[str]) -> str:
     """A hint at what might have been meant by `word`."""
-    words = list(words)
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"known are {', '.join(words)}"
 
 
-def parse_target(
-    name: str, given: Mapping[str, Any], secret: Mapping[str, Any], mistakes: list[str]
-) -> Target:
-    place = Store(name, "", "", "", "", "").setting
-    texts = {}
-    for key, value in {**given, **secret}.items():
-        if key == "compact" or key not in TARGET_KEYS + SECRET_KEYS:
-            continue
-        if isinstance(value, str) and is_plain(value):
-            texts[key] = value
-        elif value is not None:
-            mistakes.append(f"{place(key)}: {NOT_PLAIN if isinstance(value, str) else 'write a JSON string'}")
-            texts[key] = UNREADABLE
-    fields = parse_fields(TARGET_TEXTS, texts, place, mistakes)
-    passphrase = texts.get("borg_passphrase", "")
-    if fields["encryption"] == "none":
-        pass  # it has no use for one
-    elif not passphrase:
-        words = "is missing; `openssl rand -base64 48` makes a good one (one line)"
-        mistakes.append(f"{place('borg_passphrase')}: {words}")
-    elif passphrase.endswith("\n") or "\r" in passphrase:
-        words = "holds a line end, which borg would not take as part of it; remove it"
-        mistakes.append(f"{place('borg_passphrase')}: {words}")
-    compact = given.get("compact", True)
-    if isinstance(compact, bool):
-        compact = DEFAULT_COMPACT_PERCENT if compact else None
-    elif not (isinstance(compact, int) and 0 <= compact <= 100):
-        mistakes.append(f"{place('compact')}: write true, false, or a threshold in percent from 0 to 100")
-    store = parse_store(name, texts, mistakes)
-    mistakes += missing_settings(store)
-    return Target(
-        name, store, passphrase, must_match="encryption" in texts, compact_percent=compact, **fields
-    )
+class Configuration:
+    """Reads the environment variables, or the files that they name, and notes all the mistakes in them."""
 
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.mistakes: list[str] = []
+        self.secrets: list[str] = []  # the values of what is secret, as far as it was looked at
+        # What stands in a place that a user knows; None where it is wrong, and not to be told as missing.
+        self._texts: dict[str, str | None] = {name: self._read(environ, name) for name in VARIABLES}
+        self._settings = self._fields(Settings)
+        self.label: str = self._settings["label"]
+        # Whom to tell is known even where all else is wrong: they are to hear of that.
+        told = self._fields(Reporting)
+        self.reporting = Reporting(**{name: value for name, value in told.items() if value is not None})
 
-def parse_encryption(text: str) -> str:
-    if text not in ENCRYPTION_MODES:
-        raise ValueError(f"unknown mode; {near(text, ENCRYPTION_MODES)}")
-    return text
+    def settings(self, needs_source: bool = True) -> Settings:
+        """Raises ConfigurationError with all mistakes. No source at all is one only where it is needed."""
+        source = self._store(Store(None))
+        targets = self._targets()
+        destination = self._destination(source)
+        self.mistakes += overlap_mistakes([source, *(target.store for target in targets)])
+        if needs_source:
+            self.mistakes += source.missing()
+        if self.mistakes:
+            raise ConfigurationError(self.mistakes)
+        return Settings(source, targets, destination, **self._settings)
 
+    def _tell(self, place: str, words: str) -> None:
+        self.mistakes.append(f"{place}: {words}")
 
-COMPRESSION = re.compile(
-    r"(obfuscate,([1-6]|11[0-9]|12[0-3]|250),)?(auto,)*"
-    r"(none|lz4|zstd(,0?[1-9]|,1[0-9]|,2[0-2])?|zlib(,0?[0-9])?|lzma(,0?[0-9])?)"
-)
-COMPRESSION_HELP = "write none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
+    def _read(self, environ: Mapping[str, str], name: str) -> str | None:
+        """The value of NAME, or of the file that NAME_FILE names; empty where there is none."""
+        text, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
+        if text and path:
+            self._tell(name, f"given together with {name}_FILE; keep one of the two")
+        if text or not path:
+            return text
+        try:
+            return Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            self._tell(f"{name}_FILE", f"cannot read {path!r}: {reason}")
+            return None
 
+    def _parse(self, place: str, row: Value) -> Any:
+        """What is given there, or the default; None for what is wrong and must not be told as missing."""
+        text = self._texts.get(place, "")
+        try:
+            if text and re.search(r"[\x00\ud800-\udfff]", text):  # what no program can be given
+                raise ArgumentTypeError("holds a NUL, or what is not UTF-8; write it without")
+            if text:
+                return row(text)
+        except ArgumentTypeError as error:
+            self._tell(place, str(error))
+            text = None
+        return None if text is None and row.default == "" else row.default
 
-def parse_compression(specification: str) -> str:
-    """Refuses what borg would refuse (`borg help compression`)."""
-    if not COMPRESSION.fullmatch(specification):
-        raise ValueError(COMPRESSION_HELP)
-    return specification
+    def _fields(self, kind: type, place: Callable[[str], str] = str) -> dict[str, Any]:
+        """A value for each field that can be set; `place` is where a user finds what is called so."""
+        fields = {}
+        for each in dataclasses.fields(kind):
+            for name, row in each.metadata.items():
+                if not each.repr:
+                    self.secrets.append(self._texts.get(place(name)) or "")
+                fields[each.name] = self._parse(place(name), row)
+        return fields
 
+    def _store(self, store: Any) -> Any:
+        """The store with all its settings."""
+        fields = self._fields(Store, store.setting)
+        if path := fields["bucket"]:
+            fields["bucket"], fields["prefix"] = path
+        return dataclasses.replace(store, **fields)
 
-class OptionParser(argparse.ArgumentParser):
-    """Parses options; raises ValueError with what is wrong, where argparse would end the program."""
+    def _destination(self, source: Store) -> Destination:
+        """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
+        own = {key for key in STORE if self._texts.get(f"RESTORE_{key.upper()}") != ""}
+        if len(own & {"access_key_id", "secret_access_key"}) == 1:
+            place = "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY"
+            self._tell(place, "one is missing; write both, or neither")
+        if "endpoint" in own:
+            own.add("region")
+        shared = {key: value for key in STORE.keys() - own if (value := getattr(source, key))}
+        return dataclasses.replace(self._store(Destination(None)), **shared, shared=shared.keys())
 
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
+    def _targets(self) -> tuple[Target, ...]:
+        """The targets from TARGETS and TARGET_SECRETS, in the order of TARGETS."""
+        settings, secrets = (self._parse(name, row) for name, row in DOCUMENTS.items())
+        for name in DOCUMENTS:
+            if self._texts[name] == "":
+                self._tell(name, f"is missing; write {DOCUMENTS[name].help}")
+        if not settings or not secrets:
+            return ()
+        for name in secrets.keys() - settings.keys():
+            words = "there is no such target in TARGETS; add it or remove this"
+            self._tell(f"TARGET_SECRETS {json.dumps(name)}", words)
+        return tuple(self._target(name, given, secrets.get(name)) for name, given in settings.items())
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+    def _target(self, name: str, given: Any, secret: Any) -> Target:
+        quoted, place = json.dumps(name), Store(name).setting
+        is_usable = re.fullmatch(r"(?!.*(::|:$))[^/{}\x00-\x1f\x7f\ud800-\udfff]+", name)
+        if not is_usable or len(name.encode()) > MAX_NAME_BYTES:
+            words = "this name cannot be a mount point; use letters, digits, '.', '_' and '-'"
+            self._tell(f"TARGETS {quoted}", words)
+        self._add(f"TARGETS {quoted}", place, given, TARGET_KEYS)
+        self._add(f"TARGET_SECRETS {quoted}", place, secret, SECRET_KEYS)
+        store, fields = self._store(Store(name)), self._fields(Target, place)
+        self.mistakes += store.missing()
+        if fields["passphrase"] == "" and fields["encryption"] != "none":
+            self._tell(place("borg_passphrase"), f"is missing; write {PASSPHRASE_HELP}")
+        return Target(name, store, must_match=bool(self._texts.get(place("encryption"))), **fields)
 
-
-KEEP_OPTIONS = [
-    names.split()
-    for names in (
-        *("--keep-last --keep-secondly", "--keep-minutely", "-H --keep-hourly", "-d --keep-daily"),
-        *("-w --keep-weekly", "-m --keep-monthly", "--keep-13weekly", "--keep-3monthly", "-y --keep-yearly"),
-    )
-]
-KEEP_HELP = "write such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
-PRUNE_HELP = {
-    "-n": "it would prune nothing: leave `prune` out instead",
-    "--dry-": "it would prune nothing: leave `prune` out instead",
-    "": "borg's --keep-... options are meant; which archives are pruned follows from BACKUP_LABEL",
-}
-
-
-def keep_interval(text: str) -> str:
-    """Checks borg's interval: a positive number of H(ours), d(ays), w(eeks), m(onths) or y(ears)."""
-    if not re.fullmatch(r"0*[1-9][0-9]*[Hdwmy]", text):
-        raise argparse.ArgumentTypeError("write a number and one of H, d, w, m, y, such as 2d")
-    return text
-
-
-def parse_prune(text: str) -> tuple[str, ...]:
-    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
-    parser = OptionParser()
-    for names in KEEP_OPTIONS:
-        parser.add_argument(*names, type=int, dest=names[-1], metavar="N")
-    parser.add_argument("--keep-within", type=keep_interval, metavar="INTERVAL")
-    parser.add_argument("-c", "--checkpoint-interval", type=int)
-    for flag in ("--list", "--quick-stats", "--save-space", "--force", "--info"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("-s", "--stats", action="store_true")
-    parser.add_argument("-v", "--verbose", action="store_true")
-    try:
-        words = shlex.split(text)
-        options, unknown = parser.parse_known_args(words)
-    except ValueError as error:
-        raise ValueError(f"{error}; {KEEP_HELP}") from None
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if name.startswith("--keep") and value is not None
-    }
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} has no place here; {PRUNE_HELP.get(unknown[0][:6], PRUNE_HELP[''])}"
-        )
-    if words and not options.keep_within and not any(given.values()):
-        raise ValueError(f"keeps nothing; {KEEP_HELP}")
-    if len(given.keys() & {"--keep-13weekly", "--keep-3monthly"}) == 2:
-        raise ValueError("--keep-13weekly and --keep-3monthly exclude each other; keep one")
-    return tuple(words)
-
-
-CHECK_PERIODS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}  # in seconds
-TIME_UNITS = {"s": 1, "m": 60, "h": 3600}  # in seconds
-
-
-def parse_check(text: str) -> CheckPlan | None:
-    """A target's `check`: a duration or `full`, and a period where it is not done in each run."""
-    if not text:
-        return None
-    amount, slash, every = text.partition("/")
-    seconds = None if amount == "full" else parse_duration(amount)
-    if (seconds or amount == "full") and (every in CHECK_PERIODS if slash else True):
-        return CheckPlan(seconds, every)
-    raise ValueError(
-        f"{text!r} is not understood;"
-        " write such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
-        " units are s, m, h, periods day, week, month"
-    )
-
-
-def parse_duration(text: str) -> int | None:
-    """Seconds from `90s`, `30m` or `2h`; None where it is nothing like that."""
-    found = re.fullmatch(r"0*([1-9][0-9]{0,5})([smh])", text)
-    return int(found[1]) * TIME_UNITS[found[2]] if found else None
-
-
-# As SETTINGS, for a target's settings that are texts.
-TARGET_TEXTS = {
-    "encryption": ("encryption", parse_encryption, DEFAULT_ENCRYPTION),
-    "compression": ("compression", parse_compression, DEFAULT_COMPRESSION),
-    "prune": ("prune", parse_prune, ()),
-    "check": ("check", parse_check, None),
-}
+    def _add(self, whole: str, place: Callable[[str], str], members: Any, keys: Collection[str]) -> None:
+        """Adds the members of a target's JSON object to the texts."""
+        if not isinstance(members, dict):
+            missing = "is missing; " if members is None else ""
+            self._tell(whole, f"{missing}write an object with {', '.join(keys)}")
+            self._texts |= dict.fromkeys(map(place, keys))
+            return
+        for key, value in members.items():
+            text = json.dumps(value) if key == "compact" and isinstance(value, int | float) else value
+            if key not in keys:
+                self._tell(whole, f"unknown key {json.dumps(key)}; {near(key, keys)}")
+            elif text is None or isinstance(text, str):
+                self._texts[place(key)] = text or ""
+            else:
+                self._tell(place(key), "write a JSON string")
+                self._texts[place(key)] = None
 
 
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
     """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
+
+    def server(store: Store) -> tuple[str | None, int | None]:
+        url = urllib.parse.urlsplit(store.endpoint)  # whose scheme makes no difference
+        return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+    known = [store for store in stores if store.endpoint and store.bucket]
     return [
         f"{second.setting('path')}: overlaps {first.setting('path')}"
         f" ({second.location} and {first.location} on one server); give each a place of its own"
-        for first, second in itertools.combinations(stores, 2)
-        if first.bucket
-        and (endpoint_key(first), first.bucket) == (endpoint_key(second), second.bucket)
+        for first, second in itertools.combinations(known, 2)
+        if (server(first), first.bucket) == (server(second), second.bucket)
         and (first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(first.key_prefix))
     ]
-
-
-def endpoint_key(store: Store) -> tuple[str, int | None]:
-    """Scheme-independent host and port, for telling whether two endpoints are one server."""
-    try:
-        url = urllib.parse.urlsplit(store.endpoint)
-        return (url.hostname or ""), url.port or {"http": 80, "https": 443}.get(url.scheme)
-    except ValueError:
-        return "", None
 
 
 # ------------------------------------------------------------------------------------------------------- S3
 
 # Signing follows "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk
 # (AWS Signature Version 4)" of the Amazon S3 API reference; the functions are named after its steps.
+
+Query = Sequence[tuple[str, str]]
+Headers = Mapping[str, str]
+Where = tuple[str, str] | None  # a listing begins: the parameter of its request that says so
+NO_HEADERS: Headers = {}
 
 
 def encode_key(key: str) -> bytes:
@@ -944,51 +738,34 @@ def decode_key(key: bytes) -> str:
 
 
 def uri_encode(text: str, safe: str = "") -> str:
-    """UriEncode() of the specification: everything but unreserved characters as %XX of its UTF-8 bytes."""
+    """UriEncode() of the specification."""
     return urllib.parse.quote(text, safe=safe + "-._~", errors="surrogateescape")
 
 
-def canonical_query(query: Sequence[tuple[str, str]]) -> str:
-    """The canonical query string; it is also exactly what is sent."""
+def canonical_request(method: str, path: str, query: Query, headers: Headers, payload_hash: str) -> str:
+    """Task 1: the canonical request. `path` is the decoded path; all `headers` are signed.
+
+    Its second and third line are exactly what is sent.
+    """
     pairs = sorted((uri_encode(name), uri_encode(value)) for name, value in query)
-    return "&".join(f"{name}={value}" for name, value in pairs)
-
-
-def canonical_request(
-    method: str, path: str, query: Sequence[tuple[str, str]], headers: Mapping[str, str], payload_hash: str
-) -> str:
-    """Task 1: the canonical request. `path` is the decoded path; all `headers` are signed."""
+    encoded = "&".join(f"{name}={value}" for name, value in pairs)
     lower = {name.lower(): " ".join(value.split()) for name, value in headers.items()}
-    return "\n".join(
-        [
-            method,
-            uri_encode(path, safe="/"),
-            canonical_query(query),
-            "".join(f"{name}:{lower[name]}\n" for name in sorted(lower)),
-            ";".join(sorted(lower)),
-            payload_hash,
-        ]
-    )
+    lines = "".join(f"{name}:{lower[name]}\n" for name in sorted(lower))
+    names = ";".join(sorted(lower))
+    return "\n".join([method, uri_encode(path, safe="/"), encoded, lines, names, payload_hash])
 
 
-def authorization(
-    canonical: str, access_key_id: str, secret_access_key: str, when: datetime, region: str
-) -> str:
+def authorization(canonical: str, key_id: str, secret_key: str, when: datetime, region: str) -> str:
     """Tasks 2 and 3: the value of the Authorization header, from the canonical request."""
     scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
     digest = hashlib.sha256(encode_key(canonical)).hexdigest()
     text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
-    signature = hmac.digest(signing_key(secret_access_key, scope), text.encode(), "sha256").hex()
+    signature = f"AWS4{secret_key}".encode()
+    for part in (*scope.split("/"), text):
+        signature = hmac.digest(signature, part.encode(), "sha256")
     names = canonical.split("\n")[-2]
-    return f"AWS4-HMAC-SHA256 Credential={access_key_id}/{scope},SignedHeaders={names},Signature={signature}"
-
-
-@functools.lru_cache(maxsize=8)  # it holds for a day
-def signing_key(secret_access_key: str, scope: str) -> bytes:
-    key = f"AWS4{secret_access_key}".encode()
-    for part in scope.split("/"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    return key
+    fields = f"Credential={key_id}/{scope},SignedHeaders={names},Signature={signature.hex()}"
+    return f"AWS4-HMAC-SHA256 {fields}"
 
 
 @dataclass(frozen=True)
@@ -1007,7 +784,7 @@ class Answer:
     """An HTTP answer, read to its end; header names are lower-case."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Headers
     body: bytes
     sent: float = 0.0  # when the try was sent that it answers, in boot_seconds()
 
@@ -1039,10 +816,8 @@ class Patience:
 
 
 # For a store that has answered before: its address is right, so whatever it is may pass.
-PROVEN = Patience(unreachable_seconds=PROVEN_PATIENCE_SECONDS, failing_seconds=PROVEN_PATIENCE_SECONDS)
-# For a question that is asked about each of many objects.
-HASTY = Patience(answer_seconds=8, unreachable_seconds=0, failing_seconds=0)
-
+PROVEN = Patience(ANSWER_TIMEOUT_SECONDS, PROVEN_PATIENCE_SECONDS, PROVEN_PATIENCE_SECONDS)
+HASTY = Patience(8, 0, 0)
 
 # What to do about S3's error codes; {setting} places are filled with the store's own settings.
 S3_HINTS = {
@@ -1051,21 +826,19 @@ S3_HINTS = {
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
-    "LIST NoSuchKey": "The bucket's name belongs in {path}, not in the host of {endpoint}: take it out.",
+    "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in the host of {endpoint}: take it out.",
     "SecondLevelDomainForbidden": "This server wants the bucket in the host name: that is not supported.",
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
-    "AccountProblem": "See to the account: the provider has locked it.",
-    "AllAccessDisabled": "See to the account: the provider has locked it.",
+    "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
-    "ExpiredToken": "Write a lasting key into {access_key_id}: session tokens are not supported.",
-    "InvalidToken": "Write a lasting key into {access_key_id}: session tokens are not supported.",
-    "RequestTimeTooSkewed": "The clock of this machine is wrong: set it.",
-    "RequestExpired": "The clock of this machine is wrong: set it.",
-    "AuthorizationHeaderMalformed": "Set {region} to the bucket's region.",
-    "InvalidRegion": "Set {region} to the bucket's region.",
-    "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
-    "PermanentRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
-    "TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
+    "ExpiredToken InvalidToken": (
+        "Write a lasting key into {access_key_id}: session tokens are not supported."
+    ),
+    "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
+    "AuthorizationHeaderMalformed InvalidRegion IllegalLocationConstraintException": (
+        "Set {region} to the bucket's region."
+    ),
+    "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
@@ -1074,13 +847,8 @@ S3_HINTS = {
     "BadListing": "A backup would miss objects: update the server, or use another one.",
     "RangeIgnored": "Mounts read by ranges: have {endpoint}, or a proxy before it, heed them (206).",
 }
-PERMISSIONS = {
-    "LIST": "s3:ListBucket",
-    "GET": "s3:GetObject",
-    "HEAD": "s3:GetObject",
-    "PUT": "s3:PutObject",
-    "DELETE": "s3:DeleteObject",
-}
+S3_HINTS = {code: hint for codes, hint in S3_HINTS.items() for code in codes.split()}
+PERMISSIONS = {"LIST": "ListBucket", "GET": "GetObject", "HEAD": "GetObject", "DELETE": "DeleteObject"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # What passes: too early, too many, too busy; 520-530 are a CDN's words for a server that does not answer it.
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
@@ -1090,81 +858,101 @@ CONNECTION_FAULTS = (OSError, http.client.HTTPException)
 DEFAULT_REGION = "us-east-1"
 
 
+class IdleConnections(list[http.client.HTTPConnection]):
+    """Those that nobody uses now. They are closed when the last client that shares them is gone."""
+
+    def take(self) -> http.client.HTTPConnection | None:
+        try:
+            return self.pop()
+        except IndexError:
+            return None
+
+    def close(self) -> None:
+        while connection := self.take():
+            connection.close()
+
+    __del__ = close
+
+
+@dataclass(eq=False)
 class S3Client:
     """Requests to one store: signed, path-style, retried. Safe to use from several threads.
 
-    Every method raises S3Error when S3 refuses or when there is no answer for longer than the patience
-    constants say. When a stop signal comes, requests get CLEANUP_SECONDS more and no further try, also those
-    that are made later, to clean up; then Stopped is raised.
+    `dataclasses.replace` makes a twin, with the same open connections and what it has learned.
+
+    Every method raises S3Error when S3 refuses or does not answer for longer than `patience` says. When a
+    stop signal comes, requests get CLEANUP_SECONDS more and no further try, also those that are made later,
+    to clean up; then Stopped is raised.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        region: str | None = None,
-        patience: Patience | None = None,
-        stop: Stop | None = None,
-    ) -> None:
-        """Opens nothing yet; `region` is what an earlier client found out. `stop` is asked meanwhile."""
-        self.store = store
-        self._dated: Answer | None = None  # the last one that had a time
-        self._patience, self._stop = patience or Patience(), stop or Stop()
-        self._is_direct = False
-        self.region = region or store.region or DEFAULT_REGION
-        self._url = urllib.parse.urlsplit(store.endpoint)
-        self._idle: list[http.client.HTTPConnection] = []
+    store: Store
+    region: str = ""  # by default the configured one, or what the server says
+    patience: Patience = Patience()
+    stop: Stop = field(default_factory=lambda: Stop())
+    is_direct: bool = False  # for threads that nobody waits for: faster, but no stop signal ends a wait
+    idle: IdleConnections = field(default_factory=IdleConnections, repr=False)
+    dated: Answer | None = field(default=None, repr=False)  # the last one that had a time
+
+    def __post_init__(self) -> None:
+        self.region = self.region or self.store.region or DEFAULT_REGION
+        self._url = urllib.parse.urlsplit(self.store.endpoint)
 
     @property
-    def clock(self) -> datetime | None:
-        """The server's clock, when it answered last."""
-        return self._dated and self._dated.time("Date")
+    def clock(self) -> datetime:
+        """The server's clock, when it answered last; ours, where it does not tell."""
+        return (self.dated and self.dated.time("Date")) or datetime.now(UTC)
 
-    def with_patience(self, patience: Patience, unstoppable: bool = False) -> S3Client:
-        """The same client, with its open connections and what it has learned, but another patience."""
-        twin = copy.copy(self)
-        twin._patience = patience
-        twin._stop = Stop() if unstoppable else self._stop
-        return twin
-
-    def direct(self) -> S3Client:
-        """The same client for threads that nobody waits for: faster, but no stop signal ends a wait."""
-        twin = copy.copy(self)
-        twin._is_direct = True
-        return twin
-
-    def list_page(
-        self, prefix: str, where: tuple[str, str] | None = None, limit: int = 1000
-    ) -> tuple[list[S3Object], tuple[str, str] | None]:
+    def list_page(self, prefix: str, where: Where = None, limit: int = 1000) -> tuple[list[S3Object], Where]:
         """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none."""
         query = [("list-type", "2"), ("encoding-type", "url"), ("max-keys", str(limit)), ("prefix", prefix)]
         answer = self.request("GET", query=[*query, where] if where else query)
         try:
-            return parse_listing(answer.body)
+            root = ElementTree.fromstring(answer.body)
+            if not root.tag.endswith("ListBucketResult"):
+                raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
         except ElementTree.ParseError as error:
             raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
-        except ValueError as error:
-            raise self._error(answer.status, "BadListing", str(error)) from error
+        space = root.tag[: root.tag.find("}") + 1]
+        is_encoded = root.findtext(f"{space}EncodingType") == "url"
+        decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
+        objects = []
+        for entry in root.iter(f"{space}Contents"):
+            listed = {element.tag[len(space) :]: element.text or "" for element in entry}
+            key = decode(listed.get("Key", ""))
+            try:
+                modified = datetime.fromisoformat(listed.get("LastModified", ""))
+                size_bytes = int(listed.get("Size", ""))
+            except ValueError as error:
+                words = f"the listing's entry of {key!r} cannot be read ({error})"
+                raise self._error(answer.status, "BadListing", words) from error
+            # S3's times are UTC, also where a server does not say so.
+            modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
+            objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
+        if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
+            return objects, None
+        if token := root.findtext(f"{space}NextContinuationToken"):
+            return objects, ("continuation-token", token)
+        keys = [entry.key for entry in objects]
+        if not keys or keys != sorted(keys):
+            words = "a page of the listing is truncated, and does not say how it goes on"
+            raise self._error(answer.status, "BadListing", words)
+        return objects, ("start-after", keys[-1])
 
-    def list_objects(
-        self, prefix: str, start_after: str = "", where: tuple[str, str] | None = None
-    ) -> Iterator[S3Object]:
+    def list_objects(self, prefix: str, start_after: str = "", where: Where = None) -> Iterator[S3Object]:
         """All objects below `prefix`, or those after a key or from a page on; one request for each 1,000.
 
-        They are in key order, unless the server has another one (S3's directory buckets). Some servers ignore
-        where a listing is to start.
+        In key order, unless the server has another one (S3's directory buckets).
         """
-        where, last = ("start-after", start_after) if start_after else where, None
-        empty = 0
+        where, last, empty = ("start-after", start_after) if start_after else where, None, 0
         while True:
             objects, following = self.list_page(prefix, where)
-            # An empty page may have a next one; one that came twice would come for ever.
-            if following and (following == where or (objects and objects == last)):
-                raise self._error(200, "BadListing", "the listing does not advance: a page came twice")
             empty = 0 if objects else empty + 1
-            if empty > EMPTY_PAGES:
-                words = f"the listing does not advance: {EMPTY_PAGES:,} empty pages"
-                raise self._error(200, "BadListing", words)
-            yield from (entry for entry in objects if entry.key > start_after)
+            # An empty page may have a next one; one that came twice would come for ever.
+            is_repeated = following and (following == where or (objects and objects == last))
+            if is_repeated or empty > EMPTY_PAGES:
+                what = "a page came twice" if is_repeated else f"{EMPTY_PAGES:,} empty pages"
+                raise self._error(200, "BadListing", f"the listing does not advance: {what}")
+            yield from (entry for entry in objects if entry.key > start_after)  # some servers ignore that
             if not following:
                 return
             where, last = following, objects
@@ -1174,9 +962,10 @@ class S3Client:
         return (self.get_span(key, *span) if span else self.request("GET", key)).body
 
     def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
-        """The content of an object of about this size, piece by piece, all of one version, and its headers.
+        """The content of an object of about this size, piece by piece, all of one version.
 
-        Raises S3Error, where it is overwritten meanwhile, too.
+        The last piece, which may be empty, has the object's headers. Raises S3Error, where it is overwritten
+        meanwhile, too.
         """
         if size_bytes <= LARGEST_PIECE_BYTES:
             yield self.request("GET", key)
@@ -1184,19 +973,16 @@ class S3Client:
         head = self.request("HEAD", key)
         size_bytes, version = int(head.headers["content-length"]), {"If-Match": head.headers.get("etag", "*")}
         for first in range(0, size_bytes, LARGEST_PIECE_BYTES):
-            last = min(first + LARGEST_PIECE_BYTES, size_bytes) - 1
-            answer = self.get_span(key, first, last, version)
-            yield dataclasses.replace(
-                answer, headers={**answer.headers, "etag": head.headers.get("etag", "")}
-            )
+            yield self.get_span(key, first, min(first + LARGEST_PIECE_BYTES, size_bytes) - 1, version)
+        yield head
 
     def tags(self, key: str) -> dict[str, str]:
         root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
         tags = root.iterfind(".//{*}Tag")
         return {tag.findtext("{*}Key", ""): tag.findtext("{*}Value", "") for tag in tags}
 
-    def get_span(self, key: str, first: int, last: int, headers: Mapping[str, str] | None = None) -> Answer:
-        answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **(headers or {})})
+    def get_span(self, key: str, first: int, last: int, headers: Headers = NO_HEADERS) -> Answer:
+        answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **headers})
         whole = answer.status == 200 and first == 0  # an object that has no more
         if len(answer.body) == last - first + 1 and (
             whole or answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/")
@@ -1219,72 +1005,61 @@ class S3Client:
                 return None
             raise
 
-    def put(
-        self,
-        key: str,
-        body: bytes,
-        headers: Mapping[str, str] | None = None,
-        query: Sequence[tuple[str, str]] = (),
-    ) -> Answer:
+    def put(self, key: str, body: bytes, headers: Headers = NO_HEADERS, query: Query = ()) -> Answer:
         """Writes an object, or the part of one that `query` names, under the condition in `headers`.
 
         A bucket with object lock takes no object without its MD5.
         """
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-        headers = {"Content-MD5": md5, **(headers or {})}
-        return self.request("PUT", key, query, headers, body)
+        return self.request("PUT", key, query, {"Content-MD5": md5, **headers}, body)
 
-    def delete(self, key: str, headers: Mapping[str, str] | None = None) -> None:
+    def delete(self, key: str, headers: Headers = NO_HEADERS) -> None:
         """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
         self.request("DELETE", key, headers=headers)
 
     def request(
-        self,
-        method: str,
-        key: str = "",
-        query: Sequence[tuple[str, str]] = (),
-        headers: Mapping[str, str] | None = None,
-        body: bytes = b"",
+        self, method: str, key: str = "", query: Query = (), headers: Headers = NO_HEADERS, body: bytes = b""
     ) -> Answer:
         """One request, retried while the fault may pass; finds out the bucket's region on the way."""
         start, pause = time.monotonic(), 0.1
         while True:
             try:
-                answer = self._answer(lambda: self._exchange(method, key, query, headers or {}, body))
+                answer = self._answer(lambda: self._exchange(method, key, query, headers, body))
                 if answer.status == 200 and method in ("PUT", "POST") and xml_text(answer.body, "Code"):
                     answer = dataclasses.replace(answer, status=500)  # it took long, and failed in the end
                 if answer.status < 300:
                     return answer
                 error = self._refusal(answer, method, key)
                 passes = answer.status in RETRIED_STATUSES or error.code in RETRIED_CODES
-                patience = self._patience.failing_seconds if passes else 0
-                if self._learn_region(answer):
+                patience = self.patience.failing_seconds if passes else 0
+                region = answer.headers.get("x-amz-bucket-region") or xml_text(answer.body, "Region")
+                is_news = answer.status in (301, 400, 403) and region not in ("", self.region)
+                if is_news and not self.store.region:
+                    self.region = region
                     continue
             except CONNECTION_FAULTS as fault:
                 error = self._error(0, "NoAnswer", describe_fault(fault))
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
-                patience = 0 if untrusted else self._patience.unreachable_seconds
+                patience = 0 if untrusted else self.patience.unreachable_seconds
             except ValueError as fault:  # of http.client, whose words quote headers
                 raise self._error(0, "CannotSend", f"cannot be sent ({type(fault).__name__})") from None
             if time.monotonic() - start + pause > patience:
                 raise error
-            self._stop.wait(pause)
+            self.stop.wait(pause)
             pause = min(2 * pause, MAX_BACKOFF_SECONDS)
 
     def _answer(self, exchange: Callable[[], Answer]) -> Answer:
         """The answer that `exchange` waits for. After a stop signal it is left to itself, soon."""
-        if self._is_direct:
-            self._stop.check()
+        if self.is_direct:
+            self.stop.check()
             return exchange()
         future = in_background(exchange)
         while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
-            if self._stop.requested and not concurrent.futures.wait([future], timeout=CLEANUP_SECONDS).done:
-                self._stop.check()
+            if self.stop.requested and not concurrent.futures.wait([future], timeout=CLEANUP_SECONDS).done:
+                self.stop.check()
         return future.result()
 
-    def _exchange(
-        self, method: str, key: str, query: Sequence[tuple[str, str]], extra: Mapping[str, str], body: bytes
-    ) -> Answer:
+    def _exchange(self, method: str, key: str, query: Query, extra: Headers, body: bytes) -> Answer:
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
         headers = {
@@ -1296,13 +1071,19 @@ class S3Client:
         canonical = canonical_request(method, path, query, headers, payload_hash)
         keys = (self.store.access_key_id, self.store.secret_access_key)
         headers["Authorization"] = authorization(canonical, *keys, when, self.region)
-        target = uri_encode(path, safe="/") + (f"?{canonical_query(query)}" if query else "")
-        connection, is_new = self._connection()
-        sent = boot_seconds()
+        target = "?".join(filter(None, canonical.split("\n")[1:3]))
+        # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
+        fields = {name: encode_key(value) for name, value in headers.items()}
+        fields |= {"Content-Length": str(len(body)).encode()} if body else {}
+        connection = self.idle.take() or connection_to(self._url)
+        is_new = connection.sock is None
         try:
-            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
-            fields = {name: encode_key(value) for name, value in headers.items()}
-            fields |= {"Content-Length": str(len(body))} if body else {}
+            if is_new:
+                connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self.patience.answer_seconds)
+                connection._create_connection = connect_within
+                connection.connect()
+            connection.sock.settimeout(self.patience.answer_seconds)
+            sent = boot_seconds()
             connection.request(method, target, io.BytesIO(body) if body else None, fields)
             response = connection.getresponse()
             is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
@@ -1311,61 +1092,36 @@ class S3Client:
             connection.close()
             if is_new or isinstance(fault, TimeoutError) or not isinstance(fault, CONNECTION_FAULTS):
                 raise
-            self._idle.clear()  # the server closes what is idle for long: that says nothing about it
+            self.idle.close()  # the server closes what is idle for long: that says nothing about it
             return self._exchange(method, key, query, extra, body)
         if is_ignored:
             connection.close()
         else:
-            self._idle.append(connection)
-        answer = Answer(
-            response.status, {name.lower(): value for name, value in response.getheaders()}, content, sent
-        )
-        self._dated = answer if "date" in answer.headers else self._dated
+            self.idle.append(connection)
+        names = {name.lower(): value for name, value in response.getheaders()}
+        answer = Answer(response.status, names, content, sent)
+        self.dated = answer if "date" in names else self.dated
         return answer
 
-    def _connection(self) -> tuple[http.client.HTTPConnection, bool]:
-        """A connection that nobody uses, and whether it was opened just now."""
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = connection_to(self._url)
-        is_new = connection.sock is None
-        if is_new:
-            connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self._patience.answer_seconds)
-            connection._create_connection = connect_within
-            connection.connect()
-        connection.sock.settimeout(self._patience.answer_seconds)
-        return connection, is_new
-
-    def _learn_region(self, answer: Answer) -> bool:
-        """Takes over the region that the server names in a refusal; False when that is nothing new."""
-        region = answer.headers.get("x-amz-bucket-region") or xml_text(answer.body, "Region")
-        if self.store.region or answer.status not in (301, 400, 403) or not region or region == self.region:
-            return False
-        self.region = region
-        return True
-
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
-        code = xml_text(answer.body, "Code") or ("NotS3" if answer.body else http_reason(answer.status))
-        message = xml_text(answer.body, "Message") or http_reason(answer.status)
-        if answer.status in REDIRECTS and not xml_text(answer.body, "Code"):
+        code, message = (xml_text(answer.body, name) for name in ("Code", "Message"))
+        if answer.status in REDIRECTS and not code:
             to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
             code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
-        permission = PERMISSIONS.get(method if key else "LIST", method)
-        place = f"{self.store.bucket}/{key}" if key else self.store.bucket
-        asked_for = "" if key else "LIST"
-        return self._error(answer.status, code, message, asked_for, f"{permission} on {place}")
+        reason = http_reason(answer.status)
+        code = code or ("NotS3" if answer.body else reason)
+        return self._error(answer.status, code, message or reason, method if key else "LIST", key)
 
-    def _error(
-        self, status: int, code: str, message: str, asked_for: str = "", permission: str = ""
-    ) -> S3Error:
-        settings = {key: self.store.setting(key) for key in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
-        default = S3_HINTS.get(code, TRY_LATER if status >= 500 else TRY_AGAIN)
-        hint = S3_HINTS.get(str(status)) or S3_HINTS.get(f"{asked_for} {code}", default)
-        hint = hint.format(**settings, permission=permission)
+    def _error(self, status: int, code: str, message: str, asked_for: str = "PUT", key: str = "") -> S3Error:
+        store = self.store
+        settings = {name: store.setting(name) for name in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
+        place = f"{store.bucket}/{key}" if key else store.bucket
+        settings["permission"] = f"s3:{PERMISSIONS.get(asked_for, 'PutObject')} on {place}"
+        known = (S3_HINTS.get(each) for each in (str(status), f"{asked_for}/{code}", code))
+        hint = next(filter(None, known), TRY_LATER if status >= 500 else TRY_AGAIN)
         number = f" ({status})" if status else ""
-        where = f"{self.store.name} ({self.store.location} at {self.store.endpoint})"
-        return S3Error(f"{where}: {code}{number}: {message}", hint, status, code)
+        where = f"{store.name} ({store.location} at {store.endpoint})"
+        return S3Error(f"{where}: {code}{number}: {message}", hint.format(**settings), status, code)
 
 
 def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
@@ -1374,13 +1130,12 @@ def connect_within(address: tuple[str, int], seconds: float, _source: object = N
     That one grants them to each address of a name anew, and to the resolver whatever it takes. Here each
     address gets an equal share of what is left, and a TLS handshake that follows the rest.
     """
-    deadline = time.monotonic() + seconds
+    deadline, fault = time.monotonic() + seconds, OSError(f"{address[0]} has no address")
     lookup = in_background(lambda: socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
     try:
         found = lookup.result(seconds)
     except TimeoutError:
         raise TimeoutError(f"looking up {address[0]} timed out") from None
-    fault: OSError = OSError(f"{address[0]} has no address")
     for number, (family, kind, protocol, _, where) in enumerate(found):
         connection = socket.socket(family, kind, protocol)
         try:
@@ -1394,39 +1149,6 @@ def connect_within(address: tuple[str, int], seconds: float, _source: object = N
     raise fault
 
 
-def parse_listing(body: bytes) -> tuple[list[S3Object], tuple[str, str] | None]:
-    """The objects of a ListObjectsV2 answer, and what asks for the next page; None where there is none.
-
-    Raises ParseError where it is none, ValueError where it is not as S3's.
-    """
-    root = ElementTree.fromstring(body)
-    if not root.tag.endswith("ListBucketResult"):
-        raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
-    space = root.tag[: root.tag.find("}") + 1]
-    is_encoded = root.findtext(f"{space}EncodingType") == "url"
-    decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
-    objects = []
-    for entry in root.iter(f"{space}Contents"):
-        listed = {element.tag[len(space) :]: element.text or "" for element in entry}
-        key = decode(listed.get("Key", ""))
-        try:
-            modified = datetime.fromisoformat(listed.get("LastModified", ""))
-            size_bytes = int(listed.get("Size", ""))
-        except ValueError as error:
-            raise ValueError(f"the listing's entry of {key!r} cannot be read ({error})") from None
-        # S3's times are UTC, also where a server does not say so.
-        modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-        objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
-    if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
-        return objects, None
-    if token := root.findtext(f"{space}NextContinuationToken"):
-        return objects, ("continuation-token", token)
-    keys = [entry.key for entry in objects]
-    if not keys or keys != sorted(keys):
-        raise ValueError("a page of the listing is truncated, and does not say how it goes on")
-    return objects, ("start-after", keys[-1])
-
-
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
     """A connection that is not opened yet. Without a port, http.client takes one from an IPv6 address."""
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -1435,8 +1157,6 @@ def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
 
 def xml_text(body: bytes, name: str) -> str:
     """The text of the first element `name` in an XML error document, empty where there is none."""
-    if not body:
-        return ""
     try:
         return (ElementTree.fromstring(body).findtext(f".//{{*}}{name}") or "").strip()
     except ElementTree.ParseError:
@@ -1449,18 +1169,19 @@ def http_reason(status: int) -> str:
 
 # What is archived of an object's headers and can be given to another one, besides user metadata; with
 # examples, as which a probe has them.
-KEPT_HEADERS = dict(
-    pair.split(": ")
-    for pair in (
-        *("content-type: text/css", "cache-control: no-store", "content-disposition: inline"),
-        *("content-encoding: gzip", "content-language: la", "expires: Thu, 01 Jan 1970 00:00:00 GMT"),
-        "x-amz-website-redirect-location: /",
-    )
-)
+KEPT_HEADERS = {
+    "content-type": "text/css",
+    "cache-control": "no-store",
+    "content-disposition": "inline",
+    "content-encoding": "gzip",
+    "content-language": "la",
+    "expires": "Thu, 01 Jan 1970 00:00:00 GMT",
+    "x-amz-website-redirect-location": "/",
+}
 USER_METADATA = "x-amz-meta-"
 
 
-def kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def kept_headers(headers: Headers) -> dict[str, str]:
     """Those headers that are an object's own, in their order."""
     own = KEPT_HEADERS.keys()
     return {name: text for name, text in headers.items() if name in own or name.startswith(USER_METADATA)}
@@ -1468,8 +1189,8 @@ def kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 def headers_of(answer: Answer) -> dict[str, str]:
     """Those of an object's headers that are its own, in S3's order and letters."""
-    own = kept_headers(answer.headers)
-    return {name: decode_key(text.encode("latin-1")) for name, text in own.items()}
+    own = kept_headers(answer.headers).items()
+    return {name: decode_key(text.encode("latin-1")) for name, text in own}
 
 
 def describe_fault(fault: Exception) -> str:
@@ -1504,12 +1225,11 @@ EXISTS (
     WHERE low.key >= CAST(objects.key || '/' AS BLOB) AND low.key < CAST(objects.key || '0' AS BLOB)
 )
 """
-HIDE_COVERED = f"UPDATE objects SET is_shown = 0 WHERE is_shown AND {IS_COVERED}"
 TAKE_HEADERS = """
 UPDATE objects SET facts = (
     SELECT facts FROM last.objects AS old WHERE old.key = objects.key AND old.size = objects.size
     AND old.modified = objects.modified AND old.etag = objects.etag
-)
+) WHERE facts IS NULL
 """
 TAKE_ARCHIVES = """
 INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXISTS (
@@ -1520,10 +1240,6 @@ INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXI
 NOTE_ARCHIVE = """
 INSERT INTO archives VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
     objects = coalesce(excluded.objects, objects), as_of = coalesce(excluded.as_of, as_of)
-"""
-# What is directly in a folder, not further down.
-HIDE_FOLDER = """
-UPDATE objects SET is_shown = 0 WHERE key > :folder AND key < :end AND instr(substr(key, :length), X'2F') = 0
 """
 UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
 NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
@@ -1538,6 +1254,11 @@ def is_showable(key: str, size_bytes: int) -> bool:
     name = key if size_bytes else key.removesuffix("/")
     is_long = any(len(encode_key(part)) > NAME_MAX_BYTES for part in name.split("/"))
     return not (is_long or UNREPRESENTABLE.search(name) or NOT_IN_XML.search(name) or "\r" in name)
+
+
+def folders_of(key: str) -> list[str]:
+    """The folders that an object lies in, outermost first: "" or with a slash at the end."""
+    return ["", *(key[: match.end()] for match in re.finditer("/", key))]
 
 
 def pages(rows: Iterable[Result]) -> Iterator[list[Result]]:
@@ -1562,6 +1283,10 @@ class Catalog:
             self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
             self._db.executescript(CATALOG_TABLES)
 
+    def __del__(self) -> None:
+        if "_db" in vars(self):  # one that was given up
+            self._db.close()
+
     @contextlib.contextmanager
     def _told(self, path: Path | None = None) -> Iterator[None]:
         with self._lock:
@@ -1575,41 +1300,31 @@ class Catalog:
         with self._told():
             return self._db.execute(sql, values).fetchall()
 
-    def add(self, objects: Iterable[S3Object]) -> None:
-        """Takes objects in; one with a key that is there already replaces it."""
-        self.insert("objects", ((encode_key(each.key), *self._values(each)) for each in objects))
-
     def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Takes rows in."""
+        """Takes rows in; one with a key that is there already replaces it."""
         for page in pages(rows):
             with self._told():
                 marks = ", ".join("?" * len(page[0]))
                 self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", page)
 
-    @staticmethod
-    def _values(each: S3Object) -> tuple[Any, ...]:
-        modified = (each.last_modified - EPOCH) // timedelta(microseconds=1)
-        facts = None if each.facts is None else json.dumps(each.facts)
-        return each.size_bytes, modified, each.etag, each.is_shown, facts
+    def add(self, objects: Iterable[S3Object]) -> None:
+        def row(each: S3Object) -> tuple[Any, ...]:
+            modified = (each.last_modified - EPOCH) // timedelta(microseconds=1)
+            facts = None if each.facts is None else json.dumps(each.facts)
+            return encode_key(each.key), each.size_bytes, modified, each.etag, each.is_shown, facts
 
-    def rows(self, where: str = "1", values: Sequence[Any] = (), after: str = "") -> Iterator[S3Object]:
-        """The objects behind the key `after` for which `where` holds, a condition of SQL, in key order."""
-        sql = f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?"
-        last = encode_key(after)
+        self.insert("objects", map(row, objects))
+
+    def rows(self, where: str = "1", values: Sequence[Any] = ()) -> Iterator[S3Object]:
+        """The objects for which `where` holds, a condition of SQL, in key order."""
+        sql, last = f"SELECT * FROM objects WHERE key > ? AND ({where}) ORDER BY key LIMIT ?", b""
         while page := self.execute(sql, (last, *values, CATALOG_PAGE)):
-            yield from itertools.starmap(self._object, page)
-            last = page[-1][0]
+            for last, size_bytes, modified, etag, is_shown, facts in page:
+                when, known = EPOCH + timedelta(microseconds=modified), facts and json.loads(facts)
+                yield S3Object(decode_key(last), size_bytes, when, etag, bool(is_shown), known)
 
-    @staticmethod
-    def _object(key: bytes, size_bytes: int, modified: int, etag: str, is_shown: int, facts: str) -> S3Object:
-        when = EPOCH + timedelta(microseconds=modified)
-        known = None if facts is None else json.loads(facts)
-        return S3Object(decode_key(key), size_bytes, when, etag, bool(is_shown), known)
-
-    def find(self, key: str) -> S3Object | None:
-        """An object; None where there is none."""
-        found = self.execute("SELECT * FROM objects WHERE key = ?", [encode_key(key)])
-        return self._object(*found[0]) if found else None
+    def get(self, key: str) -> S3Object | None:
+        return next(self.rows("key = ?", [encode_key(key)]), None)
 
     def total(self, where: str = "1", values: Sequence[Any] = ()) -> tuple[int, int]:
         """The number of the objects for which `where` holds, and of their bytes."""
@@ -1621,12 +1336,12 @@ class Catalog:
         Besides those with a key that no XML holds, these are the ones that begin shortly before such a key:
         it first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
         """
-        found, recent, previous = set(), deque[tuple[int, str]](), None
+        found, recent, previous = set[str](), deque([(0, "")]), ""
         if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
             return found
         for number, each in enumerate(self.rows()):
-            for folder in ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]:
-                if previous is None or not previous.startswith(folder):
+            for folder in folders_of(each.key):
+                if not previous.startswith(folder):
                     recent.append((number, folder))
             while recent and recent[0][0] < number - CATALOG_PAGE:
                 recent.popleft()
@@ -1638,34 +1353,31 @@ class Catalog:
 
     def hide(self, unlistable: Iterable[str]) -> None:
         """Notes what no mount shows, though the keys would do, when all are in."""
-        for folder in unlistable:
+        hide = "UPDATE objects SET is_shown = 0 WHERE"
+        for folder in unlistable:  # what is directly in it, not further down
             key = encode_key(folder)
-            end = key[:-1] + b"0" if key else b"\xff" * 5
-            self.execute(HIDE_FOLDER, {"folder": key, "end": end, "length": len(key) + 1})
-        self.execute(HIDE_COVERED)
+            values = key, key[:-1] + b"0" if key else b"\xff" * 5, len(key) + 1
+            self.execute(f"{hide} key > ? AND key < ? AND instr(substr(key, ?), X'2F') = 0", values)
+        self.execute(f"{hide} is_shown AND {IS_COVERED}")
 
-    def open_last(self, path: Path) -> None:
-        """Opens another one beside this, and takes over what is known of archives."""
-        with self._told(path):
-            self._db.commit()
-            self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
-            for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
-                [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
-                if found != right:
-                    raise sqlite3.DatabaseError(f"it is not of this version ({pragma} {found})")
-            if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(found)
-            self._db.execute(TAKE_ARCHIVES)
-
-    def know_headers(self) -> None:
-        """Takes over what the last one knows of objects that have not changed."""
-        self.execute(TAKE_HEADERS)
-
-    def close_last(self) -> None:
-        """Closes the other one."""
-        with contextlib.suppress(CatalogError), self._told():
-            self._db.commit()
-            self._db.execute("DETACH last")
+    def take_over(self, path: Path) -> None:
+        """Takes over what the catalog at `path` knows of archives, and headers that this one has not."""
+        try:
+            with self._told(path):
+                self._db.commit()
+                self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
+                for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
+                    [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
+                    if found != right:
+                        raise sqlite3.DatabaseError(f"it is not of this version ({pragma} {found})")
+                if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
+                    raise sqlite3.DatabaseError(found)
+                self._db.execute(TAKE_ARCHIVES)
+                self._db.execute(TAKE_HEADERS)
+        finally:
+            with contextlib.suppress(CatalogError), self._told():
+                self._db.commit()
+                self._db.execute("DETACH last")
 
     def note_archive(
         self, repository: str, label: str, objects: int | None, as_of: float | None = None
@@ -1685,17 +1397,17 @@ class Catalog:
 def manifest_line(each: S3Object) -> str:
     """An object's line in an archive's manifest; what is not known is left out."""
     path = {} if each.is_shown else {"path": odd_path(each.key)}
-    facts = {"key": each.key, "size": each.size_bytes, "modified": each.last_modified.isoformat()}
-    return json.dumps({**facts, "etag": each.etag, **(each.facts or {}), **path}, separators=(",", ":"))
+    own = {"key": each.key, "size": each.size_bytes, "modified": each.last_modified.isoformat()}
+    return json.dumps({**own, "etag": each.etag, **(each.facts or {}), **path}, separators=(",", ":"))
 
 
 def parse_manifest_line(line: str) -> S3Object:
     """The object of a manifest's line. Raises ValueError where it is none."""
     try:
-        found = json.loads(line)
-        values = [found.pop(name) for name in ("key", "size", "modified", "etag")]
-        modified, is_shown = datetime.fromisoformat(values[2]), found.pop("path", None) is None
-        return S3Object(values[0], values[1], modified, values[3], is_shown, found or None)
+        facts = json.loads(line)
+        key, size_bytes, modified, etag = (facts.pop(name) for name in ("key", "size", "modified", "etag"))
+        is_shown = facts.pop("path", None) is None
+        return S3Object(key, size_bytes, datetime.fromisoformat(modified), etag, is_shown, facts or None)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{line[:100]!r} is no line of a manifest ({error!r})") from error
 
@@ -1767,139 +1479,116 @@ class DeadMansSwitch:
         LIBC.timer_delete(self._timer)
 
 
-class NoSwitch(DeadMansSwitch):
-    """For who only reads under a lease: going on late harms nobody."""
-
-    def __init__(self) -> None:
-        pass
-
-    def arm(self, at_boot_seconds: float) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, as its object says, and how that was when we looked at it."""
+    """Who holds a lease, as its object says; one that nobody can read has no `run_id`."""
 
     run_id: str
     host: str
     purpose: str
     since: str
     ttl_seconds: int
-    etag: str = ""
-    age_seconds: float = 0.0  # since its last renewal, by the server's clock
-
-    def body(self, number: int) -> bytes:
-        """The object's content. No two writes are alike, as equal content would have equal ETags."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("etag", "age_seconds")}
-        return json.dumps({**fields, "write": number}).encode()
+    etag: str
+    has_expired: bool  # by the server's clock, when we looked at it
 
     @classmethod
-    def parse(cls, body: bytes) -> Holder:
-        """The holder that `body` describes; one without a name where it does not."""
+    def parse(cls, answer: Answer) -> Holder:
         try:
-            fields = json.loads(body)
-            texts = {name: str(fields[name]) for name in ("run_id", "host", "purpose", "since")}
+            fields = json.loads(answer.body)
+            names = "run_id", "host", "purpose", "since"
+            run_id, host, purpose, since = (str(fields[name]) for name in names)
             ttl_seconds = min(max(int(fields["ttl_seconds"]), LEASE_SECONDS[0]), LEASE_SECONDS[-1])
-            return cls(**texts, ttl_seconds=ttl_seconds)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return cls("", "an unknown host", "unknown work", "an unknown time", DEFAULT_LEASE_SECONDS)
+            run_id, host, purpose, since = "", "an unknown host", "unknown work", "an unknown time"
+            ttl_seconds = DEFAULT_LEASE_SECONDS
+        now, then = answer.time("Date"), answer.time("Last-Modified")
+        age_seconds = (now - then).total_seconds() if now and then else 0.0
+        has_expired = age_seconds > ttl_seconds + LEASE_MARGIN_SECONDS
+        etag = answer.headers.get("etag", "")
+        return cls(run_id, host, purpose, since, ttl_seconds, etag, has_expired)
 
     def __str__(self) -> str:
         return f"{self.purpose} on {self.host}, since {self.since}"
 
-    @property
-    def has_expired(self) -> bool:
-        return self.age_seconds > self.ttl_seconds + LEASE_MARGIN_SECONDS
-
 
 def look_at_lease(client: S3Client) -> Holder | None:
-    """The lease object as it is now; None where there is none. Raises S3Error."""
+    """Who holds the lease now; None where there is none. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{LEASE_NAME}")
-    if not answer:
-        return None
-    now, then = answer.time("Date"), answer.time("Last-Modified")
-    age = (now - then).total_seconds() if now and then else 0.0
-    return dataclasses.replace(
-        Holder.parse(answer.body), etag=answer.headers.get("etag", ""), age_seconds=age
-    )
+    return Holder.parse(answer) if answer else None
 
 
 class Lease:
-    """The right to write to one repository, for as long as it is renewed.
+    """The right to write to one repository, which is held, and renewed, while its `with` block lasts.
 
     When it cannot be renewed, the processes that write are stopped (SIGSTOP) before anybody else may take
     the lease, and go on when a renewal succeeds: then nobody took it. When somebody did, they are killed.
+
+    A holder is waited for as long as LEASE_WAIT says, by default just until it has renewed its lease, and so
+    is alive, or until the lease has expired. Raises StillRunning, S3Error, Stopped.
     """
 
-    def __init__(
-        self,
-        client: S3Client,
-        holder: Holder,
-        patience_seconds: float,
-        notice: Callable[[str], None],
-        pause: Callable[[float], None],
-        switch: DeadMansSwitch | None = None,
-    ) -> None:
-        """Takes nothing yet; `notice` is told what a user should know, `pause(seconds)` waits.
-
-        `patience_seconds` is how long `write` tries; `switch` kills us where we would go on too late.
-        """
-        ttl = holder.ttl_seconds
-        # Connecting and waiting for the answer together end before a lease that is suspended can expire.
-        impatient = Patience(answer_seconds=max(1.0, ttl / 10), unreachable_seconds=0, failing_seconds=0)
+    def __init__(self, runtime: Runtime, client: S3Client, purpose: str, only_reads: bool = False) -> None:
+        """Who `only_reads` waits for nobody, and harms nobody who goes on too late."""
+        settings, console, ttl = runtime.settings, runtime.console, runtime.settings.lease_ttl_seconds
+        if only_reads:
+            patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
+            client = dataclasses.replace(client, patience=patience)
         self.enforced = True  # whether the server heeds conditions
         self.suspended = False
         self.lost = ""  # why, when it is lost
         self.expires = False  # it is not to be given back, but to expire
-        self._client, self._holder, self._notice, self._pause = client, holder, notice, pause
-        self._patience_seconds = patience_seconds
-        self._hasty_client = client.with_patience(impatient)
-        self._renewing_client = client.with_patience(impatient, unstoppable=True)
-        self._own_writes = 0  # that are under way
+        # Connecting and waiting for the answer together end before a lease that is suspended can expire.
+        self._hasty = dataclasses.replace(client, patience=Patience(max(1.0, ttl / 10), 0, 0))
+        self._client, self._name, self._ttl = client, client.store.name, ttl
+        self._notice = functools.partial(console.debug if only_reads else console.warning, self._name)
+        self._wait_seconds = 0 if only_reads else settings.lease_wait_seconds
+        self._write_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
-        self._etag, self._writes, self._valid_until, self._trouble = "", 0, 0.0, "no answer"
+        self._content: dict[str, Any] = {"run_id": runtime.run_id, "host": socket.gethostname()}
+        self._content |= {"purpose": purpose, "since": "", "ttl_seconds": ttl, "write": 0}
+        self._etag, self._valid_until, self._trouble = "", 0.0, "no answer"
+        self._own_writes = 0  # that are under way
         self._members: list[Child] = []
-        self._lock, self.is_over = threading.RLock(), threading.Event()
-        self._switch = switch or DeadMansSwitch()
-        self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._renew, self._guard)
-        ]
+        self._lock, self._over = threading.RLock(), threading.Event()
+        self._switch = None if only_reads else DeadMansSwitch()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._renew, self._guard)]
 
-    def acquire(self, wait_seconds: float | None) -> None:
-        """Takes the lease, and renews it from then on.
+    def __enter__(self) -> Lease:
+        try:
+            self._acquire()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-        Waits `wait_seconds` for a holder, by default just until it has renewed its lease, and so is alive,
-        or until the lease has expired. Raises StillRunning, S3Error, and what `pause` raises.
-        """
-        start, first = boot_seconds(), None
-        while current := self._try_to_take():
-            first = first or current
-            waited = boot_seconds() - start
-            limit, is_alive = wait_seconds, False
-            if wait_seconds is None:
-                limit, is_alive = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS, current.etag != first.etag
-            if waited >= limit or is_alive:
-                raise StillRunning(
-                    f"{self._client.store.name}: another run works on this repository: {current}",
-                    "Let it finish, or wait for it with LEASE_WAIT.",
-                )
-            if current is first:
-                who = "its first try" if current.run_id == self._holder.run_id else current
-                self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
-            self._pause(min(2.0, current.ttl_seconds / 10))
-        if self.enforced:  # it is renewed from now on: to find out whether that is so may take its time, too
-            self._arm()
-            for thread in self._threads:
+    def _acquire(self) -> None:
+        start, first, wait = boot_seconds(), None, self._wait_seconds
+        try:
+            while current := self._try_to_take():
+                first = first or current
+                limit = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS if wait is None else wait
+                is_alive = wait is None and current.etag != first.etag
+                if boot_seconds() - start >= limit or is_alive:
+                    raise StillRunning(
+                        f"{self._name}: another run works on this repository: {current}",
+                        "Let it finish, or wait for it with LEASE_WAIT.",
+                    )
+                if current is first:
+                    who = "its first try" if current.run_id == self._content["run_id"] else current
+                    self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
+                self._client.stop.wait(min(2.0, current.ttl_seconds / 10))
+            self._set_switch()
+            for thread in self._threads:  # to find out whether it is enforced may take its time, too
                 thread.start()
-            self.enforced = self._is_enforced()
+            trials = IF_ABSENT, {"If-Match": NO_SUCH_ETAG}  # both have to fail
+            self.enforced = not any(self._write(self._client, condition) for condition in trials)
+        except S3Error as error:
+            if not refuses_conditions(error):
+                raise
+            self.enforced = False
         if self.enforced:
             return
-        self._end_threads()
-        self._switch.arm(0)
+        self._end()
         self.suspended = False
         self._notice(
             "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
@@ -1910,39 +1599,29 @@ class Lease:
 
     def _try_to_take(self) -> Holder | None:
         """Takes the lease where that is free, ours already or expired; else who holds it."""
+        own = self._content
         for _ in range(5):
-            try:
-                if self._write(self._client, IF_ABSENT):
-                    return None
-            except S3Error as error:
-                if not refuses_conditions(error):
-                    raise
-                self.enforced = False
-                return None
             current = look_at_lease(self._client)
-            if current is None:  # given back just now
-                continue
-            ours = self._holder
-            is_ours = (current.run_id, current.since) == (ours.run_id, ours.since)  # a run may try twice
-            if not (is_ours or current.has_expired):
+            own["since"] = own["since"] or utc_now(self._client)  # by a clock that all share
+            # A try whose answer was lost may have been a success.
+            is_ours = current and (current.run_id, current.since) == (own["run_id"], own["since"])
+            if current and not (is_ours or current.has_expired):
                 return current
-            if self._write(self._client, {"If-Match": current.etag}):
-                if not is_ours:
+            if self._write(self._client, {"If-Match": current.etag} if current else IF_ABSENT):
+                if current and not is_ours:
                     self._notice(f"an expired lease is taken over: {current}")
                 return None
-        raise BackupError(
-            f"{self._client.store.name}: {self._key} can neither be written nor read", TRY_AGAIN
-        )
+        raise BackupError(f"{self._name}: {self._key} can neither be written nor read", TRY_AGAIN)
 
-    def _write(self, client: S3Client, condition: Mapping[str, str]) -> bool:
+    def _write(self, client: S3Client, condition: Headers) -> bool:
         """Writes the object under a condition; False when that is not met.
 
         Only a write that was answered counts, from when the try was sent that was answered. One whose answer
         was lost keeps the next one from meeting its condition, and is then overwritten.
         """
-        with self._lock:
-            self._writes += 1
-            body = self._holder.body(self._writes)
+        with self._lock:  # no two writes are alike, as equal content would have equal ETags
+            self._content["write"] += 1
+            body = json.dumps(self._content).encode()
         try:
             answer = client.put(self._key, body, condition)
         except S3Error as error:
@@ -1951,29 +1630,26 @@ class Lease:
                 return False
             raise
         self._etag = answer.headers.get("etag", "")
-        self._valid_until = answer.sent + self._holder.ttl_seconds
+        self._valid_until = answer.sent + self._ttl
         return True
 
     @property
     def _is_fresh(self) -> bool:
         """Whether it holds for so long that the next renewal may fail once."""
-        return boot_seconds() < self._valid_until - self._holder.ttl_seconds / 4
+        return boot_seconds() < self._valid_until - self._ttl / 4
 
-    def _arm(self) -> None:
-        """Has us killed when the lease ends, unless that is so near that the work is suspended anyway."""
-        if self._is_fresh:
-            self._switch.arm(self._valid_until)
+    def _set_switch(self) -> None:
+        """Has us killed when the lease ends, if somebody can write then.
 
-    def _is_enforced(self) -> bool:
-        """Tries whether the server heeds conditions: both writes have to fail."""
-        try:
-            return not any(
-                self._write(self._client, condition) for condition in (IF_ABSENT, {"If-Match": NO_SUCH_ETAG})
-            )
-        except S3Error as error:
-            if not refuses_conditions(error):
-                raise
-            return False
+        Not where that is so near that the work is suspended anyway.
+        """
+        with self._lock:
+            if not self._switch:
+                return
+            if self.lost or (self.suspended and not self._own_writes):
+                self._switch.arm(0)
+            elif self._is_fresh:
+                self._switch.arm(self._valid_until)
 
     def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
@@ -1984,9 +1660,12 @@ class Lease:
             elif self.suspended:
                 member.hold(HELD_BY_LEASE)
 
-    def write(self, request: Callable[[S3Client], object]) -> None:
-        """Has `request` write under the lease, and again while S3 fails. Raises S3Error, Stuck, Stopped."""
-        give_up = time.monotonic() + self._patience_seconds
+    def write(self, request: Callable[..., object], *values: object) -> None:
+        """`S3Client.put` or `delete`, again while S3 fails or the work is suspended.
+
+        Raises S3Error, Stuck, Stopped.
+        """
+        give_up = time.monotonic() + self._write_seconds
         while True:
             with self._lock:
                 self.check()
@@ -1994,7 +1673,7 @@ class Lease:
                 self._own_writes += allowed
             try:
                 if allowed:
-                    request(self._hasty_client)
+                    request(self._hasty, *values)
                     return
             except Stopped:
                 self.expires = True  # what was not answered may take effect later
@@ -2005,80 +1684,75 @@ class Lease:
             finally:
                 with self._lock:
                     self._own_writes -= allowed
-                    if self.suspended and not self._own_writes:
-                        self._switch.arm(0)
+                    self._set_switch()
             if time.monotonic() > give_up:
-                raise Stuck(
-                    f"{self._client.store.name}: the lease cannot be renewed: {self._trouble}",
-                    "Run it again.",
-                )
-            self._pause(GUARD_SECONDS)
+                raise Stuck(f"{self._name}: the lease cannot be renewed: {self._trouble}", "Run it again.")
+            self._client.stop.wait(GUARD_SECONDS)
 
     def check(self) -> None:
         """Raises Stuck when the lease is lost."""
         if self.lost:
-            raise Stuck(f"{self._client.store.name}: {self.lost}", "Nothing was written since; run it again.")
+            raise Stuck(f"{self._name}: {self.lost}", "Nothing was written since; run it again.")
 
     def _renew(self) -> None:
-        ttl = self._holder.ttl_seconds
-        while not self.is_over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
+        client, ttl = dataclasses.replace(self._hasty, stop=Stop()), self._ttl
+        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
             try:
-                if not self._write(self._renewing_client, {"If-Match": self._etag}):
-                    current = look_at_lease(self._renewing_client)
-                    if current is None or current.run_id != self._holder.run_id:
+                if not self._write(client, {"If-Match": self._etag}):
+                    current = look_at_lease(client)
+                    if current is None or current.run_id != self._content["run_id"]:
                         who = current or "its object was deleted"
-                        self._lose(f"the lease on the repository was lost ({who})")
+                        with self._lock:
+                            self.lost = f"the lease on the repository was lost ({who})"
+                            for member in self._members:
+                                member.send(signal.SIGKILL)
+                            self._set_switch()
                         return
-                    self._write(self._renewing_client, {"If-Match": current.etag})
+                    self._write(client, {"If-Match": current.etag})
             except S3Error as error:
                 self._trouble = str(error)
                 continue
             with self._lock:
-                self._arm()
-                if self.suspended and self._is_fresh:
-                    self.suspended = False
+                resumes = self.suspended and self._is_fresh
+                self.suspended = self.suspended and not resumes
+                self._set_switch()
+                if resumes:
                     self._notice("the lease is renewed: the work goes on")
                     for member in self._members:
                         member.let_go(HELD_BY_LEASE)
 
     def _guard(self) -> None:
-        """The guarding thread's life: a renewal may be waiting for S3 when the lease runs out."""
-        while not self.is_over.wait(GUARD_SECONDS):
+        """A renewal may be waiting for S3 when the lease runs out: so this is another thread's life."""
+        while not self._over.wait(GUARD_SECONDS):
             with self._lock:
                 if self.suspended or self.lost or self._is_fresh:
                     continue
                 self.suspended = True
                 for member in self._members:
                     member.hold(HELD_BY_LEASE)
-                if not self._own_writes:
-                    self._switch.arm(0)  # nobody writes any more
+                self._set_switch()
             self._notice(f"the lease cannot be renewed: the work is suspended until it can: {self._trouble}")
 
-    def _lose(self, reason: str) -> None:
-        with self._lock:
-            self.lost = reason
-            for member in self._members:
-                member.send(signal.SIGKILL)
-            self._switch.arm(0)
-            self.is_over.set()
-
-    def _end_threads(self) -> None:
-        self.is_over.set()
+    def _end(self) -> bool:
+        """Ends the threads, and the switch with them; False where a renewal still waits for its answer."""
+        self._over.set()
         for thread in self._threads:
             if thread.ident and not self.expires:
                 thread.join(CLEANUP_SECONDS)
+        with self._lock:
+            if self._switch:
+                self._switch.close()
+            self._switch = None
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def release(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
-        self._end_threads()
-        is_answered = not any(thread.is_alive() for thread in self._threads)
-        certain = is_answered and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
+        certain = self._end() and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
-                self._hasty_client.delete(self._key, {"If-Match": self._etag})
+                self._hasty.delete(self._key, {"If-Match": self._etag})
             except (S3Error, Stopped) as error:
                 self._notice(f"the lease could not be given back, and expires by itself: {error}")
-        self._switch.close()
 
 
 def refuses_conditions(error: S3Error) -> bool:
@@ -2091,52 +1765,82 @@ def refuses_conditions(error: S3Error) -> bool:
 Result = TypeVar("Result")
 
 DEFECT = "this is a defect of the program, please report it"
+MAX_NAMED = 100  # objects, warnings or errors of a kind; more are counted
+
+
+@dataclass
+class Findings:
+    """Objects, warnings or errors: the first ones by name, with words about each; all by number."""
+
+    named: list[tuple[str, str]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, name: str, text: str) -> bool:
+        """Counts one more; returns whether it is among those that are named."""
+        self.count += 1
+        if self.count <= MAX_NAMED:
+            self.named.append((name, text))
+        return self.count <= MAX_NAMED
+
+    @property
+    def more(self) -> int:
+        return self.count - len(self.named)
 
 
 class Console:
-    """Prints one line an event, with the name of the store that it is about.
+    """Prints one line an event, with the name of the store that it is about; for several threads.
 
-    As text for people, or as one JSON object each, with what an event has in numbers. Safe to use from
-    several threads.
+    As text for people, or as a JSON object with the kind of `event` and its `numbers` as fields.
     """
 
-    def __init__(
-        self, debug: bool, as_json: bool = False, run_id: str = "", environ: Mapping[str, str] | None = None
-    ) -> None:
-        """`debug` shows further lines; colours are for an `environ` that allows them."""
-        self.debug_is_shown = debug
-        self.as_json = as_json
-        self.troubles = Troubles()
+    def __init__(self, debug: bool, as_json: bool = False, run_id: str = "") -> None:
+        self.debug_is_shown, self.as_json = debug, as_json
+        self.troubles = {"error": Findings(), "warning": Findings()}  # what was printed, and about whom
         self.secrets: Collection[str] = ()  # that no traceback may show
         self._run_id = run_id
-        # https://no-color.org
-        unwelcome = as_json or environ is None or environ.get("NO_COLOR") or environ.get("TERM") == "dumb"
-        self._colours = not unwelcome
         self._lock = threading.Lock()
         self._stream = sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
         self._progress_is_shown = False
-        self._progress_due: dict[str, float] = {}
-        self._latest_progress: dict[str, tuple[float, str]] = {}
+        self._told_at: dict[str, float] = {}  # whose progress was told when
 
     def leave_standard_output(self) -> None:
         """From now on prints to standard error only: standard output is for what a program may read."""
         self._stream = sys.stderr
         self._terminal = sys.stderr.isatty() and not self.as_json
 
-    def info(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        """Something that went as planned; JSON has the kind of event, and `numbers` as fields."""
-        self._print("info", name, text, event, **numbers)
+    def _print(self, level: str, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
+        if level == "debug" and not self.debug_is_shown:
+            return
+        stream, label, now = self._stream, "", datetime.now(UTC)
+        if level in self.troubles:
+            self.troubles[level].add(name, " ".join(text.split()))
+            stream, label = sys.stderr, f"{level}: "
+        if self.as_json:
+            entry = {
+                "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                "level": level,
+                "run_id": self._run_id,
+                "event": event,
+                "about": name,
+                **({"target": name.removeprefix("target-")} if name.startswith("target-") else {}),
+                # A key that is not UTF-8 has lone surrogates, at which some readers of JSON stumble.
+                "message": text.encode("utf-8", "backslashreplace").decode(),
+            }
+            line = json.dumps({**entry, **numbers})
+        else:
+            clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
+            line = f"{clock}{f'[{name}] ' if name else ''}{label}{printable(text)}"
+        with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
+            if self._progress_is_shown:
+                print("\r\033[K", end="", file=self._stream, flush=True)
+                self._progress_is_shown = False
+            print(line, file=stream, flush=True)
 
-    def debug(self, name: str, text: str) -> None:
-        if self.debug_is_shown:
-            self._print("debug", name, text)
-
-    def warning(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        self._print("warning", name, text, event, **numbers)
-
-    def error(self, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        self._print("error", name, text, event, **numbers)
+    debug = functools.partialmethod(_print, "debug")
+    info = functools.partialmethod(_print, "info")
+    warning = functools.partialmethod(_print, "warning")
+    error = functools.partialmethod(_print, "error")
 
     def defect(self, name: str, error: BaseException) -> None:
         """An exception that nobody foresaw. Its words may be anybody's, and quote what is secret."""
@@ -2147,96 +1851,20 @@ class Console:
 
     def plain(self, text: str) -> None:
         for line in text.splitlines():
-            self._print("info", "", line)
+            self.info("", line)
 
     def progress(self, name: str, text: str, /, **numbers: Any) -> None:
         """How far something is: a live line on a terminal, elsewhere a line every PROGRESS_SECONDS."""
-        now = time.monotonic()
-        if not self._terminal:
-            if now >= self._progress_due.setdefault(name, now + PROGRESS_SECONDS):
-                self._progress_due[name] = now + PROGRESS_SECONDS
-                self.info(name, text, "progress", **numbers)
+        if self._terminal:
+            with self._lock, contextlib.suppress(OSError):
+                line = printable(f"[{name}] {text}")[: shutil.get_terminal_size().columns - 1]
+                print(f"\r\033[K{line}", end="", file=self._stream, flush=True)
+                self._progress_is_shown = True
             return
-        with self._lock, contextlib.suppress(OSError):
-            self._latest_progress[name] = now, text
-            shown = {  # one line for all that are at work; who has been silent for a while is so no more
-                name: text
-                for name, (when, text) in self._latest_progress.items()
-                if now - when < LIVE_SECONDS
-            }
-            width = (shutil.get_terminal_size().columns - 1) // len(shown)
-            parts = [printable(f"[{name}] {text}")[: width - 1].ljust(width) for name, text in shown.items()]
-            print(f"\r\033[K{''.join(parts).rstrip()}", end="", file=self._stream, flush=True)
-            self._progress_is_shown = True
-
-    def _print(self, level: str, name: str, text: str, event: str = "message", /, **numbers: Any) -> None:
-        if level in COLOURS:
-            self.troubles.add(level, name, text)
-        stream = sys.stderr if level in COLOURS else self._stream
-        now = datetime.now(UTC)
-        if self.as_json:
-            line = json_line(now, level, self._run_id, name, event, text, numbers)
-        else:
-            label = f"{level}: " if level in COLOURS else ""
-            if label and self._colours and stream.isatty():
-                label = f"\033[{COLOURS[level]}m{level}:\033[0m "
-            clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
-            line = f"{clock}{f'[{name}] ' if name else ''}{label}{printable(text)}"
-        with self._lock, contextlib.suppress(OSError):  # a terminal that was closed must not end a backup
-            if self._progress_is_shown:
-                print("\r\033[K", end="", file=self._stream, flush=True)
-                self._progress_is_shown = False
-            print(line, file=stream, flush=True)
-
-
-COLOURS = {"warning": 33, "error": 31}  # yellow and red (ECMA-48, "Select Graphic Rendition")
-
-
-def json_line(
-    when: datetime, level: str, run_id: str, name: str, event: str, text: str, numbers: Mapping[str, Any]
-) -> str:
-    """An event as one line of JSON. `about` is what text has in brackets; a target is a field, too."""
-    entry = {
-        "time": f"{when:%Y-%m-%dT%H:%M:%S}.{when.microsecond // 1000:03}Z",
-        "level": level,
-        "run_id": run_id,
-        "event": event,
-        "about": name,
-    }
-    if name.startswith("target-"):
-        entry["target"] = name.removeprefix("target-")
-    # A key that is not UTF-8 has lone surrogates, at which some readers of JSON stumble.
-    entry["message"] = text.encode("utf-8", "backslashreplace").decode()
-    return json.dumps({**entry, **numbers})
-
-
-class Troubles:
-    """The warnings and errors that were printed: the first of either kind, and how many more there are."""
-
-    def __init__(self) -> None:
-        self.more = 0
-        self._named: dict[str, list[tuple[str, str]]] = {"error": [], "warning": []}
-
-    def add(self, level: str, name: str, text: str) -> None:
-        if len(self._named[level]) < MAX_TROUBLES:
-            self._named[level].append((name, " ".join(text.split())))
-        else:
-            self.more += 1
-
-    def about(self, level: str, names: Iterable[str]) -> list[str]:
-        names = set(names)
-        return [text for name, text in self._named[level] if name in names]
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for named in self._named.values() for name, _ in named))
-
-    def lines(self) -> list[str]:
-        """All of them, errors first."""
-        lines = [f"[{name}] {level}: {text}" for level, named in self._named.items() for name, text in named]
-        return [*lines, f"{self.more:,} more"] if self.more else lines
-
-
-MAX_TROUBLES = 100  # of each kind
+        now = time.monotonic()
+        if now - self._told_at.setdefault(name, now) >= PROGRESS_SECONDS:
+            self._told_at[name] = now
+            self.info(name, text, "progress", **numbers)
 
 
 def printable(text: str) -> str:
@@ -2305,83 +1933,142 @@ class Runtime:
         return self.report.run_id
 
 
-PIPES = {
-    "stdin": subprocess.DEVNULL,
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.PIPE,
-    "start_new_session": True,
-}
+def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
+    """Runs `function` in a thread that nobody waits for at exit: it may hang in a system call for ever."""
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def waiting(*work: concurrent.futures.Future[Any], pause_seconds: float = POLL_SECONDS) -> Iterator[float]:
+    """How many seconds it has been, again and again until all of `work` is done."""
+    start = time.monotonic()
+    while concurrent.futures.wait(work, timeout=pause_seconds).not_done:
+        yield time.monotonic() - start
+
+
+def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
+    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
+
+    Raises Hung after `seconds`, Stopped on a stop signal; the thread is then left to itself.
+    """
+    work = in_background(function)
+    for waited in waiting(work):
+        if stop:
+            stop.check()
+        if waited > seconds:
+            raise Hung(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
+    return work.result()
+
+
+def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
+    """The results of all functions, run at the same time; a BackupError of one is its result.
+
+    Raises Stopped on a stop signal, after CLEANUP_SECONDS for those that are about to end.
+    """
+    work = [in_background(function) for function in functions]
+    for _ in waiting(*work):
+        if stop.requested:
+            concurrent.futures.wait(work, timeout=CLEANUP_SECONDS)
+            break
+    stop.check()
+    return [
+        error if isinstance(error := future.exception(), BackupError) else future.result() for future in work
+    ]
 
 
 class Child:
     """A running child process in a session of its own, so that only we send it signals.
 
-    Its output is read to the end by threads that hand every line to `on_output` or `on_error`. Or `consume`
-    reads its standard output as it is, in a thread of its own: then it has ended when that thread has, too.
-    Where that leaves early the child finds its pipe closed.
-    """
+    Threads read its output to the end and hand every line to `on_output` or `on_error`. Or `consume` reads
+    its standard output in a thread of its own: then the child has ended when that thread has, too, and finds
+    its pipe closed where that leaves early.
 
-    is_watched = True  # whether it is stuck when nothing moves for long
+    One in the foreground has our own standard streams, and is the terminal's foreground process group, as a
+    shell's command would be: it may read from the terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores,
+    as nobody could have it go on.
+    """
 
     def __init__(
         self,
         argv: Sequence[str],
         env: Mapping[str, str],
-        on_output: Callable[[str], None] | None,
-        on_error: Callable[[str], None] | None,
+        on_output: Callable[[str], None] | None = None,
+        on_error: Callable[[str], None] | None = None,
         pass_fds: Sequence[int] = (),
-        dies_with_us: bool = True,
         consume: Callable[[IO[bytes]], None] | None = None,
-        **how: Any,
+        is_foreground: bool = False,
     ) -> None:
-        """Starts the process, with pipes unless `how` tells Popen otherwise. Raises BackupError."""
+        """Starts the process. Raises BackupError."""
+
+        def prepare() -> None:
+            # Without this a SIGKILL of ours would leave a borg behind that goes on writing. The kernel kills
+            # it when the thread is gone that has started it.
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if is_foreground:
+                signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+
+        self.is_foreground = is_foreground
+        # Whether it is stuck when nothing moves for long: it may wait for a person, who can press Ctrl-C.
+        self.is_watched = not (is_foreground and os.isatty(0))
+        pipe = None if is_foreground else subprocess.PIPE
         try:
             self._process = subprocess.Popen(
                 argv,
                 env=dict(env),
                 pass_fds=pass_fds,
-                # Without this a SIGKILL of ours would leave a borg behind that goes on writing.
-                preexec_fn=die_with_parent if dies_with_us else None,
-                **(how or PIPES),
+                preexec_fn=prepare,
+                stdin=None if is_foreground else subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                start_new_session=not is_foreground,
+                process_group=0 if is_foreground else None,
             )
         except OSError as error:
             raise BackupError(
                 f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
             ) from None
+        self.pid = self._process.pid
         self._holders: set[str] = set()
         self._hold_lock = threading.Lock()
-        self._ended = threading.Event()
-        lines = [(self._process.stdout, None if consume else on_output), (self._process.stderr, on_error)]
-        self._readers = [
-            threading.Thread(target=read_lines, args=pair, daemon=True) for pair in lines if pair[1]
-        ]
 
-        def work() -> None:
+        def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
+            with stream:
+                for line in stream:
+                    on_line(line.decode("utf-8", "replace").rstrip("\n"))
+
+        def read_output() -> None:
             with self._process.stdout as stream:
                 consume(stream)
 
-        self.consumed = in_background(work) if consume else None
-        for thread in (*self._readers, threading.Thread(target=self._reap, daemon=True)):
-            thread.start()
+        lines = [(self._process.stdout, None if consume else on_output), (self._process.stderr, on_error)]
+        # These are no futures: whoever fails in `on_line` has a defect, which must be told.
+        self._readers = [
+            threading.Thread(target=read_lines, args=pair, daemon=True) for pair in lines if pair[1]
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.consumed = in_background(read_output) if consume else None
+        self.ended = in_background(self._reap)  # its exit code, 128+N for signal N
 
-    def _reap(self) -> None:
-        self._process.wait()
+    def _reap(self) -> int:
+        code = self._process.wait()
         for reader in self._readers:
             reader.join(timeout=POLL_SECONDS * 5)  # a grandchild may hold the pipe open
-        self._ended.set()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        if self.consumed:
+            concurrent.futures.wait([self.consumed])
+        return code if code >= 0 else 128 - code
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code (128+N for signal N), or None when it is not done after `seconds`."""
-        if not self._ended.wait(seconds):
-            return None
-        if self.consumed and concurrent.futures.wait([self.consumed], timeout=seconds).not_done:
-            return None
-        code = self._process.returncode
-        return code if code >= 0 else 128 - code
+        """The exit code, or None when it is not done after `seconds`."""
+        return self.ended.result() if concurrent.futures.wait([self.ended], timeout=seconds).done else None
 
     def send(self, signum: int) -> None:
         """Sends a signal; nothing happens when the process has ended."""
@@ -2404,27 +2091,10 @@ class Child:
     def is_held(self, why: str) -> bool:
         return why in self._holders
 
-    def kill(self) -> bool:
-        """Ends the process; False when it hangs in a system call, and ends when that mount is gone."""
+    def kill(self) -> None:
+        """Ends the process. One that hangs in a system call ends later: when that mount is gone."""
         self.send(signal.SIGKILL)
-        return self.wait(KILL_SECONDS) is not None
-
-
-class ForegroundChild(Child):
-    """A child with our own standard streams, and with the terminal where there is one: a person talks to it.
-
-    It is the terminal's foreground process group, as a shell's command would be: it may read from the
-    terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores, as nobody could have it go on. Only the main
-    thread may start it.
-    """
-
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> None:
-        self.is_watched = not os.isatty(0)  # it may wait for a person, who can press Ctrl-C
-        before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # children inherit this
-        try:
-            super().__init__(argv, env, None, None, pass_fds, process_group=0)
-        finally:
-            signal.signal(signal.SIGTSTP, before)
+        self.wait(KILL_SECONDS)
 
     @contextlib.contextmanager
     def in_foreground(self) -> Iterator[None]:
@@ -2434,57 +2104,64 @@ class ForegroundChild(Child):
         except (OSError, termios.error):  # no terminal, or not that of our session
             yield
             return
+        # Else SIGTTOU would stop us where we are in the background: below a PID 1, for instance.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
-            set_terminal(self.pid)
+            with contextlib.suppress(OSError):  # its group may be gone already
+                os.tcsetpgrp(0, self.pid)
             self.send(signal.SIGCONT)  # it may have asked for the terminal too early
             yield
         finally:
-            set_terminal(before, settings)
-
-
-def set_terminal(process_group: int, settings: list[Any] | None = None) -> None:
-    """Makes a process group the terminal's foreground one, and sets the terminal up.
-
-    Without the block, SIGTTOU would stop us where we are in the background: below a PID 1, for instance.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-    try:
-        with contextlib.suppress(OSError, termios.error):  # the group may be gone already
-            os.tcsetpgrp(0, process_group)
-            if settings:
+            with contextlib.suppress(OSError, termios.error):
+                os.tcsetpgrp(0, before)
                 termios.tcsetattr(0, termios.TCSADRAIN, settings)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to kill this process when the thread that started it is gone."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
+    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain.
+
+    So does what `check` raises, which is called all the while; Stuck kills it at once.
+    """
+    try:
+        for _ in waiting(child.ended):
+            check()
+            stop.check()
+    except BackupError as error:
+        if not isinstance(error, Stuck):
+            child.send(signal.SIGTERM)
+            child.let_go(HELD_BACK)  # or it would not hear it
+            for waited in waiting(child.ended):
+                if stop.hurried or waited > TERMINATE_SECONDS:
+                    break
+        child.kill()
+        raise
+    return child.ended.result()
 
 
-def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
-    with stream:
-        for line in stream:
-            on_line(line.decode("utf-8", "replace").rstrip("\n"))
+def minimal_environment(environ: Mapping[str, str], names: Iterable[str], **own: str) -> dict[str, str]:
+    """A child's environment: what any program needs, the variables in `names`, and `own`; no secrets."""
+    kept = ("PATH", "HOME", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", *names)
+    return {**{name: environ[name] for name in kept if name in environ}, "LC_ALL": "C.UTF-8", **own}
+
+
+def proc_file(pid: int, name: str) -> str:
+    """A file of /proc/PID of proc(5); empty when the process is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def io_bytes(pid: int) -> int:
-    """How much a process has read and written by system calls, /proc/PID/io of proc(5); 0 when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/io").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return sum(int(number) for number in re.findall(r"^[rw]char: ([0-9]+)$", text, re.MULTILINE))
+    """How much a process has read and written by system calls; 0 when it is gone."""
+    numbers = re.findall(r"^[rw]char: ([0-9]+)$", proc_file(pid, "io"), re.MULTILINE)
+    return sum(int(number) for number in numbers)
 
 
 def cpu_seconds(pid: int) -> float:
-    """How long a process has computed, /proc/PID/stat of proc(5); 0 when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    except OSError:
-        return 0.0
-    user, system = fields.split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    """How long a process has computed, by itself and in the kernel; 0 when it is gone."""
+    ticks = proc_file(pid, "stat").rpartition(")")[2].split()[11:13]
+    return sum(int(number) for number in ticks) / os.sysconf("SC_CLK_TCK")
 
 
 class Stillness:
@@ -2507,7 +2184,7 @@ class StallClock:
 
     That is so after `seconds`. It is much sooner where S3 is not the reason: where each of our own questions
     to it was answered, and tigrisfs had nothing to complain about either. Then something waits for what will
-    never come.
+    never come. About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
     """
 
     def __init__(
@@ -2518,7 +2195,6 @@ class StallClock:
         beside: Callable[[], float] | None = None,
         hasty: bool = True,
     ) -> None:
-        """About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count."""
         self._seconds, self._mounts = seconds, mounts
         self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
         self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
@@ -2530,17 +2206,21 @@ class StallClock:
         self._looked_at = self._asked_at = self._unsure_at = time.monotonic()
         self._question: concurrent.futures.Future[bool] | None = None
 
-    def check(self, what: Callable[[], str]) -> None:
-        """Raises Hung, saying what `what` returns, when nothing moves; S3Error when S3 refuses all we ask."""
+    def check(self, what: str) -> None:
+        """Raises Hung, saying `what`, when nothing moves; S3Error when S3 refuses all we ask."""
         now = time.monotonic()
         if now - self._looked_at < min(1.0, self._seconds / 10):
             return
         self._looked_at = now
-        remedy = "STALL_TIMEOUT says how long that may be; run it again."
         if self._still.seconds(now) > self._seconds:
-            raise Hung(f"{what()} (no progress for {self._seconds:.0f} s)", remedy)
-        if self._is_hasty and self._is_silent(now):
-            raise Hung(f"{what()} (no progress for {self._silence_seconds:.0f} s, though S3 answers)", remedy)
+            why = f"{self._seconds:.0f} s"
+        elif self._is_hasty and self._is_silent(now):
+            why = f"{self._silence_seconds:.0f} s, though S3 answers"
+        else:
+            return
+        raise Hung(
+            f"{what} (no progress for {why})", "STALL_TIMEOUT says how long that may be; run it again."
+        )
 
     def _is_silent(self, now: float) -> bool:
         """Whether there was silence for long enough, and S3 has answered for the second half of it.
@@ -2560,102 +2240,22 @@ class StallClock:
         return False
 
 
-def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
-    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain.
-
-    So does what `check` raises, which is called all the while; Stuck kills it at once.
-    """
-    while (code := child.wait(POLL_SECONDS)) is None:
-        try:
-            check()
-            stop.check()
-        except Stuck:
-            child.kill()
-            raise
-        except BackupError:
-            terminate(child, stop)
-            raise
-    return code
-
-
-def terminate(child: Child, stop: Stop) -> None:
-    """Ends a child politely, and for certain when that takes too long or somebody is in a hurry."""
-    child.send(signal.SIGTERM)
-    child.let_go(HELD_BACK)  # or it would not hear it
-    give_up = time.monotonic() + TERMINATE_SECONDS
-    while child.wait(POLL_SECONDS) is None:
-        if stop.hurried or time.monotonic() > give_up:
-            child.kill()
-            return
-
-
-def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[Result]:
-    """Runs `function` in a thread that nobody waits for at exit: it may hang in a system call for ever."""
-    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
-    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
-
-    Raises Hung after `seconds`, Stopped on a stop signal; the thread is then left to itself.
-    """
-    future, deadline = in_background(function), time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
-            return future.result()
-        if stop:
-            stop.check()
-    raise Hung(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
-
-
-def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
-    """The results of all functions, run at the same time; a BackupError of one is its result.
-
-    Raises Stopped on a stop signal, after CLEANUP_SECONDS for those that are about to end.
-    """
-    futures = [in_background(function) for function in functions]
-    while concurrent.futures.wait(futures, timeout=POLL_SECONDS).not_done:
-        if stop.requested:
-            concurrent.futures.wait(futures, timeout=CLEANUP_SECONDS)
-        stop.check()
-    errors = [future.exception() for future in futures]
-    stop.check()
-    return [
-        error if isinstance(error, BackupError) else future.result()
-        for future, error in zip(futures, errors, strict=True)
-    ]
-
-
-def minimal_environment(environ: Mapping[str, str], names: Iterable[str], **own: str) -> dict[str, str]:
-    """A child's environment: what any program needs, the variables in `names`, and `own`; no secrets."""
-    kept = ("PATH", "HOME", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", *names)
-    return {**{name: environ[name] for name in kept if name in environ}, "LC_ALL": "C.UTF-8", **own}
-
-
 # --------------------------------------------------------------------------------------------------- Mounts
 
 FUSE_HELP = (
     "Start the container with"
     " --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN --security-opt apparmor:unconfined."
 )
+TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
 
 
 def container_memory_mb(root: Path = Path("/")) -> int:
     """The memory that this process may use, in MB: the machine's, or less where a control group says so.
 
-    Looks at memory.max of cgroup v2 and memory.limit_in_bytes of v1, of our group and of all above it,
-    as far as a container sees them ("Control Group v2" and "Memory Resource Controller" of the kernel's
-    documentation).
+    That is our group or one above it, of version 2 or 1, as far as a container sees them ("Control Group v2"
+    and "Memory Resource Controller" of the kernel's documentation).
     """
+    files = {"": "sys/fs/cgroup/{}/memory.max", "memory": "sys/fs/cgroup/memory/{}/memory.limit_in_bytes"}
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -2663,59 +2263,55 @@ def container_memory_mb(root: Path = Path("/")) -> int:
         lines = []
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        if not controllers:
-            folder, name = "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            folder, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
         path = Path(group.lstrip("/"))
-        for part in (path, *path.parents):
-            with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
-                limits.append(int((root / folder / part / name).read_text(encoding="ascii")))
+        for controller in files.keys() & controllers.split(","):
+            for part in (path, *path.parents):
+                with contextlib.suppress(OSError, ValueError):  # `max`, or not shown to us
+                    limits.append(int((root / files[controller].format(part)).read_text(encoding="ascii")))
     return min(limits) // 1_000_000
 
 
-def targets_at_once(settings: Settings, memory_mb: int) -> int:
-    """How many targets are backed up side by side: what is asked for, or less where memory is short."""
-    room = memory_mb - data_cache_mb(memory_mb, settings.source) - OWN_MB - FIXED_MB
-    affordable = room // (SMALLEST_CACHE_MB + FIXED_MB + BORG_MB)
-    return max(1, min(len(settings.targets), settings.parallel_targets, affordable))
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run may use, by the memory that there is."""
+
+    targets_at_once: int  # that are backed up side by side: as asked for, or less where memory is short
+    source_cache_mb: int  # what tigrisfs may cache of its data, in MiB
+    target_cache_mb: int  # the same of each target's; together at most half of the memory
+    window_bytes: int  # how far ahead of borg the source is read
+    piece_bytes: int  # how much of an object one thread reads ahead at a time, and TigrisFS with one request
 
 
-def data_cache_mb(memory_mb: int, store: Store, at_once: int = 1) -> int:
-    """How much tigrisfs may cache of a store's data, in MiB; with `at_once` targets at most the half in all.
-
-    Where memory is short, the source gets what is left beside one target.
-    """
-    if store.target is None:
-        return max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4, memory_mb - LEAST_REST_MB))
-    return max(SMALLEST_CACHE_MB, min(TARGET_CACHE_MB, memory_mb // (4 * max(2, at_once))))
-
-
-def read_ahead_bytes(cache_mb: int) -> int:
-    """How far ahead of borg the source is read, by what tigrisfs may cache of it.
-
-    TigrisFS drops what was not used for the longest time. What was read ahead is older than what borg has
-    read meanwhile, so that its cache needs room for both, and for requests under way: with two fifths of it
-    a large object was fetched 1.6 times.
-    """
-    return cache_mb * 1024 * 1024 // 4
-
-
-def piece_bytes(window_bytes: int) -> int:
-    """How much of an object one thread reads ahead at a time, and TigrisFS with one request."""
-    return min(max(window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
+def memory_plan(settings: Settings, memory_mb: int) -> MemoryPlan:
+    # Where memory is short, the source gets what is left beside one target.
+    source_mb = max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4, memory_mb - LEAST_REST_MB))
+    affordable = (memory_mb - source_mb - OWN_MB - FIXED_MB) // (SMALLEST_CACHE_MB + FIXED_MB + BORG_MB)
+    at_once = max(1, min(len(settings.targets), settings.parallel_targets, affordable))
+    target_mb = max(SMALLEST_CACHE_MB, min(TARGET_CACHE_MB, memory_mb // (4 * max(2, at_once))))
+    # TigrisFS drops what was not used for the longest time. What was read ahead is older than what borg has
+    # read meanwhile, so that its cache needs room for both, and for requests under way: with two fifths of it
+    # a large object was fetched 1.6 times.
+    window = source_mb * 1024 * 1024 // 4
+    piece = min(max(window // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
+    return MemoryPlan(at_once, source_mb, target_mb, window, piece)
 
 
 def tigrisfs_command(
-    store: Store,
-    region: str,
-    mount_point: Path,
-    read_only: bool,
-    sizes: Sequence[str],
+    store: Store, region: str, mount_point: Path, read_only: bool, plan: MemoryPlan, preloads: bool = True
 ) -> list[str]:
-    """The command line that mounts `store`, with `memory_flags`; its keys go through the environment."""
+    """The command line that mounts `store`; its keys go through the environment.
+
+    Its cache, and what it reads ahead by itself, are of safe sizes. With its defaults (5 MB, and 100 MB of a
+    file that is read for long) a limit below 300 MB makes reads fail with ENOMEM, which borg takes for an
+    unreadable file, or blocks `borg compact` for good. One reader was seen to queue requests for 5.5 times
+    --read-ahead-large, each of which reserves its memory before it waits for more: when they come to the
+    limit while a file is written, nothing moves any more.
+    """
+    cache_mb, ahead_kb, large_kb = plan.target_cache_mb, 1024, plan.target_cache_mb * 1024 // 16
+    part_kb = large_kb // 2
+    if store.target is None:
+        cache_mb, ahead_kb = plan.source_cache_mb, plan.piece_bytes // 1024
+        large_kb = part_kb = ahead_kb
     return [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
@@ -2724,42 +2320,27 @@ def tigrisfs_command(
         "--no-detect",  # it asks for an absent object: who may use a prefix only is told 403 (AWS)
         "--no-expire-multipart",  # else it deletes other programs' multipart uploads
         "--disable-xattr",  # it would ask for each object's headers
-        *sizes,
-        *("--stat-cache-ttl", METADATA_TTL),
-        *(*READ_RETRIES, "--retry-interval", WRITE_RETRY),
-        *("--http-timeout", READ_TIMEOUT if read_only else WRITE_TIMEOUT),
-        *("--max-parallel-parts", PARALLEL_PARTS),
+        *("--memory-limit", str(cache_mb), "--read-ahead", str(ahead_kb)),
+        *("--read-ahead-large", str(large_kb), "--read-ahead-parallel", str(part_kb)),
+        *(() if preloads else ("--no-preload-dir",)),  # it lists what follows each name that it looks up
+        *("--stat-cache-ttl", "240h"),  # nobody else writes, for longer than a run can last
+        # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the
+        # object.
+        *("--read-retry-attempts", "24", "--read-retry-max-interval", "15s", "--retry-interval", "2s"),
+        # For a whole request with its body. A read that is cut off goes on where it was, a part of an upload
+        # begins anew: on a line of 1 Mbit/s two of 5 MiB side by side take 84 s. What hangs is repeated
+        # before the stall clock gives it up.
+        *("--http-timeout", "90s" if read_only else "100s"),
+        *("--max-parallel-parts", "2"),  # of a file; the default, 8, was no faster, each four times as slow
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
     ]
 
 
-def memory_flags(store: Store, cache_mb: int) -> list[str]:
-    """TigrisFS's flags for its cache of a store's data, and for what it reads ahead by itself, in safe sizes.
-
-    With its defaults (5 MB, and 100 MB of a file that is read for long) a limit below 300 MB makes reads fail
-    with ENOMEM, which borg takes for an unreadable file, or blocks `borg compact` for good. A single reader
-    was seen to have requests for 5.5 times --read-ahead-large in the queue, each of which reserves its memory
-    before it waits for more: when they come to the limit while a file is written, nothing moves any more.
-    """
-    if store.target is None:
-        piece_kb = piece_bytes(read_ahead_bytes(cache_mb)) // 1024
-        ahead_kb, large_kb, part_kb = piece_kb, piece_kb, piece_kb
-    else:
-        large_kb = cache_mb * 1024 // 16
-        ahead_kb, part_kb = 1024, large_kb // 2
-    sizes = {
-        "--memory-limit": cache_mb,
-        "--read-ahead": ahead_kb,
-        "--read-ahead-large": large_kb,
-        "--read-ahead-parallel": part_kb,
-    }
-    return [word for flag, number in sizes.items() for word in (flag, str(number))]
-
-
-def tigrisfs_environment(store: Store, environ: Mapping[str, str], cache_mb: int) -> dict[str, str]:
+def tigrisfs_environment(store: Store, environ: Mapping[str, str], plan: MemoryPlan) -> dict[str, str]:
     """What tigrisfs gets to see: its own key pair, and no configuration file of somebody else."""
+    cache_mb = plan.target_cache_mb if store.target else plan.source_cache_mb
     # Where memory is short, Go collects garbage before its heap is larger than that: 14 MB less were seen.
     spare = {"GOMEMLIMIT": f"{cache_mb + 8}MiB"} if cache_mb == SMALLEST_CACHE_MB else {}
     return minimal_environment(
@@ -2782,7 +2363,7 @@ HARMLESS_LINES = (
 # The SDK tells an S3 error as `CODE: MESSAGE\n\tstatus code: NUMBER, ...`.
 REFUSED_WRITE = re.compile(r"(Failed to .*?): (\w+): (.*?)\n\tstatus code: (4\d\d),", re.DOTALL)
 UNFINISHED = re.compile(r"Failed to finalize multi-part upload of object (.*?): \w+: ", re.DOTALL)
-# 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.find_arrived.
+# 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.check_store.
 PASSING_CODES = (*RETRIED_CODES, "OperationAborted", "NoSuchUpload")
 SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF", re.DOTALL)
 
@@ -2792,16 +2373,16 @@ class TigrisLog:
 
     def __init__(self, name: str, console: Console) -> None:
         self.complaints: deque[str] = deque(maxlen=5)
+        self.complained_at = 0.0
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.failed_uploads = 0
         self.unfinished: set[str] = set()  # keys whose CompleteMultipartUpload failed
-        self.arrived: set[str] = set()  # those of them that are in the bucket all the same
+        self.arrived: dict[str, Path] = {}  # those that are in the bucket all the same -> their files
         self.lost = ""  # why it has dropped what was written
-        self.complained_at = 0.0
+        self.refusal: tuple[str, ...] = ()  # what S3 refuses again and again, its code, its words, the status
         self._refused: dict[str, tuple[int, float]] = {}  # what failed -> how often in a row, and when last
-        self._refusal: tuple[str, str, str, str] | None = None
         self._name, self._console = name, console
-        self._window_start, self._shown, self._hidden = 0.0, 0, 0
+        self._minute, self._in_minute = 0.0, 0  # when it began, and the complaints since
 
     def feed(self, line: str) -> None:
         try:
@@ -2829,31 +2410,23 @@ class TigrisLog:
             times = times + 1 if now - last < COMPLAINT_SECONDS else 1
             self._refused[match[1]] = (times, now)
             if times >= REFUSED_TIMES:
-                self._refusal = (match[1], match[2], match[3], match[4])
+                self.refusal = match.groups()
         self.complaints.append(message)
         if message.startswith("Conflict detected"):
             self.lost = "; ".join(list(self.complaints)[-2:])
         self.failed_uploads += message.startswith("Failed to flush")
         self.complained_at = now
-        if now - self._window_start > 60:
-            if self._hidden:
-                words = f"tigrisfs: {self._hidden} more such lines in the last minute"
-                self._console.warning(self._name, words)
-            self._window_start, self._shown, self._hidden = now, 0, 0
-        if self._shown < COMPLAINTS_A_MINUTE:
-            self._shown += 1
+        if now - self._minute > 60:
+            if (hidden := self._in_minute - COMPLAINTS_A_MINUTE) > 0:
+                self._console.warning(self._name, f"tigrisfs: {hidden} more such lines in the last minute")
+            self._minute, self._in_minute = now, 0
+        self._in_minute += 1
+        if self._in_minute <= COMPLAINTS_A_MINUTE:
             self._console.warning(self._name, f"tigrisfs: {message}")
-        else:
-            self._hidden += 1
 
     @property
     def is_complaining(self) -> bool:
         return self.complained_at > 0 and time.monotonic() - self.complained_at < COMPLAINT_SECONDS
-
-    @property
-    def refusal(self) -> tuple[str, str, str, str] | None:
-        """What S3 refuses as often as it is tried, its code, its words, and the status."""
-        return self._refusal if self.is_complaining else None
 
     @property
     def reason(self) -> str:
@@ -2874,6 +2447,7 @@ def mount_table(source: Path = Path("/proc/self/mountinfo")) -> dict[str, str]:
 class Mount:
     """A mounted store and the tigrisfs process behind it."""
 
+    runtime: Runtime
     store: Store
     path: Path
     child: Child
@@ -2882,16 +2456,20 @@ class Mount:
     lease: Lease | None = None  # what allows writing to it
     asked_at: float = 0.0
     nudges: int = 0  # how often its flusher was woken
-    arrived: set[Path] = field(default_factory=set)  # files that are uploaded though their fsync fails
     usable: bool = False  # it was listed
     is_by_hand: bool = False  # what a person wrote is worth waiting for
     is_shared: bool = False  # by several borgs
     unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
+    over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
-        self._stillness = Stillness([lambda: (io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges) / unit])
+        self._stillness = Stillness([lambda: self._moved_bytes / unit])
+
+    @property
+    def _moved_bytes(self) -> int:
+        return io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
 
     @property
     def is_still(self) -> bool:
@@ -2900,8 +2478,12 @@ class Mount:
         return seconds > FAILING_FLUSH_SECONDS and not self.is_by_hand
 
     @property
+    def is_mounted(self) -> bool:
+        return str(self.path) in mount_table()
+
+    @property
     def is_alive(self) -> bool:
-        return self.child.wait(0) is None and str(self.path) in mount_table()
+        return self.child.wait(0) is None and self.is_mounted
 
     def check_alive(self) -> None:
         """Raises Hung when the mount is gone: what is read below its path would be an empty folder.
@@ -2912,31 +2494,40 @@ class Mount:
             self.lease.check()
         _ = self.is_still  # is noted
         if self.log.lost:
-            raise Hung(f"{self.store.name}: tigrisfs lost what was written: {self.log.lost}", TRY_AGAIN)
-        code = self.child.wait(0)
-        if code is not None:
-            raise Hung(f"{self.store.name}: tigrisfs ended with {code}: {self.log.reason}", "Run it again.")
-        if str(self.path) not in mount_table():
-            raise Hung(
-                f"{self.store.name}: the mount at {self.path} vanished: {self.log.reason}", "Run it again."
-            )
+            why = f"tigrisfs lost what was written: {self.log.lost}"
+        elif (code := self.child.wait(0)) is not None:
+            why = f"tigrisfs ended with {code}: {self.log.reason}"
+        elif not self.is_mounted:
+            why = f"the mount at {self.path} vanished: {self.log.reason}"
+        else:
+            return
+        raise Hung(f"{self.store.name}: {why}", TRY_AGAIN)
 
     def check_store(self) -> None:
         """Raises S3Error when S3 refuses what tigrisfs writes, or when the keys or the bucket are gone.
 
         It tries for ever then, for each object anew.
         """
-        if refusal := self.log.refusal:
-            what, code, words, status = refusal
+        log = self.log
+        if not log.is_complaining:
+            return
+        if log.refusal:
+            what, code, words, status = log.refusal
             if code == "SerializationError":  # no XML: the answer is not S3's but a proxy's
                 code, words = http_reason(int(status)), "a proxy before S3 may have said so"
             raise self.client._error(int(status), code, f"{words} (tigrisfs: {what})")
-        if not self.log.is_complaining or time.monotonic() - self.asked_at < ASK_SECONDS:
+        if time.monotonic() - self.asked_at < ASK_SECONDS:
             return
         self.asked_at = time.monotonic()
         self.answers()
-        for key in self.log.unfinished - self.log.arrived:
-            self._find_arrived(key)
+        # When the answer to CompleteMultipartUpload is lost, TigrisFS repeats it for ever, and some servers
+        # say NoSuchUpload to that.
+        for key in log.unfinished - log.arrived.keys():
+            path = self.path / key.removeprefix(self.store.key_prefix)
+            with contextlib.suppress(OSError, BackupError):
+                written = within(KILL_SECONDS, f"{self.store.name}: looking at {path}", path.stat).st_size
+                if self.client.request("HEAD", key).headers.get("content-length") == str(written):
+                    log.arrived[key] = path
 
     def answers(self) -> bool:
         """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
@@ -2948,19 +2539,6 @@ class Mount:
             return False
         return not (self.lease and self.lease.suspended)
 
-    def _find_arrived(self, key: str) -> None:
-        """Notes an object that is in the bucket although tigrisfs does not know it.
-
-        When the answer to CompleteMultipartUpload is lost, TigrisFS repeats it for ever, and some servers say
-        NoSuchUpload to that.
-        """
-        path = self.path / key.removeprefix(self.store.key_prefix)
-        with contextlib.suppress(OSError, BackupError):
-            written = within(KILL_SECONDS, f"{self.store.name}: looking at {path}", path.stat).st_size
-            if self.client.request("HEAD", key).headers.get("content-length") == str(written):
-                self.log.arrived.add(key)
-                self.arrived.add(path)
-
     def meter(self, stall_seconds: float, beside: Callable[[], float] | None = None) -> Callable[[], float]:
         """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
 
@@ -2971,26 +2549,108 @@ class Mount:
         A shared mount may move for others alone. So for a borg whose own meter, `beside`, stands still, it
         counts no more than what others may have asked for before.
         """
-        limit, stood_at, start = SHARED_BYTES if beside and self.is_shared else math.inf, None, 0.0
+        limit = SHARED_BYTES if beside and self.is_shared else math.inf
         unit, window_seconds = IDLE_BYTES_PER_SECOND * stall_seconds, max(60.0, stall_seconds / 2)
-        before, failed, worth = 0.0, self.log.failed_uploads, 0.0
+        vain, failed, stood_at, start = 0.0, self.log.failed_uploads, None, 0.0
         worths: deque[tuple[float, float]] = deque()
 
         def moved() -> float:
-            nonlocal before, failed, worth, stood_at, start
-            now, sent = time.monotonic(), io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
-            worth, before = worth + sent - before, sent
+            nonlocal vain, failed, stood_at, start
+            now, sent = time.monotonic(), self._moved_bytes
             while worths and worths[0][0] < now - window_seconds:
                 worths.popleft()
-            if self.log.failed_uploads > failed:
-                vain, failed = RETRY_BYTES * (self.log.failed_uploads - failed), self.log.failed_uploads
-                worth = max(worth - vain, min([worth, *(value for _, value in worths)]))
-            worths.append((now, worth))
+            if more := self.log.failed_uploads - failed:
+                least = min((value for _, value in worths), default=math.inf)
+                vain += min(RETRY_BYTES * more, max(0.0, sent - vain - least))
+                failed += more
+            worths.append((now, sent - vain))
             if beside and stood_at != (stands_at := beside()):
-                stood_at, start = stands_at, worth
-            return min(worth, start + limit) / unit
+                stood_at, start = stands_at, sent - vain
+            return min(sent - vain, start + limit) / unit
 
         return moved
+
+    def keep_awake(self) -> None:
+        """Opens and closes a file again and again, which wakes TigrisFS's flusher, until it is `over`.
+
+        An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
+        wait), and then sleeps until something else happens on the mount: borg waits, and nothing does.
+        TigrisFS wakes itself two seconds after an upload (recordFlushError), but not after a rename that went
+        well.
+        """
+        while not self.over.wait(WAKE_SECONDS):
+            self.nudges += 1
+            with contextlib.suppress(OSError):
+                os.close(os.open(self.path / "config", os.O_RDONLY))
+
+    def cut_off(self) -> None:
+        """Kills tigrisfs. What it has sent may take effect later, so that its lease must not end at once."""
+        self.child.kill()
+        if self.lease:
+            self.lease.expires = True
+
+    def close(self, kill: bool) -> None:
+        """Unmounts and waits until tigrisfs has uploaded all and ended; or kills it, whatever it holds.
+
+        Raises BackupError when it does not end in time; then it is killed, too. The mount point is free in
+        any case.
+        """
+        name, stop, deadline = self.store.name, self.runtime.stop, time.monotonic() + BUSY_SECONDS
+        self.over.set()
+        code = None
+        try:
+            if kill:
+                return
+            if self.lease and self.lease.suspended and stop.requested:
+                raise BackupError(
+                    f"{name}: the upload was cut off, as its lease could not be renewed", "Run it again."
+                )
+            # Else it would sleep for a second before it ends, and who still reads would keep it.
+            if self.holds_nothing:
+                self.child.kill()
+            while self.is_alive:
+                hangs = stop.requested and self.is_still
+                lazy = stop.hurried or hangs or time.monotonic() > deadline
+                reason = detach(self.runtime, self.path, lazy)
+                if reason and lazy:
+                    self.runtime.console.warning(name, f"cannot unmount {self.path}: {reason}")
+                if lazy or not reason:
+                    break
+                time.sleep(POLL_SECONDS)
+            self._wait_for_upload()
+            if self.lease:
+                self.lease.check()
+            code = self.child.ended.result()
+        finally:
+            if code is None:  # whatever failed: it must not write on when the lease is given back
+                self.cut_off()
+            if self.is_mounted:  # it died, and left a mount that answers nothing
+                detach(self.runtime, self.path, lazy=True)
+        if code != 0 and not self.holds_nothing:
+            raise BackupError(f"{name}: tigrisfs ended with {code}: {self.log.reason}", TRY_AGAIN)
+        self.runtime.console.debug(name, f"{self.path} is unmounted")
+
+    def _wait_for_upload(self) -> None:
+        """Returns when tigrisfs has ended, which it does when all is uploaded."""
+        name, console, stop = self.store.name, self.runtime.console, self.runtime.stop
+        told, stall = False, StallClock(self.runtime.settings.stall_seconds, [self])
+        for waited in waiting(self.child.ended):
+            if waited > 2:
+                console.progress(name, f"uploading what tigrisfs still holds ({waited:.0f} s)")
+            if waited > 2 and stop.requested and not told:
+                told = True
+                console.info(name, "still uploading; `docker run --stop-timeout` grants the time for it")
+            limit = math.inf  # as long as it makes progress
+            if stop.hurried or (stop.requested and self.is_still):
+                limit = HURRIED_FLUSH_SECONDS
+            elif stop.requested and self.log.is_complaining:
+                limit = FAILING_FLUSH_SECONDS
+            stall.check(f"{name}: the upload does not end: {self.log.reason}")
+            if waited > limit:
+                raise BackupError(
+                    f"{name}: the upload did not end within {waited:.0f} s: {self.log.reason}",
+                    "What borg wrote last is not in the bucket; the archives of earlier runs are.",
+                )
 
 
 @contextlib.contextmanager
@@ -3001,84 +2661,36 @@ def mounted(
     read_only: bool,
     lease: Lease | None = None,
     unlistable: Collection[str] = (),
+    path: Path | None = None,
 ) -> Iterator[Mount]:
-    """`store` being mounted at its mount point; on leaving it is unmounted and everything is uploaded.
+    """`store` being mounted at its mount point, or at `path`; on leaving it is unmounted and all is uploaded.
 
     It is there when `wait_until_usable` returns. Raises BackupError when it cannot be unmounted cleanly.
     Where Stuck is raised inside, or it was not usable, tigrisfs is killed.
     """
-    path = prepare_mount_point(runtime, store)
+    path = prepare_mount_point(runtime, store, path or runtime.settings.mount_point(store))
     remove_temporary_mounts(runtime)
-    log = TigrisLog(store.name, runtime.console)
-    memory_mb = runtime.memory_mb
-    cache_mb = data_cache_mb(memory_mb, store, targets_at_once(runtime.settings, memory_mb))
-    sizes = memory_flags(store, cache_mb)
-    if unlistable:  # it would list what follows each name that it looks up
-        sizes.append("--no-preload-dir")
-    argv = tigrisfs_command(store, region, path, read_only, sizes)
-    child = Child(argv, tigrisfs_environment(store, runtime.environ, cache_mb), log.feed, log.feed)
+    log, plan = TigrisLog(store.name, runtime.console), memory_plan(runtime.settings, runtime.memory_mb)
+    argv = tigrisfs_command(store, region, path, read_only, plan, preloads=not unlistable)
+    child = Child(argv, tigrisfs_environment(store, runtime.environ, plan), log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
-    mount = Mount(store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only)
-    over, failure = threading.Event(), None
+    mount = Mount(
+        runtime, store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only
+    )
     try:
         if lease:
             lease.add(child)
         if not read_only:
-            in_background(lambda: keep_awake(mount, over))
+            in_background(mount.keep_awake)
         yield mount
     except BaseException as error:
-        failure = error
+        try:
+            mount.close(kill=isinstance(error, Stuck) or not mount.usable)
+        except BackupError as second:
+            runtime.console.warning(store.name, str(second))  # the first error is the one to raise
         raise
-    finally:
-        over.set()
-        if isinstance(failure, Stuck) or not mount.usable:
-            abandon(runtime, mount)
-        else:
-            try:
-                unmount(runtime, mount)
-            except BackupError as second:
-                if not failure:
-                    raise
-                runtime.console.warning(store.name, str(second))  # the first error is the one to raise
-
-
-@contextlib.contextmanager
-def folder_for_mounts() -> Iterator[Path]:
-    """A temporary folder. It stays while something is mounted in it: to remove it would empty a bucket."""
-    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)).resolve()
-    try:
-        yield folder
-    finally:
-        if not any(Path(mount_point).is_relative_to(folder) for mount_point in mount_table()):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def keep_awake(mount: Mount, over: threading.Event) -> None:
-    """Opens and closes a file of the mount again and again, which wakes TigrisFS's flusher, until `over`.
-
-    An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
-    wait), and then sleeps until something else happens on the mount: borg waits, and nothing does. TigrisFS
-    wakes itself two seconds after an upload (recordFlushError), but not after a rename that went well.
-    """
-    while not over.wait(WAKE_SECONDS):
-        mount.nudges += 1
-        with contextlib.suppress(OSError):
-            os.close(os.open(mount.path / "config", os.O_RDONLY))
-
-
-def abandon(runtime: Runtime, mount: Mount) -> None:
-    """Kills tigrisfs, whatever it still holds, and frees the mount point."""
-    cut_off(mount)
-    if str(mount.path) in mount_table():
-        detach(runtime, mount.path, lazy=True)
-
-
-def cut_off(mount: Mount) -> None:
-    """Kills tigrisfs. What it has sent may take effect later, so that its lease must not end at once."""
-    mount.child.kill()
-    if mount.lease:
-        mount.lease.expires = True
+    mount.close(kill=not mount.usable)
 
 
 def resolved(path: Path) -> Path:
@@ -3086,7 +2698,7 @@ def resolved(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
+def prepare_mount_point(runtime: Runtime, store: Store, path: Path) -> Path:
     """An empty folder to mount on; a dead mount that a crash left there is removed."""
     if not os.path.exists("/dev/fuse"):
         raise BackupError(f"{store.name}: cannot be mounted: /dev/fuse is missing", FUSE_HELP)
@@ -3095,10 +2707,9 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
             f"{store.name}: cannot be mounted safely: there are only {runtime.memory_mb} MB of memory",
             f"Give the container {MEMORY_MB[0]} MB or more (docker run --memory).",
         )
-    path = runtime.settings.mount_point(store)
     try:
         path = resolved(path)
-        if str(path) in mount_table() and not remove_dead_mount(runtime, store, path):
+        if str(path) in mount_table() and not remove_dead_mount(runtime, path):
             name = shlex.quote(store.name)
             raise BackupError(
                 f"{store.name}: is mounted at {path} already", f"Unmount it first: backup.py umount {name}"
@@ -3112,128 +2723,122 @@ def prepare_mount_point(runtime: Runtime, store: Store) -> Path:
     return path
 
 
-def probe_mount(runtime: Runtime, store: Store, path: Path, is_listable: bool = True) -> None:
-    """Lists a mount's root: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
+def remove_dead_mount(runtime: Runtime, path: Path, seconds: float = MOUNT_SECONDS) -> bool:
+    """Whether a mount was dead, and is detached now. Raises Hung where it does not answer."""
+    name = path.name
+    try:
+        # To be opened: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
+        within(seconds, f"{name}: opening {path}", lambda: os.scandir(path).close(), runtime.stop)
+    except OSError as error:
+        # What the kernel says of a mount whose process is gone; a request that was under way then gets the
+        # second. Whatever else it says, that is somebody's mount that S3 refuses or fails.
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            runtime.console.warning(name, f"a dead mount at {path} is removed")
+            detach(runtime, path, lazy=True)
+            return True
+    return False
 
-    Where that cannot be listed it is opened, which the kernel does not do by itself either. Raises OSError
-    when the mount is dead, BackupError when it does not answer.
-    """
 
-    def look() -> None:
-        if is_listable:
-            next(os.scandir(path), None)
-        else:
-            os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
-
-    within(MOUNT_SECONDS, f"{store.name}: listing {path}", look, runtime.stop)
+@contextlib.contextmanager
+def folder_for_mounts() -> Iterator[Path]:
+    """A temporary folder, which stays while something is mounted in it."""
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)).resolve()
+    try:
+        yield folder
+    finally:
+        remove_folder(folder)
 
 
-TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, unless something is mounted in it: that would empty a bucket."""
+    if not any(Path(mount_point).is_relative_to(folder) for mount_point in mount_table()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_temporary_mounts(runtime: Runtime) -> None:
     """Removes what commands that were killed left mounted in temporary folders, unless somebody serves it."""
-    temporary = Path(tempfile.gettempdir()).resolve()
-    made = re.compile(rf"{TEMPORARY_PREFIX}\w{{8}}")  # by tempfile
+    prefix = re.escape(str(Path(tempfile.gettempdir()).resolve() / TEMPORARY_PREFIX))
     for mount_point, kind in mount_table().items():
-        folder = Path(mount_point).parent
-        if folder.parent != temporary or not made.fullmatch(folder.name) or not kind.startswith("fuse"):
-            continue
-        try:
-            within(KILL_SECONDS, mount_point, lambda path=mount_point: next(os.scandir(path), None))
-        except BackupError:
-            pass  # somebody serves it, slowly
-        except OSError as error:
-            if error.errno not in NOBODY_SERVES:
-                continue
-            detach(runtime, Path(mount_point), lazy=True)
-            if not any(path.startswith(f"{folder}/") for path in mount_table()):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-# What the kernel says of a mount whose process is gone; a request that was under way then gets the second.
-NOBODY_SERVES = (errno.ENOTCONN, errno.ECONNABORTED)
-
-
-def remove_dead_mount(runtime: Runtime, store: Store, path: Path) -> bool:
-    """Whether a mount was dead, and is detached now. Raises BackupError when it does not answer."""
-    try:
-        probe_mount(runtime, store, path)
-    except OSError as error:
-        if error.errno not in NOBODY_SERVES:  # somebody's mount that S3 refuses or fails
-            return False
-        runtime.console.warning(store.name, f"a dead mount at {path} is removed")
-        detach(runtime, path, lazy=True)
-        return True
-    return False
+        if kind.startswith("fuse") and re.fullmatch(rf"{prefix}\w{{8}}/[^/]+", mount_point):
+            path = Path(mount_point)
+            with contextlib.suppress(Hung):  # somebody serves it, slowly
+                if remove_dead_mount(runtime, path, KILL_SECONDS):
+                    remove_folder(path.parent)
 
 
 def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
     """Returns when the mount is really there and can be listed; raises BackupError after MOUNT_SECONDS."""
-    name, deadline = mount.store.name, time.monotonic() + MOUNT_SECONDS
+    name, path, log = mount.store.name, mount.path, mount.log
     if mount.usable:  # another target's borg may have hung on it since
         mount.check_alive()
-    while not mount_table().get(str(mount.path), "").startswith("fuse"):
+    for waited in waiting(mount.child.ended, pause_seconds=0.02):
+        if mount_table().get(str(path), "").startswith("fuse"):
+            break
         runtime.stop.check()
-        if (code := mount.child.wait(0.02)) is not None:
-            reason = "; ".join(mount.log.complaints) or mount.log.reason
-            permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
-            raise BackupError(
-                f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
-                FUSE_HELP if permission else TRY_AGAIN,
-            )
-        if time.monotonic() > deadline:
-            raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {mount.log.reason}", TRY_AGAIN)
-    try:
-        probe_mount(runtime, mount.store, mount.path, "" not in mount.unlistable)
-    except OSError as error:
+        if waited > MOUNT_SECONDS:
+            raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {log.reason}", TRY_AGAIN)
+    else:
+        reason, code = "; ".join(log.complaints) or log.reason, mount.child.ended.result()
+        permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
         raise BackupError(
-            f"{name}: cannot be listed: {error.strerror}: {mount.log.reason}", TRY_AGAIN
-        ) from None
+            f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
+            FUSE_HELP if permission else TRY_AGAIN,
+        )
+
+    def look() -> None:
+        with os.scandir(path) as entries:  # to open it asks tigrisfs, too, which the next line may not
+            if "" not in mount.unlistable:
+                next(entries, None)
+
+    try:
+        within(MOUNT_SECONDS, f"{name}: listing {path}", look, runtime.stop)
+    except OSError as error:
+        raise BackupError(f"{name}: cannot be listed: {error.strerror}: {log.reason}", TRY_AGAIN) from None
     if not mount.usable:
         mount.usable = True
-        runtime.console.debug(name, f"{mount.store.location} is mounted at {mount.path}")
+        runtime.console.debug(name, f"{mount.store.location} is mounted at {path}")
 
 
-def walk_files(store: Store, folder: Path) -> Iterator[Path]:
-    """The files below a mount's folder. Raises BackupError where a folder cannot be listed."""
+def mounted_files(
+    runtime: Runtime, store: Store, folder: Path, *mounts: Mount
+) -> dict[str, tuple[int, float]]:
+    """The files below a folder of a mounted repository: path below it -> size in bytes, time of writing.
+
+    `mounts` has the mount where it is ours. Raises BackupError where a folder cannot be listed.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    what = f"{store.name}: listing"
 
     def fail(error: OSError) -> None:
         if error.errno != errno.ENOENT:  # it was removed meanwhile
-            raise BackupError(f"{store.name}: listing {error.filename}: {error.strerror}", TRY_AGAIN)
+            raise BackupError(f"{what} {error.filename}: {error.strerror}", TRY_AGAIN)
 
-    for name, _, files in os.walk(folder, onerror=fail):
-        for file in files:
-            yield Path(name, file)
+    def walk() -> None:
+        for name, _, files in os.walk(folder, onerror=fail):
+            for path in (Path(name, file) for file in files):
+                with contextlib.suppress(FileNotFoundError):  # somebody still works in it
+                    status = path.stat()
+                    found[str(path.relative_to(folder))] = status.st_size, status.st_mtime
+
+    work = in_background(walk)
+    stall = StallClock(runtime.settings.stall_seconds, mounts, lambda: len(found))
+    for _ in waiting(work):
+        runtime.stop.check()
+        for mount in mounts:
+            mount.check_alive()
+            mount.check_store()
+        stall.check(f"{what} the repository does not end")
+    work.result()
+    return found
 
 
 def warm_up(runtime: Runtime, mount: Mount) -> None:
     """Lists all folders of a repository once.
 
     TigrisFS deadlocks when a folder is renamed onto one that it has not listed yet, and borg takes its
-    lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay
-    cached for METADATA_TTL.
+    lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay cached.
     """
-    work = in_background(lambda: deque(walk_files(mount.store, mount.path), maxlen=0))
-    until_done(runtime, [mount], f"{mount.store.name}: listing the repository", work)
-
-
-def until_done(
-    runtime: Runtime,
-    mounts: Sequence[Mount],
-    what: str,
-    work: concurrent.futures.Future[Result],
-    *meters: Callable[[], float],
-) -> Result:
-    """The result of `work`, which uses the mounts. Raises what it raises; Hung, Stopped, S3Error."""
-    stall = StallClock(runtime.settings.stall_seconds, mounts, *meters)
-    while concurrent.futures.wait([work], timeout=POLL_SECONDS).not_done:
-        runtime.stop.check()
-        for mount in mounts:
-            mount.check_alive()
-            mount.check_store()
-        stall.check(lambda: f"{what} does not end")
-    return work.result()
+    mounted_files(runtime, mount.store, mount.path, mount)
 
 
 def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
@@ -3242,92 +2847,21 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
     umount2(2) where we may, else fusermount3: as root that one needs more of umount(8) than Alpine's has.
     """
 
-    def umount2() -> int:
-        failed = LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0)
-        return ctypes.get_errno() if failed else 0
+    def unmount() -> str:
+        if not LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0):
+            return ""
+        if (number := ctypes.get_errno()) != errno.EPERM:
+            return os.strerror(number)
+        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
+        code = Child(
+            argv, minimal_environment(runtime.environ, ()), lines.append, lines.append
+        ).ended.result()
+        return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
 
     try:
-        number = within(MOUNT_SECONDS, f"unmounting {path}", umount2)
-        if number != errno.EPERM:
-            return os.strerror(number) if number else ""
-        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
-        child = Child(argv, minimal_environment(runtime.environ, ()), lines.append, lines.append)
+        return within(MOUNT_SECONDS, f"unmounting {path}", unmount)
     except BackupError as error:
         return error.message
-    if (code := child.wait(MOUNT_SECONDS)) is None:
-        child.kill()
-        return "no answer"
-    return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
-
-
-def unmount(runtime: Runtime, mount: Mount) -> None:
-    """Unmounts and waits until tigrisfs has uploaded everything and ended.
-
-    Raises BackupError when it does not end in time; then it is killed, and the mount point is free all
-    the same.
-    """
-    if mount.lease and mount.lease.suspended and runtime.stop.requested:
-        abandon(runtime, mount)
-        raise BackupError(
-            f"{mount.store.name}: the upload was cut off, as its lease could not be renewed", "Run it again."
-        )
-    if mount.holds_nothing:  # it would sleep for a second before it ends, and who still reads would keep it
-        mount.child.kill()
-    deadline = time.monotonic() + BUSY_SECONDS
-    try:
-        while str(mount.path) in mount_table() and mount.child.wait(0) is None:
-            hangs = runtime.stop.requested and mount.is_still
-            lazy = runtime.stop.hurried or hangs or time.monotonic() > deadline
-            reason = detach(runtime, mount.path, lazy)
-            if reason and lazy:
-                runtime.console.warning(mount.store.name, f"cannot unmount {mount.path}: {reason}")
-            if lazy or not reason:
-                break
-            time.sleep(POLL_SECONDS)
-        code = wait_for_upload(runtime, mount)
-    finally:
-        if mount.child.wait(0) is None:  # whatever failed: it must not write on when the lease is given back
-            cut_off(mount)
-        if str(mount.path) in mount_table():  # it died, and left a mount that answers nothing
-            detach(runtime, mount.path, lazy=True)
-    if code != 0 and not mount.holds_nothing:
-        raise BackupError(f"{mount.store.name}: tigrisfs ended with {code}: {mount.log.reason}", TRY_AGAIN)
-    runtime.console.debug(mount.store.name, f"{mount.path} is unmounted")
-
-
-def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
-    """The exit code of tigrisfs, which ends when all is uploaded, and is killed when that takes too long."""
-    start, told = time.monotonic(), False
-    stall = StallClock(runtime.settings.stall_seconds, [mount])
-    while (code := mount.child.wait(POLL_SECONDS)) is None:
-        waited = time.monotonic() - start
-        if waited > 2:
-            runtime.console.progress(
-                mount.store.name, f"uploading what tigrisfs still holds ({waited:.0f} s)"
-            )
-        if waited > 2 and runtime.stop.requested and not told:
-            told = True
-            runtime.console.info(
-                mount.store.name, "still uploading; `docker run --stop-timeout` grants the time for it"
-            )
-        limit = math.inf  # as long as it makes progress
-        if runtime.stop.hurried or (runtime.stop.requested and mount.is_still):
-            limit = HURRIED_FLUSH_SECONDS
-        elif runtime.stop.requested and mount.log.is_complaining:
-            limit = FAILING_FLUSH_SECONDS
-        try:
-            stall.check(lambda: f"{mount.store.name}: the upload does not end: {mount.log.reason}")
-            if waited > limit:
-                raise BackupError(
-                    f"{mount.store.name}: the upload did not end within {waited:.0f} s: {mount.log.reason}",
-                    "What borg wrote last is not in the bucket; the archives of earlier runs are.",
-                )
-        except BackupError:
-            cut_off(mount)
-            raise
-    if mount.lease:
-        mount.lease.check()
-    return code
 
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
@@ -3337,28 +2871,21 @@ def wait_for_upload(runtime: Runtime, mount: Mount) -> int:
 # is told of an object before that has come into the window.
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Upcoming:
-    """One of the objects that are read, one after the other."""
+    """One of the objects that are read, one after the other, and its place in the stream."""
 
     path: str
-    size: int  # in bytes
+    size: int  # in bytes, as all that follows
     modified: float = math.inf  # in seconds since 1970
     fetch: Callable[[], None] | None = None  # reads it in another way than through the mount
-
-
-@dataclass(frozen=True)
-class Place:
-    """An object's place in the stream of those that somebody reads."""
-
-    number: int  # among all, from 1 on
-    item: Upcoming
-    start: int  # in bytes, as all that follows
+    number: int = 0  # among all, from 1 on
+    start: int = 0
 
     @property
     def end(self) -> int:
         """Where the next object begins. A small one counts for more, which bounds how many are ahead."""
-        return self.start + max(self.item.size, SMALLEST_PLACE_BYTES)
+        return self.start + max(self.size, SMALLEST_PLACE_BYTES)
 
 
 @dataclass(eq=False)
@@ -3391,8 +2918,7 @@ def file_position(pid: int, path: str) -> int:
     with contextlib.suppress(OSError, ValueError):
         for number in os.listdir(f"/proc/{pid}/fd"):
             if os.readlink(f"/proc/{pid}/fd/{number}") == path:
-                text = Path(f"/proc/{pid}/fdinfo/{number}").read_text(encoding="ascii")
-                return int(text.partition("\n")[0].removeprefix("pos:"))
+                return int(proc_file(pid, f"fdinfo/{number}").partition("\n")[0].removeprefix("pos:"))
     return 0
 
 
@@ -3400,7 +2926,6 @@ NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at i
 
 
 def read_piece(path: str, offset: int, end: int) -> None:
-    """Reads a piece of a file into nowhere. Raises OSError."""
     if offset == end:
         return
     fd = os.open(path, os.O_RDONLY)
@@ -3422,15 +2947,16 @@ class ReadAhead:
     def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
         """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
+        plan = memory_plan(settings, runtime.memory_mb)
         self.moved = 0  # grows with all that is read
-        self._window = read_ahead_bytes(data_cache_mb(runtime.memory_mb, settings.source))
-        self._items, self._readers, self._has_threads = items, list(readers), threads > 0
+        self._window, self._piece_bytes = plan.window_bytes, plan.piece_bytes
+        self._items, self._readers = items, list(readers)
+        self._pieces: queue.SimpleQueue[tuple[Upcoming, int, int] | None] = queue.SimpleQueue()
+        self._threads = threads
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
-        self._piece_bytes = piece_bytes(self._window)
         self._lock = threading.RLock()
-        self._changed, self._work = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._ahead: deque[Place] = deque()
-        self._pieces: deque[tuple[Place, int, int]] = deque()
+        self._changed = threading.Condition(self._lock)
+        self._ahead: deque[Upcoming] = deque()
         self._taken: float = 0  # objects that borgs may be told of
         self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
         self.is_over = False
@@ -3448,17 +2974,6 @@ class ReadAhead:
         """Returns when `reader` may be told of the object with this number."""
         self.wait_until(reader, lambda: number <= self._taken, number)
 
-    def wait_until_passed(self, number: int) -> bool:
-        """Returns when all readers are done with this object; False at the end."""
-        with self._lock:
-            while not self.is_over and number > self._passed:
-                self._changed.wait()
-            return not self.is_over
-
-    def is_left(self, reader: Reader) -> bool:
-        """Whether it goes on by itself."""
-        return reader not in self._readers
-
     def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
         """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
 
@@ -3470,6 +2985,13 @@ class ReadAhead:
                 self._changed.wait(POLL_SECONDS)
             reader.wait(False)
 
+    def wait_until_passed(self, number: int) -> bool:
+        """Returns when all readers are done with this object; False at the end."""
+        with self._lock:
+            while not self.is_over and number > self._passed:
+                self._changed.wait()
+            return not self.is_over
+
     def has_passed(self, number: int) -> bool:
         """Whether this object is behind all readers."""
         with self._lock:
@@ -3477,8 +2999,15 @@ class ReadAhead:
 
     @property
     def _passed(self) -> float:
-        """How many objects are behind all readers."""
         return min((reader.done for reader in self._readers), default=math.inf)
+
+    def is_left(self, reader: Reader) -> bool:
+        """Whether it goes on by itself."""
+        return reader not in self._readers
+
+    def is_read(self, modified: float) -> bool:
+        """Whether one of the readers will read an object of this time."""
+        return any(modified >= reader.since for reader in self._readers)
 
     def done(self, reader: Reader, number: int, offset: int = 0) -> None:
         """`reader` is done with so many objects, and is so far in the next one."""
@@ -3501,7 +3030,8 @@ class ReadAhead:
             for reader in self._readers:
                 self._hold(reader, False)
             self._changed.notify_all()
-            self._work.notify_all()
+            for _ in range(self._threads):
+                self._pieces.put(None)
 
     def _slide(self) -> None:
         """Moves the window to where the slowest reader is."""
@@ -3509,11 +3039,11 @@ class ReadAhead:
         while self._ahead and self._ahead[0].number <= passed:
             self._floor = self._ahead.popleft().end
         if self._ahead:
-            place = self._ahead[0]
+            item = self._ahead[0]
             slowest = [
-                reader.offset for reader in self._readers if reader.done + 1 == place.number == passed + 1
+                reader.offset for reader in self._readers if reader.done + 1 == item.number == passed + 1
             ]
-            self._floor = max(self._floor, place.start + min(slowest, default=0))
+            self._floor = max(self._floor, item.start + min(slowest, default=0))
         if self._floor > before or not self._ahead:
             self._moved_at = time.monotonic()
         self._changed.notify_all()
@@ -3525,74 +3055,58 @@ class ReadAhead:
             reader.wait(is_held)
 
     def _walk(self) -> None:
-        """The life of the thread that puts objects at the stream's end."""
+        """The life of the thread that puts objects at the stream's end, when it is known who reads what."""
         with self._lock:
-            while not self.is_over and not self._all_began():
+            while not self.is_over and (late := [reader for reader in self._readers if not reader.began]):
+                last = max(reader.began for reader in self._readers)
+                if last and time.monotonic() - last > JOIN_SECONDS:
+                    for reader in late:
+                        self.left(reader)
                 self._changed.wait(WATCH_SECONDS)
         try:
             for number, item in enumerate(self._items, 1):
                 if self.is_over:
                     return
-                self._take(number, item)
+                item.number = number
+                self._take(item)
         except BaseException:
             self.close()  # nobody waits for what does not come
             raise
 
-    def _all_began(self) -> bool:
-        """Whether it is known what is to be read. Who takes too long to begin is left behind."""
-        begun = [reader.began for reader in self._readers if reader.began]
-        late = [reader for reader in self._readers if not reader.began]
-        if begun and time.monotonic() - max(begun) > JOIN_SECONDS:
-            for reader in late:
-                self.left(reader)
-        return not any(reader in self._readers for reader in late)
-
-    def is_read(self, modified: float) -> bool:
-        """Whether one of the readers will read an object of this time."""
-        return any(modified >= reader.since for reader in self._readers)
-
-    def _take(self, number: int, item: Upcoming) -> None:
+    def _take(self, item: Upcoming) -> None:
         """Takes an object in, piece by piece as there is room; who has none of it is told of it at once."""
         with self._lock:
-            if not (self._has_threads and self._readers and self.is_read(item.modified)):
-                self._taken = number
+            if not (self._threads and self._readers and self.is_read(item.modified)):
+                self._taken = item.number
                 self._changed.notify_all()
                 return
-            place = Place(number, item, self._end)
-            self._end = place.end
-            self._ahead.append(place)
+            item.start = self._end
+            self._end = item.end
+            self._ahead.append(item)
             step = max(item.size, 1) if item.fetch else self._piece_bytes
             for offset in range(0, max(item.size, 1), step):
                 end = min(offset + step, item.size)
                 room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
-                while not self.is_over and place.start + room - self._floor > self._window:
+                while not self.is_over and item.start + room - self._floor > self._window:
                     self._changed.wait()
-                self._pieces.append((place, offset, end))
-                self._work.notify()
-                self._taken = number
+                if self.is_over:
+                    return
+                self._pieces.put((item, offset, end))
+                self._taken = item.number
                 self._changed.notify_all()
 
     def _read(self) -> None:
-        """The life of a thread that reads."""
-        while piece := self._next():
-            place, offset, end = piece
+        """The life of a thread that reads what borg has not passed yet."""
+        while piece := self._pieces.get():
+            item, offset, end = piece
+            if self.is_over or (item.start + end <= self._floor and not item.fetch):
+                continue
             with contextlib.suppress(OSError):
-                if place.item.fetch:
-                    place.item.fetch()
+                if item.fetch:
+                    item.fetch()
                 else:
-                    read_piece(place.item.path, offset, end)
+                    read_piece(item.path, offset, end)
             self.moved += 1
-
-    def _next(self) -> tuple[Place, int, int] | None:
-        """The next piece that borg has not passed yet; None at the end."""
-        with self._lock:
-            while not self.is_over:
-                while self._pieces:
-                    piece = self._pieces.popleft()
-                    if piece[0].start + piece[2] > self._floor or piece[0].item.fetch:
-                        return piece
-                self._work.wait()
-        return None
 
     def _watch(self) -> None:
         """The life of the thread that sees where in a large object borg is, and who waits for too long."""
@@ -3606,27 +3120,26 @@ class ReadAhead:
 
     def _look(self, reader: Reader) -> None:
         """Where a reader is within an object of several pieces; who is far ahead there is held."""
-        place = next((place for place in self._ahead if place.number > reader.done), None)
-        if not place or not reader.child or place.item.size <= self._piece_bytes:
+        item = next((item for item in self._ahead if item.number > reader.done), None)
+        if not item or not reader.child or item.size <= self._piece_bytes:
             self._hold(reader, False)
             return
-        if place.number == reader.done + 1:
-            position = min(file_position(reader.child.pid, place.item.path), place.item.size - 1)
+        if item.number == reader.done + 1:
+            position = min(file_position(reader.child.pid, item.path), item.size - 1)
             reader.offset = max(reader.offset, position)
-        lead = place.start + reader.offset - self._floor
+        lead = item.start + reader.offset - self._floor
         if lead > self._window * 3 // 4 or lead < self._window // 2:
             self._hold(reader, lead > self._window // 2)
 
     def _leave_behind(self) -> None:
         """Leaves the slowest to itself when that has held up others for too long."""
-        now = time.monotonic()
-        waiting = [reader for reader in self._readers if reader.waits_since]
+        now, passed = time.monotonic(), self._passed
         stuck = now - self._moved_at > self._patience_seconds
-        limits = [max(HOLD_SECONDS, (now - reader.began) / 2) for reader in waiting]
         if any(
-            stuck or reader.waited_for(now) > limit for reader, limit in zip(waiting, limits, strict=True)
+            stuck or reader.waited_for(now) > max(HOLD_SECONDS, (now - reader.began) / 2)
+            for reader in self._readers
+            if reader.waits_since
         ):
-            passed = self._passed
             for reader in [each for each in self._readers if each.done == passed and not each.waits_since]:
                 self.left(reader)
 
@@ -3662,22 +3175,13 @@ def archive_pattern(label: str) -> str:
     return f"{label}-[0-9][0-9][0-9][0-9]-*"
 
 
-def borg_init(target: Target, repository: Path) -> list[str]:
-    return ["init", "--encryption", target.encryption, str(repository)]
-
-
 def borg_time(text: str) -> datetime:
     """A time as `borg list` prints it when we run it: in UTC, without saying so."""
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
-def borg_newest(repository: Path, bypass_lock: bool) -> list[str]:
-    """Shows the newest archive and the encryption mode; proves passphrase and key."""
-    return ["list", "--json", "--last", "1", *(["--bypass-lock"] if bypass_lock else []), str(repository)]
-
-
 def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
-    """Archives what it is told of (FED).
+    """Archives what it is told of (Fed).
 
     The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
     numbers change with every mount. ACLs and flags do not exist on S3; asking for extended attributes
@@ -3690,7 +3194,6 @@ def borg_create(target: Target, label: str, repository: Path, comment: str = "")
 
 
 def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
-    """Writes an archive's content to `stream`, as a tar file."""
     return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
 
 
@@ -3723,27 +3226,6 @@ BORG_SECRETS = ("BORG_REPO", "BORG_PASSPHRASE", "BORG_PASSPHRASE_FD", "BORG_PASS
 TERMINAL_VARIABLES = ("TERM", "COLUMNS", "LINES")
 
 
-def personal_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of a person's environment a borg gets to see that they call themselves."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in TERMINAL_VARIABLES or (name.startswith("BORG_") and name not in BORG_SECRETS)
-    }
-
-
-def borg_environment(runtime: Runtime, target: Target) -> dict[str, str]:
-    """What borg gets to see, but for the passphrase's file descriptor."""
-    own = {
-        "BORG_HOST_ID": f"{OWN_HOST}{runtime.run_id}",  # host names and PIDs repeat
-        "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
-        "BORG_DISPLAY_PASSPHRASE": "no",
-    }
-    if target.encryption == "none":
-        own["BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK"] = "yes"
-    return minimal_environment(runtime.environ, BORG_FOLDERS, **own)
-
-
 BREAK_LOCK_HELP = (
     "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path};"
     " backup.py umount target-{name}"
@@ -3755,7 +3237,6 @@ DAMAGE_HELP = (
 )
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-MAX_NAMED = 100  # objects or warnings; more are counted
 
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
 BORG_HINTS = {
@@ -3769,11 +3250,24 @@ BORG_HINTS = {
     "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
     " remove /cache and /config/borg/security. If another target is a copy of it, let one of them begin in an"
     " empty place.",
+    "Cache.CacheInitAbortedError": "Another repository lies there, and it is not encrypted; if that is yours,"
+    ' set TARGETS "{name}"."encryption" to none.',
     "IntegrityError": DAMAGE_HELP,
     "KeyfileNotFoundError": "The key is kept in /config: mount the volume that the repository was made with.",
     "RepoKeyNotFoundError": "Import your exported key: backup.py borg {name} key import :: FILE",
     "UnencryptedRepo": "Without encryption there is no key, and none to lose.",
     "NoManifestError": "The repository is damaged: backup.py borg {name} check",
+}
+
+
+# What borg says that a person needs to read in other words.
+EXPECTED_NOTES = {
+    "hardlinks not supported": (
+        "borg notes that S3 has no hard links when it saves its config: expected, harmless"
+    ),
+    "you will need both KEY AND PASSPHRASE": (
+        "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place"
+    ),
 }
 
 
@@ -3790,9 +3284,7 @@ class BorgLog:
         stop: Stop,
         on_fed: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
-        self.errors: list[tuple[str, str]] = []  # message id, message; the first MAX_NAMED
-        self.error_count = 0
-        self.warnings = 0
+        self.errors, self.warnings = Findings(), Findings()  # by message id
         self.is_warning = False  # borg's exit code tells of one: what has no id does not change that
         self.infos: list[str] = []
         self._name, self._console, self._stop = name, console, stop
@@ -3813,52 +3305,38 @@ class BorgLog:
             self._take(entry.get("levelname", "ERROR"), entry.get("msgid", ""), entry.get("message", ""))
 
     def _take(self, level: str, msgid: str, message: str) -> None:
-        text = message.strip()
+        text, name, console = message.strip(), self._name, self._console
         if not text:
             return
-        if "hardlinks not supported" in text:
-            self._console.info(
-                self._name,
-                "borg notes that S3 has no hard links when it saves its config: expected, harmless",
-            )
-        elif "you will need both KEY AND PASSPHRASE" in text:
-            self._console.info(
-                self._name,
-                "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place",
-            )
-        elif level in ("ERROR", "CRITICAL"):
-            self._take_error(msgid, text)
-        elif level == "WARNING" and self._on_fed and msgid in UNREAD_WARNINGS:
-            self._console.debug(self._name, f"borg: {text}")  # our own client tries
-        elif level == "WARNING":
-            self.warnings += 1
-            self.is_warning |= bool(msgid)
-            if self.warnings <= MAX_NAMED:
-                self._console.warning(self._name, f"borg: {text}")
-        else:
+        for words, explanation in EXPECTED_NOTES.items():
+            if words in text:
+                console.info(name, explanation)
+                return
+        show = console.debug
+        if level in ("ERROR", "CRITICAL"):
+            if not self.errors.add(msgid, text):  # a repository may give one for each piece of data it lost
+                return
+            # What it says when it is stopped is no error; a traceback says less than the failure's own line.
+            if not self._stop.requested and not text.startswith(("Traceback", "Local Exception")):
+                show = console.error
+        elif level != "WARNING":
             self.infos.append(text)
-            self._console.debug(self._name, f"borg: {text}")
-
-    def _take_error(self, msgid: str, text: str) -> None:
-        """Takes an error; a repository that has lost much gives one for each piece of data."""
-        self.error_count += 1
-        if self.error_count > MAX_NAMED:
-            return
-        self.errors.append((msgid, text))
-        # What it says when it is stopped is no error; a traceback says less than the failure's own line.
-        quiet = self._stop.requested or text.startswith(("Traceback", "Local Exception"))
-        show = self._console.debug if quiet else self._console.error
-        show(self._name, f"borg: {text}")
+        elif not (self._on_fed and msgid in UNREAD_WARNINGS):  # those our own client tries
+            self.is_warning |= bool(msgid)
+            if not self.warnings.add(msgid, text):
+                return
+            show = console.warning
+        show(name, f"borg: {text}")
 
     def report_hidden(self) -> None:
-        if self.error_count > MAX_NAMED:
-            self._console.error(self._name, f"borg: {self.error_count - MAX_NAMED:,} more errors")
-        if self.warnings > MAX_NAMED:
-            self._console.warning(self._name, f"borg: {self.warnings - MAX_NAMED:,} more warnings")
+        if self.errors.more:
+            self._console.error(self._name, f"borg: {self.errors.more:,} more errors")
+        if self.warnings.more:
+            self._console.warning(self._name, f"borg: {self.warnings.more:,} more warnings")
 
     def reason(self, code: int) -> str:
         """Why a command failed, in one line: the exception's where borg printed a traceback."""
-        text = "\n".join(message for _, message in self.errors)
+        text = "\n".join(message for _, message in self.errors.named)
         exceptions = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
         return (
             exceptions[-1] if exceptions else text.partition("\n")[0].rstrip(".") or f"it ended with {code}"
@@ -3873,7 +3351,11 @@ class BorgResult:
 
 
 class Borg:
-    """Runs borg on one target's repository in the folder `repository`."""
+    """Runs borg on one target's repository in the folder `repository`.
+
+    borg will work on `mounts`, first of all the repository's; `folders` are variables that tell it to keep
+    what it knows elsewhere than usual.
+    """
 
     def __init__(
         self,
@@ -3883,10 +3365,6 @@ class Borg:
         mounts: Sequence[Mount] = (),
         folders: Mapping[str, str] | None = None,
     ) -> None:
-        """Runs nothing yet; borg will work on `mounts`, first of all the repository's.
-
-        `folders` are variables that tell borg to keep what it knows elsewhere than usual.
-        """
         self.repository = repository
         self._runtime, self._target = runtime, target
         self._mounts, self._folders = mounts, folders or {}
@@ -3894,38 +3372,34 @@ class Borg:
     def run(
         self,
         arguments: Sequence[str],
-        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
-        on_start: Callable[[Child], None] = lambda child: None,
-        trusted_before: datetime | None = None,
+        fed: Fed | None = None,
         consume: Callable[[IO[bytes]], None] | None = None,
-        on_output: Callable[[str], None] | None = None,
         own: Mapping[str, str] | None = None,
-        pass_fds: Sequence[int] = (),
         waits: Callable[[], float] = lambda: 0,
     ) -> BorgResult:
-        """Runs one command to its end; `on_fed` is told what it reports of what it is fed (FED).
+        """Runs one command to its end; `fed` is what it is told to archive.
 
-        `on_start` is given the process; see TRUST_OLD about `trusted_before`. The result has the output,
-        unless `consume` reads it, or `on_output` is told of each line. `own` variables and `pass_fds` are for
-        borg; `waits` grows while whoever feeds it, or reads from it, has reason to be slow. Raises
-        BackupError when it fails, Hung when its mounts are gone or nothing moves, Stopped on a stop signal,
-        and what `consume` raises. An archive that lacks what could not be read is a result.
+        The result has the output, unless `consume` reads it. `own` variables are for borg; `waits` grows
+        while whoever feeds it, or reads from it, has reason to be slow. Raises BackupError when it fails,
+        Hung when its mounts are gone or nothing moves, Stopped on a stop signal, and what `consume` raises.
+        An archive that lacks what could not be read is a result.
         """
         runtime, name = self._runtime, self._target.store.name
         command, *rest = arguments
         argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console, runtime.stop, on_fed), []
+        log, output = BorgLog(name, runtime.console, runtime.stop, fed.take if fed else None), []
         runtime.console.debug(name, shlex.join(argv))
         runtime.stop.check()
         with self._environment({"BORG_EXIT_CODES": "modern", **(own or {})}) as (env, fd):
             if command == "list":  # see `borg_time`; archive names and `prune` go by the user's zone
                 env |= {"S3BORGBACKUP_SIZES": "yes", "TZ": "UTC"}
-            if trusted_before:
-                env["S3BORGBACKUP_TRUSTED_BEFORE"] = str(int(trusted_before.timestamp()) * 10**9)
-            take, fds = on_output or output.append, (fd, *pass_fds)
-            child = Child(argv, env, take, log.feed, fds, consume=consume)
-            on_start(child)
-            code = self._run_to_end(command, child, waits)
+            fds = (fd, fed.read_end) if fed else (fd,)
+            child = Child(
+                argv, env | (fed.environment if fed else {}), output.append, log.feed, fds, consume=consume
+            )
+            if fed:
+                fed.began(child)
+            code = self._run_to_end(command, child, fed.moved if fed else waits)
         log.report_hidden()
         if child.consumed:
             child.consumed.result()
@@ -3938,25 +3412,45 @@ class Borg:
     def hand_over(self, arguments: Sequence[str]) -> int:
         """Runs what a person typed, with our standard streams and terminal; returns borg's exit code.
 
-        The repository is in BORG_REPO; see HANDED_OVER. Raises Stuck when its mounts are gone, or nothing
-        moves and no terminal is there, Stopped on a stop signal.
+        The repository is in BORG_REPO. Raises Stuck when its mounts are gone, or nothing moves and no
+        terminal is there, Stopped on a stop signal.
         """
-        own = {"BORG_REPO": str(self.repository), "S3BORGBACKUP_HANDED_OVER": "yes"}
+        own = {
+            name: value
+            for name, value in self._runtime.environ.items()
+            if name in TERMINAL_VARIABLES or (name.startswith("BORG_") and name not in BORG_SECRETS)
+        }
+        own |= {"BORG_REPO": str(self.repository), "S3BORGBACKUP_HANDED_OVER": "yes"}
         self._runtime.stop.check()
-        with self._environment({**personal_environment(self._runtime.environ), **own}) as (env, fd):
-            child = ForegroundChild(["borg", *arguments], env, pass_fds=(fd,))
+        with self._environment(own) as (env, fd):
+            child = Child(["borg", *arguments], env, pass_fds=(fd,), is_foreground=True)
             with child.in_foreground():
                 return self._run_to_end(arguments[0] if arguments else "", child)
 
     @contextlib.contextmanager
     def _environment(self, own: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]]:
         """The environment for one command, and the file descriptor of the passphrase that it names."""
-        with passphrase_file(self._target.passphrase) as fd, borg_additions() as additions:
-            env = {**own, **borg_environment(self._runtime, self._target), **self._folders}
-            self._arrived = Path(additions, "arrived")
+        with (
+            passphrase_file(self._target.passphrase) as fd,
+            tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as additions,
+        ):
+            Path(additions, "sitecustomize.py").write_text(BORG_ADDITIONS, encoding="ascii")
+            ours = {
+                "BORG_HOST_ID": f"{OWN_HOST}{self._runtime.run_id}",  # host names and PIDs repeat
+                "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
+                "BORG_DISPLAY_PASSPHRASE": "no",
+                "BORG_PASSPHRASE_FD": str(fd),
+                "PYTHONPATH": additions,
+            }
+            if self._target.encryption == "none":
+                ours["BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK"] = "yes"
             if self._mounts:
-                env["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
-            yield {**env, "BORG_PASSPHRASE_FD": str(fd), "PYTHONPATH": additions}, fd
+                ours["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
+            self._arrived = Path(additions, "arrived")
+            yield (
+                {**own, **minimal_environment(self._runtime.environ, BORG_FOLDERS, **ours), **self._folders},
+                fd,
+            )
 
     def _run_to_end(self, command: str, child: Child, waits: Callable[[], float] = lambda: 0) -> int:
         """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
@@ -3972,16 +3466,23 @@ class Borg:
             return time.monotonic() if child.is_held(HELD_BACK) else 0
 
         # What a person has started may wait for somebody else at its standard input.
-        hasty = not isinstance(child, ForegroundChild)
+        hasty = not child.is_foreground
         stall = StallClock(seconds, self._mounts, moved, held, waits, beside=moved, hasty=hasty)
+
+        def hangs() -> str:
+            told = [
+                f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints
+            ]
+            words = "; ".join(told) or "tigrisfs said nothing about it"
+            return f"{self._target.store.name}: borg {command} hangs: {words}"
 
         def check() -> None:
             for mount in self._mounts:
                 mount.check_alive()
                 mount.check_store()
-                if mount.arrived:
-                    self._arrived.write_bytes(b"\0".join(map(os.fsencode, mount.arrived)))
-            stall.check(lambda: f"{self._target.store.name}: borg {command} hangs: {self._complaint()}")
+                if arrived := list(mount.log.arrived.values()):
+                    self._arrived.write_bytes(b"\0".join(map(os.fsencode, arrived)))
+            stall.check(hangs())
 
         try:
             code = run_to_end(child, self._runtime.stop, check)
@@ -3998,22 +3499,17 @@ class Borg:
 
         Where it `hung`, the one that is to be written to is lost anyway, and others may use the other.
         """
-
-        def order(mount: Mount) -> tuple[bool, float]:
-            return hung and mount.lease is not None, mount.log.complained_at
-
-        for mount in sorted(self._mounts, key=order, reverse=True):
+        mounts = [
+            (hung and mount.lease is not None, mount.log.complained_at, mount) for mount in self._mounts
+        ]
+        for _, _, mount in sorted(mounts, key=lambda each: each[:2], reverse=True):
             if child.wait(0) is None:
-                cut_off(mount)
+                mount.cut_off()
                 child.wait(KILL_SECONDS)
-
-    def _complaint(self) -> str:
-        words = [f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints]
-        return "; ".join(words) or "tigrisfs said nothing about it"
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
         name, path = self._target.name, self.repository
-        msgid, reason = log.errors[0][0] if log.errors else "", log.reason(code)
+        msgid, reason = log.errors.named[0][0] if log.errors.count else "", log.reason(code)
         hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
         owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
         return BackupError(
@@ -4148,24 +3644,24 @@ def seen_encryption(environ: Mapping[str, str], repository_id: str) -> str | Non
 @contextlib.contextmanager
 def passphrase_file(passphrase: str) -> Iterator[int]:
     """A file descriptor from which the passphrase can be read once; a pipe would take 64 KiB at most."""
-    fd = os.memfd_create("passphrase")
-    try:
-        with open(fd, "wb", closefd=False) as stream:
-            stream.write(passphrase.encode())
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
+    with open(os.memfd_create("passphrase"), "wb") as stream:
+        stream.write(passphrase.encode())
+        stream.seek(0)
+        yield stream.fileno()
 
 
-# When one upload fails, by a connection that is reset for instance, fsync fails too, and borg would give up.
-# TigrisFS keeps the data, but tries again only when the file is closed, and until that has succeeded every
-# fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed for a moment,
-# behind borg's back, and opened again. A refusal may pass as well: where S3 means it, Mount.check_store ends
-# borg. (REFUSED is what mapHttpError makes of 4xx; 409 is EINTR, at which Python would ask again at once, for
-# ever.) A file that has arrived all the same is in a list, see Mount.arrived. And where S3 does not know an
-# upload any more, TigrisFS drops the data, and fsync succeeds: but what was dropped cannot be read. Python
-# imports a module named sitecustomize at its start.
+# What borg's interpreter executes at its start, as a module named `sitecustomize`. Where borg's parts are
+# called otherwise than in borg 1.4, what changes them is left out: it saves time, or is for a person's
+# convenience.
+#
+# About fsync: when one upload fails, by a connection that is reset for instance, fsync fails too, and borg
+# would give up. TigrisFS keeps the data, but tries again only when the file is closed, and until that has
+# succeeded every fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed
+# for a moment, behind borg's back, and opened again, which the stall clock bounds. A refusal may pass as
+# well: where S3 means it, Mount.check_store ends borg. (REFUSED is what mapHttpError makes of 4xx; 409 is
+# EINTR, at which Python would ask again at once, for ever.) A file that has arrived all the same is in a
+# list, see Mount.check_store. And where S3 does not know an upload any more, TigrisFS drops the data, and
+# fsync succeeds: but what was dropped cannot be read.
 #
 # A folder's fsync tells borg that what it has renamed there is durable: only then does it delete the index
 # before. TigrisFS tries once to upload all that it holds (SyncTree in core/goofys.go), hears of no error, and
@@ -4174,8 +3670,8 @@ def passphrase_file(passphrase: str) -> Iterator[int]:
 # change is left for good (sendRename in core/file.go adds a tombstone, and does not take back what the rename
 # had counted). borg takes its lock by such a rename. So a folder is made anew under its new name, and fsync
 # of one waits for the files that were renamed, as it does for any other file.
-PATIENT_FSYNC = """\
-import ctypes, errno, fcntl, os, shutil, stat, time
+BORG_ADDITIONS = """\
+import ctypes, errno, fcntl, json, os, shutil, stat, sys, tarfile, time
 
 PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
 REFUSED = (errno.EACCES, errno.EINTR, errno.EINVAL, errno.ENOENT, errno.ENOTSUP, errno.ENXIO)
@@ -4198,9 +3694,6 @@ def close_for_a_moment(fd):
     os.dup2(again, fd, inheritable=False)
     os.close(again)
 
-def is_patient(number, path):
-    return number in PASSING or number in REFUSED and is_on_mount(path)
-
 def has_arrived(path):
     try:
         with open(ARRIVED, errors="surrogateescape") as stream:
@@ -4222,24 +3715,21 @@ def sync_renamed():
 def patient(sync):
     def wrapper(file):
         fd = file if isinstance(file, int) else file.fileno()
-        path = os.readlink(f"/proc/self/fd/{fd}")
-        if is_on_mount(path) and stat.S_ISDIR(os.fstat(fd).st_mode):
+        path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+        if is_on_mount(path) and stat.S_ISDIR(facts.st_mode):
             return sync_renamed()
         while sync(fd):
             number, path = ctypes.get_errno(), os.readlink(f"/proc/self/fd/{fd}")
-            if not is_patient(number, path):
+            if not (number in PASSING or number in REFUSED and is_on_mount(path)):
                 raise OSError(number, os.strerror(number))
             if has_arrived(path):
                 return
             close_for_a_moment(fd)
-        prove_kept(fd)
+        path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+        if is_on_mount(path) and stat.S_ISREG(facts.st_mode) and facts.st_size:
+            with open(path, "rb", buffering=0) as stream:
+                stream.read(1)
     return wrapper
-
-def prove_kept(fd):
-    path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
-    if is_on_mount(path) and stat.S_ISREG(facts.st_mode) and facts.st_size:
-        with open(path, "rb", buffering=0) as stream:
-            stream.read(1)
 
 def file_by_file(replace):
     def wrapper(old, new, **options):
@@ -4255,45 +3745,26 @@ def file_by_file(replace):
             renamed.append(new)
     return wrapper
 
-os.fsync, os.fdatasync = patient(LIBC.fsync), patient(LIBC.fdatasync)
-os.rename, os.replace = file_by_file(os.rename), file_by_file(os.replace)
-"""
-
-
 # borg's files cache leaves out the newest files of a run: they might be written again within the resolution
 # of their time. On S3 these are all objects of the newest second, be it years ago, and each run would read
-# them again. But S3 sets that time itself, so that what it had written before the run began is certain to
-# get another time when it is overwritten. (LocalCache._newest_cmtime of borg 1.4; where that is called
-# otherwise, nothing is lost but the saving.)
-TRUST_OLD = """\
-
-def trust(until):
+# them again. But S3 sets that time itself, so that what it had written before the run began is certain to get
+# another time when it is overwritten. (LocalCache._newest_cmtime)
+def trust_old(until):
     from borg.cache import LocalCache
     memorize = LocalCache.memorize_file
 
     def wrapper(self, *arguments):
         memorize(self, *arguments)
         if self._newest_cmtime:
-            self._newest_cmtime = until
+            self._newest_cmtime = int(until)
 
     LocalCache.memorize_file = wrapper
-
-if "S3BORGBACKUP_TRUSTED_BEFORE" in os.environ:
-    try:
-        trust(int(os.environ["S3BORGBACKUP_TRUSTED_BEFORE"]))
-    except (ImportError, AttributeError):
-        pass
-"""
-
 
 # borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
 # begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
 # with, which ones it has read and of which it could make no file, and must be told that the list is at its
-# end: whoever feeds it may be gone. (`iter_separated` and `Archiver.print_file_status` of borg 1.4.)
-FED = """\
-
+# end: whoever feeds it may be gone. (iter_separated and Archiver.print_file_status)
 def be_fed(fd):
-    import json, sys
     from borg import archiver
     number = told = at = 0
 
@@ -4303,7 +3774,7 @@ def be_fed(fd):
     def paths(*arguments):
         nonlocal number, told, at
         rest = b""
-        while part := os.read(fd, 65536):
+        while part := os.read(int(fd), 65536):
             *whole, rest = (rest + part).split(b"\\0")
             for path in whole:
                 if not path:
@@ -4324,17 +3795,9 @@ def be_fed(fd):
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
 
-if "S3BORGBACKUP_FED" in os.environ:
-    be_fed(int(os.environ["S3BORGBACKUP_FED"]))
-"""
-
-
 # `borg list` knows two more keys for --format: `nfiles` and `size`, which borg notes in each archive. `borg
-# info` has them, too, but reads all of each archive's metadata, and needs the cache. (ArchiveFormatter of
-# borg 1.4; where that is called otherwise, they are missing.)
-LIST_SIZES = """\
-
-def list_sizes():
+# info` has them, too, but reads all of each archive's metadata, and needs the cache. (ArchiveFormatter)
+def list_sizes(_):
     from borg.helpers.parseformat import ArchiveFormatter
     start = ArchiveFormatter.__init__
 
@@ -4346,22 +3809,11 @@ def list_sizes():
 
     ArchiveFormatter.__init__ = wrapper
 
-if "S3BORGBACKUP_SIZES" in os.environ:
-    try:
-        list_sizes()
-    except (ImportError, AttributeError):
-        pass
-"""
-
-
 # What a person types after `backup.py borg NAME` needs no repository: where borg wants REPOSITORY::ARCHIVE, a
-# word without a slash is an archive of BORG_REPO, so that `diff A B` and `list A` mean what they say. And a
-# new passphrase is asked for: Passphrase.new of borg 1.4 would read BORG_PASSPHRASE_FD again, which is closed
-# by then. And who deletes the repository deletes neither its mount nor the lease. (Where borg's parts are
-# called otherwise, `::ARCHIVE` still works.)
-HANDED_OVER = """\
-
-def take_archives_by_name():
+# word without a slash is an archive of BORG_REPO, so that `diff A B` means what it says. A new passphrase is
+# asked for (Passphrase.new would read BORG_PASSPHRASE_FD again, which is closed by then). And who deletes the
+# repository deletes neither its mount nor the lease.
+def take_archives_by_name(_):
     import borg.helpers
     from borg.helpers import parseformat
     make = parseformat.location_validator
@@ -4374,7 +3826,7 @@ def take_archives_by_name():
 
     parseformat.location_validator = borg.helpers.location_validator = location_validator
 
-def ask_for_new_passphrase():
+def ask_for_new_passphrase(_):
     from borg.crypto.key import Passphrase
     new = Passphrase.new.__func__
 
@@ -4384,17 +3836,17 @@ def ask_for_new_passphrase():
 
     Passphrase.new = classmethod(wrapper)
 
-def spare_what_is_ours():
-    import shutil
+def spare_what_is_ours(_):
     from borg.repository import Repository
     destroy, remove = Repository.destroy, shutil.rmtree
 
     def empty(path):
-        for entry in list(os.scandir(path)):
-            if entry.is_dir(follow_symlinks=False):
-                remove(entry.path)
-            elif not entry.name.startswith(".s3borgbackup-"):
-                os.unlink(entry.path)
+        for name in os.listdir(path):
+            entry = os.path.join(path, name)
+            if os.path.isdir(entry) and not os.path.islink(entry):
+                remove(entry)
+            elif not name.startswith(".s3borgbackup-"):
+                os.unlink(entry)
 
     def wrapper(self):
         shutil.rmtree = empty
@@ -4405,27 +3857,13 @@ def spare_what_is_ours():
 
     Repository.destroy = wrapper
 
-if "S3BORGBACKUP_HANDED_OVER" in os.environ:
-    try:
-        take_archives_by_name()
-        ask_for_new_passphrase()
-        spare_what_is_ours()
-    except (ImportError, AttributeError):
-        pass
-"""
-
-
 # Of an archive only what is asked for is to be read: a file names it, in the archive's order. Patterns for a
 # million paths would take much memory, and paths hold line ends. And a tar file has no place for user
-# metadata unless it is of the PAX kind. (Where borg's parts are called otherwise, more is read than is
-# needed, and metadata is left out.)
-EXPORTED = """\
-
+# metadata unless it is of the PAX kind.
 def export_only(path):
-    import json
     from borg.archive import Archive
-    chosen = map(json.loads, open(path))
-    item_filter, following = Archive.item_filter, [next(chosen, None)]
+    chosen, item_filter = map(json.loads, open(path)), Archive.item_filter
+    following = [next(chosen, None)]
 
     def wrapper(self, item, *arguments):
         if item.path != following[0] or not item_filter(self, item, *arguments):
@@ -4435,8 +3873,7 @@ def export_only(path):
 
     Archive.item_filter = wrapper
 
-def export_metadata():
-    import tarfile
+def export_metadata(_):
     from borg.archive import Archive
     iter_items, addfile, current = Archive.iter_items, tarfile.TarFile.addfile, {}
 
@@ -4457,26 +3894,22 @@ def export_metadata():
 
     Archive.iter_items, tarfile.TarFile.addfile = noting, adding
 
-if "S3BORGBACKUP_EXPORTED" in os.environ:
-    try:
-        export_metadata()
-        export_only(os.environ["S3BORGBACKUP_EXPORTED"])
-    except (ImportError, AttributeError):
-        pass
+os.fsync, os.fdatasync = patient(LIBC.fsync), patient(LIBC.fdatasync)
+os.rename, os.replace = file_by_file(os.rename), file_by_file(os.replace)
+for variable, *patches in (
+    ("S3BORGBACKUP_TRUSTED_BEFORE", trust_old),
+    ("S3BORGBACKUP_SIZES", list_sizes),
+    ("S3BORGBACKUP_HANDED_OVER", take_archives_by_name, ask_for_new_passphrase, spare_what_is_ours),
+    ("S3BORGBACKUP_EXPORTED", export_only, export_metadata),
+):
+    for patch in patches if variable in os.environ else ():
+        try:
+            patch(os.environ[variable])
+        except (ImportError, AttributeError):
+            pass
+if "S3BORGBACKUP_FED" in os.environ:
+    be_fed(os.environ["S3BORGBACKUP_FED"])
 """
-
-
-@contextlib.contextmanager
-def borg_additions() -> Iterator[str]:
-    """A folder for PYTHONPATH, whose content borg's interpreter executes first.
-
-    PATIENT_FSYNC repeats what failed, which the stall clock bounds; the others do what they are asked for by
-    variables.
-    """
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-        additions = PATIENT_FSYNC + TRUST_OLD + FED + LIST_SIZES + HANDED_OVER + EXPORTED
-        Path(folder, "sitecustomize.py").write_text(additions, encoding="ascii")
-        yield folder
 
 
 def encryption_mistake(target: Target, actual: str) -> BackupError | None:
@@ -4504,9 +3937,13 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-# ---------------------------------------------------------------------------------------------------- Audit
+def first_of(names: Sequence[str], separator: str = ", ") -> str:
+    """The first five names, and how many there are more."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{separator.join(names[:5])}{more}"
 
-# Two questions: does the bucket hold what borg wrote, and does the archive hold what the source lists?
+
+# ---------------------------------------------------------------------------------------------------- Audit
 
 # TigrisFS ends with 0 although uploads failed, and borg has ended by then: when only the last writes (an
 # index, the removal of the lock) are refused, nobody would notice. So the bucket is compared with what the
@@ -4516,18 +3953,10 @@ def count(number: int, noun: str) -> str:
 def repository_files(runtime: Runtime, store: Store, mount_point: Path, *mounts: Mount) -> dict[str, int]:
     """The repository's files as its mount shows them: path below the mount point -> size in bytes.
 
-    `mounts` has it where it is ours. Raises BackupError.
+    Without ours: the lease and the probes come and go, and none is borg's.
     """
-    sizes: dict[str, int] = {}
-
-    def walk() -> dict[str, int]:
-        for path in walk_files(store, mount_point):
-            with contextlib.suppress(FileNotFoundError):  # somebody still works in it
-                sizes[str(path.relative_to(mount_point))] = path.stat().st_size
-        return borgs_own(sizes)
-
-    what = f"{store.name}: listing the repository"
-    return until_done(runtime, mounts, what, in_background(walk), lambda: len(sizes))
+    found = mounted_files(runtime, store, mount_point, *mounts)
+    return {name: size_bytes for name, (size_bytes, _) in found.items() if not name.startswith(OWN_PREFIX)}
 
 
 def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
@@ -4535,18 +3964,13 @@ def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
     prefix = client.store.key_prefix
 
     def collect() -> dict[str, int]:
-        entries = client.list_objects(prefix)
         return {
-            entry.key[len(prefix) :]: entry.size_bytes for entry in entries if not entry.key.endswith("/")
+            entry.key[len(prefix) :]: entry.size_bytes
+            for entry in client.list_objects(prefix)
+            if not entry.key.endswith("/") and not entry.key.startswith(OWN_PREFIX, len(prefix))
         }
 
-    sizes = within(LIST_SECONDS, f"{client.store.name}: listing the repository", collect, runtime.stop)
-    return borgs_own(sizes)
-
-
-def borgs_own(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The files without ours: the lease and the probes come and go, and none is borg's."""
-    return {name: size for name, size in sizes.items() if not name.startswith(OWN_PREFIX)}
+    return within(LIST_SECONDS, f"{client.store.name}: listing the repository", collect, runtime.stop)
 
 
 def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
@@ -4561,8 +3985,8 @@ def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> l
     return missing + wrong + extra
 
 
-def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> None:
-    """Waits until `compare` finds nothing more that the bucket lacks: then tigrisfs holds nothing more.
+def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> bool:
+    """Waits until `compare` finds nothing more that the bucket lacks; returns whether that is so.
 
     At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that
     failed, some without a word, and what its SDK repeats is told after many seconds. So this ends without
@@ -4570,84 +3994,35 @@ def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> 
     track of a file, or somebody else has changed the bucket. It raises S3Error when S3 refuses something,
     and Stuck when there is no progress, or the mount is gone.
     """
-    least, since, meter = math.inf, 0.0, mount.meter(SETTLE_SECONDS)
-    most = meter()
-
-    def mistakes() -> list[str]:
-        nonlocal least, since, most
-        found, moved = compare(), meter()
-        mount.holds_nothing = not found
-        if len(found) < least or moved >= most + 1:
-            least, most, since = len(found), max(moved, most), time.monotonic()
-        is_quiet = not mount.log.is_complaining and time.monotonic() - since > SETTLE_SECONDS
-        return [] if is_quiet else found
-
-    wait_until_listed(runtime, mount, mistakes)
-
-
-def wait_until_listed(runtime: Runtime, mount: Mount, mistakes: Callable[[], list[str]]) -> None:
-    """Waits until there are no mistakes in the bucket's listing. Raises Hung when there is no progress."""
-    name, pause = mount.store.name, FIRST_PAUSE_SECONDS
+    name, pause, found = mount.store.name, 0.05, compare()
     stall = StallClock(runtime.settings.stall_seconds, [mount])
-    while found := mistakes():
-        runtime.stop.check()
+    still = Stillness([mount.meter(SETTLE_SECONDS), lambda: -len(found)])
+    while found and (still.seconds(time.monotonic()) <= SETTLE_SECONDS or mount.log.is_complaining):
         mount.check_alive()
         mount.check_store()
-        stall.check(lambda what=found[0]: f"{name}: the upload does not end: {what}: {mount.log.reason}")
+        stall.check(f"{name}: the upload does not end: {found[0]}: {mount.log.reason}")
         runtime.console.progress(name, f"uploading what tigrisfs still holds: {found[0]}")
-        until = time.monotonic() + pause
-        while time.monotonic() < until:
-            runtime.stop.check()
-            time.sleep(min(pause, POLL_SECONDS))
+        runtime.stop.wait(pause)
         pause = min(2 * pause, MAX_BACKOFF_SECONDS)
+        found = compare()
+    return not found
 
 
 def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]) -> None:
     """Raises BackupError unless the bucket holds exactly what borg left in the mount."""
     deadline = time.monotonic() + LISTING_SECONDS
     while mistakes := upload_mistakes(expected, listed_files(runtime, client)):
-        runtime.stop.check()
         if time.monotonic() > deadline:
             raise BackupError(
-                f"{client.store.name}: the bucket does not hold what borg wrote: {'; '.join(mistakes[:5])}"
-                f"{f' and {len(mistakes) - 5} more' if len(mistakes) > 5 else ''}",
+                f"{client.store.name}: the bucket does not hold what borg wrote: {first_of(mistakes, '; ')}",
                 "TigrisFS's warnings above tell why; run it again, and `borg check` the repository.",
             )
-        time.sleep(POLL_SECONDS)
+        runtime.stop.wait(POLL_SECONDS)
 
 
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
-
-
 UNREAD = "it could not be read"
-REFUSED_ALIKE = "S3 refuses others like it"
 REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign key for SSE-C
-
-
-class Findings:
-    """The objects that an archive lacks: the first ones by name, all by number."""
-
-    def __init__(self) -> None:
-        self.count, self.unread = 0, 0
-        self.named: list[tuple[str, str]] = []
-        self.explains_all = True
-
-    def add(self, key: str, reason: str) -> None:
-        if self.count < MAX_NAMED:
-            self.named.append((key, reason))
-        self.add_more(1, reason)
-
-    def add_more(self, number: int, reason: str) -> None:
-        self.count += number
-        # Older archives may hold what this one lacks, so they must outlive reads that fail. But
-        # S3's own refusal (cold storage) lasts until a person does something, and meanwhile no archive will
-        # hold the object: pruning must not wait for that. (Where S3 suddenly refuses very many, the archive
-        # has shrunk, which stops pruning, too.) Nor must it wait for an object that is overwritten in every
-        # night's run.
-        if reason.startswith(UNREAD):
-            self.unread += number
-            self.explains_all = False
-
 
 # -------------------------------------------------------------------------------------------- Notifications
 
@@ -4660,13 +4035,32 @@ TOLD_COMMANDS = {"run": "Backup", "maintain": "Maintenance"}
 BODY_BYTES = 100_000  # what healthchecks.io keeps of a ping's body ("Pinging API" in its documentation)
 KUMA_PATH = "/api/push/"  # what the path of a push monitor's URL has
 KUMA_LETTERS = 300  # it takes the text in the URL
-RESULTS = {
-    EXIT_OK: ("ok", "all well"),
-    EXIT_WARNINGS: ("warnings", "finished with warnings"),
-    EXIT_FAILURE: ("failed", "something failed"),
-    EXIT_BUSY: ("busy", "another run was at work"),
-    EXIT_CONFIGURATION: ("misconfigured", "wrong configuration"),
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the exit code of a run, or of a target, means to those who are told."""
+
+    name: str  # in JSON
+    words: str
+    signal_name: str = "fail"  # what a health check is told
+    notify_on: Collection[str] = NOTIFY_ON  # the settings with which NOTIFY_URL is told
+
+
+# With warnings the archive is there. A run that found another one at work leaves the word to that one.
+ENDINGS = {
+    EXIT_OK: Ending("ok", "all well", "success", ("always",)),
+    EXIT_WARNINGS: Ending("warnings", "finished with warnings", "success", ("always", "warning")),
+    EXIT_FAILURE: Ending("failed", "something failed"),
+    EXIT_BUSY: Ending("busy", "another run was at work", "log", ("always", "warning")),
+    EXIT_CONFIGURATION: Ending("misconfigured", "wrong configuration"),
 }
+
+
+def ending(code: int) -> Ending:
+    if code > 128:
+        return Ending("stopped", f"stopped by {signal.Signals(code - 128).name}")
+    return ENDINGS.get(code, ENDINGS[EXIT_FAILURE])
 
 
 @dataclass(frozen=True)
@@ -4682,38 +4076,39 @@ class Message:
         url = urllib.parse.urlsplit(self.url)
         return f"{self.variable} ({url.scheme}://{url.hostname})"
 
+    def send(self, deadline: float, over: threading.Event) -> None:
+        """Sends it, again while the fault may pass, until `deadline` (monotonic) or `over`.
 
-class NotTaken(Exception):
-    """A message was not taken; the reason has nothing of the URL. `may_pass`: it is worth another try."""
-
-    def __init__(self, reason: str, may_pass: bool) -> None:
-        super().__init__(reason)
-        self.may_pass = may_pass
-
-
-def send_once(message: Message, seconds: float) -> None:
-    """Sends a message. Raises NotTaken. No redirect is followed, no proxy used."""
-    url = urllib.parse.urlsplit(message.url)
-    headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
-    if message.body:
-        headers["Content-Type"] = message.content_type
-    if url.username is not None:  # basic authentication (RFC 7617)
-        pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
-        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    connection = connection_to(url)
-    connection.timeout = seconds
-    try:
-        connection.request(message.method, request_target(url), message.body or None, headers)
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException, ValueError) as fault:
-        # A broken answer is not quoted: it may repeat what was asked for.
-        reason = describe_fault(fault) if isinstance(fault, OSError) else f"no HTTP ({type(fault).__name__})"
-        raise NotTaken(reason, not isinstance(fault, ssl.SSLCertVerificationError)) from None
-    finally:
-        connection.close()
-    if not 200 <= status < 300:
-        hint = "; redirects are not followed: write the final URL" if 300 <= status < 400 else ""
-        raise NotTaken(f"{status} {http_reason(status)}{hint}", status in RETRIED_STATUSES)
+        No redirect is followed, no proxy used. What is sent again may arrive twice. Raises BackupError, which
+        has nothing of the URL.
+        """
+        url, pause = urllib.parse.urlsplit(self.url), 1.0
+        headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
+        if self.body:
+            headers["Content-Type"] = self.content_type
+        if url.username is not None:  # basic authentication (RFC 7617)
+            pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        while True:
+            connection = connection_to(url)
+            connection.timeout = min(TELL_TRY_SECONDS, max(POLL_SECONDS, deadline - time.monotonic()))
+            try:
+                connection.request(self.method, request_target(url), self.body or None, headers)
+                status = connection.getresponse().status
+                if 200 <= status < 300:
+                    return
+                hint = "; redirects are not followed: write the final URL" if 300 <= status < 400 else ""
+                reason, may_pass = f"{status} {http_reason(status)}{hint}", status in RETRIED_STATUSES
+            except OSError as fault:
+                reason, may_pass = describe_fault(fault), not isinstance(fault, ssl.SSLCertVerificationError)
+            except (http.client.HTTPException, ValueError) as fault:
+                # A broken answer is not quoted: it may repeat what was asked for.
+                reason, may_pass = f"no HTTP ({type(fault).__name__})", True
+            finally:
+                connection.close()
+            if not may_pass or time.monotonic() + pause > deadline or over.wait(pause):
+                raise BackupError(f"{self} was not told how the run goes: {reason}")
+            pause *= 2
 
 
 def request_target(url: urllib.parse.SplitResult) -> str:
@@ -4723,79 +4118,40 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     return f"{path}?{query}" if query else path
 
 
-def deliver(message: Message, deadline: float, over: threading.Event) -> None:
-    """Sends a message, again while the fault may pass, until `deadline` (monotonic) or `over`.
-
-    What is sent again may arrive twice. Raises BackupError.
-    """
-    pause = 1.0
-    while True:
-        try:
-            return send_once(message, min(TELL_TRY_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
-        except NotTaken as fault:
-            late = time.monotonic() + pause > deadline
-            if not fault.may_pass or late or over.wait(pause):
-                raise BackupError(f"{message} was not told how the run goes: {fault}") from None
-        pause *= 2
-
-
-def healthcheck_message(url: str, signal_name: str, text: str, seconds: float) -> Message | None:
-    """What a health check is sent for `start`, `success`, `fail` or `log`; None where it knows no such thing.
+def healthcheck_message(url: str | None, signal_name: str, text: str, seconds: float) -> Message | None:
+    """What a health check is sent for `start`, `success`, `fail` or `log`; None where there is none for it.
 
     healthchecks.io takes the text as body, and `log` without changing its mind. It is given no run id
     (`rid`): a success with one does not end a start with another, so that a run which ends with 75 would
     leave a start behind that becomes an alarm, although the run that was at work succeeds (`Check.ping` of
     healthchecks). Uptime Kuma has a query: up or down, a line, and a number, here the run's milliseconds.
     """
-    parts = urllib.parse.urlsplit(url)
-    if KUMA_PATH not in parts.path:
-        path = parts.path.rstrip("/") + ("" if signal_name == "success" else f"/{signal_name}")
-        return Message("HEALTHCHECK_URL", "POST", parts._replace(path=path).geturl(), cut(text, BODY_BYTES))
-    if signal_name not in ("success", "fail"):
+    if not url:  # also None, where it is wrong
         return None
-    given = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
-    query = [pair for pair in given if pair[0] not in ("status", "msg", "ping")]
-    query += [
-        ("status", "up" if signal_name == "success" else "down"),
-        ("msg", " ".join(cut(text, BODY_BYTES).decode().split())[:KUMA_LETTERS]),
-        ("ping", str(round(seconds * 1000))),
-    ]
+    parts = urllib.parse.urlsplit(url)
+    text = text.encode("utf-8", "backslashreplace")[:BODY_BYTES].decode("utf-8", "ignore")
+    is_kuma = KUMA_PATH in parts.path
+    if is_kuma and signal_name not in ("success", "fail"):
+        return None
+    if not is_kuma:
+        path = parts.path.rstrip("/") + ("" if signal_name == "success" else f"/{signal_name}")
+        return Message("HEALTHCHECK_URL", "POST", parts._replace(path=path).geturl(), text.encode())
+    query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    query |= {"status": "up" if signal_name == "success" else "down"}
+    query |= {"msg": " ".join(text.split())[:KUMA_LETTERS], "ping": str(round(seconds * 1000))}
     return Message("HEALTHCHECK_URL", "GET", parts._replace(query=urllib.parse.urlencode(query)).geturl())
 
 
-def cut(text: str, limit_bytes: int) -> bytes:
-    """As much of the text's beginning as `limit_bytes` of UTF-8 take."""
-    whole = text.encode("utf-8", "backslashreplace")[:limit_bytes]
-    return whole.decode("utf-8", "ignore").encode()
-
-
-def end_signal(code: int) -> str:
-    """What a health check is told of a run that ended with `code`.
-
-    With warnings the archive is there. A run that found another one at work leaves the word to that one.
-    """
-    if code in (EXIT_OK, EXIT_WARNINGS):
-        return "success"
-    return "log" if code == EXIT_BUSY else "fail"
-
-
-def is_to_be_notified(code: int, notify_on: str) -> bool:
-    quiet = {"always": (), "warning": (EXIT_OK,)}.get(notify_on, (EXIT_OK, EXIT_WARNINGS, EXIT_BUSY))
-    return code not in quiet
-
-
-def result_name(code: int) -> tuple[str, str]:
-    """What an exit code is called in JSON, and for people."""
-    if code > 128:
-        return "stopped", f"stopped by {signal.Signals(code - 128).name}"
-    return RESULTS.get(code, RESULTS[EXIT_FAILURE])
-
-
-def run_document(report: Report, code: int, finished: datetime, troubles: Troubles) -> dict[str, Any]:
+def run_document(
+    report: Report, code: int, finished: datetime, troubles: Mapping[str, Findings]
+) -> dict[str, Any]:
     """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
 
-    def told(names: Sequence[str]) -> dict[str, list[str]]:
-        return {"errors": troubles.about("error", names), "warnings": troubles.about("warning", names)}
+    def told(names: Collection[str]) -> dict[str, list[str]]:
+        return {
+            f"{level}s": [text for name, text in found.named if name in names]
+            for level, found in troubles.items()
+        }
 
     stores = {f"target-{target['name']}": target for target in report.targets}
     return {
@@ -4808,94 +4164,89 @@ def run_document(report: Report, code: int, finished: datetime, troubles: Troubl
         "finished": f"{finished:%Y-%m-%dT%H:%M:%SZ}",
         "seconds": round((finished - report.started).total_seconds(), 3),
         "exit_code": code,
-        "result": result_name(code)[0],
+        "result": ending(code).name,
         "targets": [{**target, **told([store])} for store, target in stores.items()],
-        **told([name for name in troubles.names() if name not in stores]),
-        "more": troubles.more,
+        **told({name for found in troubles.values() for name, _ in found.named} - stores.keys()),
+        "more": sum(found.more for found in troubles.values()),
         "text": run_text(report, code, troubles),
     }
 
 
-def run_text(report: Report, code: int, troubles: Troubles) -> str:
+def run_text(report: Report, code: int, troubles: Mapping[str, Findings]) -> str:
     """The same for people: a line, the table, the errors and warnings."""
     what = f"{TOLD_COMMANDS[report.command]} {report.label} on {socket.gethostname()}"
-    head = f"{what}: {result_name(code)[1]} (exit code {code})"
+    head = f"{what}: {ending(code).words} (exit code {code})"
     reasons = [" ".join(target["reason"].split()) for target in report.targets]
     # What the table's reasons end with says nothing new.
     lines = [
-        line
-        for line in troubles.lines()
-        if not any(reason and reason.endswith(line.partition(": ")[2] or line) for reason in reasons)
+        f"[{name}] {level}: {text}"
+        for level, found in troubles.items()
+        for name, text in found.named
+        if not any(reason and reason.endswith(text) for reason in reasons)
     ]
-    return "\n".join(part for part in (head, report.table, "\n".join(lines)) if part)
+    if more := sum(found.more for found in troubles.values()):
+        lines.append(f"{more:,} more")
+    return "\n".join(part for part in (head, report.table, *lines) if part)
 
 
 class Reporter:
     """Tells those that the configuration names of a run's start and end; `report` is filled in meanwhile."""
 
     def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
-        self.console, self.stop, self.report = console, stop, report
-        self._reporting = reporting
+        self._reporting, self._console, self._stop, self._report = reporting, console, stop, report
         self._start_is_over = threading.Event()
-        self._start: concurrent.futures.Future[None] | None = None
+        self._jobs: dict[str, concurrent.futures.Future[None]] = {}
 
     def start(self) -> None:
         """Tells the health check that a run begins, in the background: nobody waits for that."""
-        url, over = self._reporting.healthcheck_url, self._start_is_over
-        if message := healthcheck_message(url, "start", "", 0) if url else None:
-            self._start = in_background(lambda: self._tell(message, over))
+        message = healthcheck_message(self._reporting.healthcheck_url, "start", "", 0)
+        self._tell(message, self._start_is_over)
 
     def end(self, code: int) -> None:
         """Tells everybody how the run went, within TELL_SECONDS, or TELL_STOPPED_SECONDS."""
-        finished = datetime.now(UTC)
-        document = run_document(self.report, code, finished, self.console.troubles)
-        if self.console.as_json:
+        reporting, report, finished, how = self._reporting, self._report, datetime.now(UTC), ending(code)
+        # The start must not arrive after the end, so a try that is under way is waited for. But a failure
+        # that arrives before a start still is one: after a stop signal there is no time.
+        self._start_is_over.set()
+        if not self._stop.requested:
+            self._wait(2 * TELL_TRY_SECONDS)
+        document = run_document(report, code, finished, self._console.troubles)
+        if self._console.as_json:
             numbers = {name: document[name] for name in ("exit_code", "result", "seconds")}
-            self.console.info("run", result_name(code)[1], "run_finished", **numbers)
-        if self._start:  # it must not arrive after the end, so a try that is under way is waited for
-            self._start_is_over.set()
-            # A failure that arrives before a start still is one: after a stop signal there is no time.
-            seconds = POLL_SECONDS if self.stop.requested else 2 * TELL_TRY_SECONDS
-            concurrent.futures.wait([self._start], timeout=seconds)
-        reporting, jobs = self._reporting, {}
-
-        def tell(message: Message) -> None:
-            jobs[str(message)] = in_background(lambda: self._tell(message, threading.Event()))
-
-        if url := reporting.healthcheck_url:
-            text, seconds = document["text"], document["seconds"]
-            if message := healthcheck_message(url, end_signal(code), text, seconds):
-                tell(message)
-        if reporting.notify_url and is_to_be_notified(code, reporting.notify_on):
+            self._console.info("run", how.words, "run_finished", **numbers)
+        text, seconds = document["text"], document["seconds"]
+        self._tell(healthcheck_message(reporting.healthcheck_url, how.signal_name, text, seconds))
+        if reporting.notify_url and reporting.notify_on in how.notify_on:
             body = json.dumps(document).encode()
-            tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
-        if reporting.metrics_file and self.report.command == "run":
-            jobs["METRICS_FILE"] = in_background(lambda: self._write_metrics(code, finished))
-        start = time.monotonic()
+            self._tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
+        if reporting.metrics_file and report.command == "run":
+            path = Path(reporting.metrics_file)
+            self._jobs["METRICS_FILE"] = in_background(lambda: write_metrics(path, report, code, finished))
+        self._wait(TELL_SECONDS + 2 * POLL_SECONDS)  # a try that ends at its deadline has something to say
+
+    def _tell(self, message: Message | None, over: threading.Event | None = None) -> None:
+        if message:
+            deadline, over = time.monotonic() + TELL_SECONDS, over or threading.Event()
+            self._jobs[str(message)] = in_background(lambda: message.send(deadline, over))
+
+    def _wait(self, limit_seconds: float) -> None:
+        """Waits so long at most, or TELL_STOPPED_SECONDS, and warns of those who were not told by then."""
+        start, jobs, seconds = time.monotonic(), self._jobs, 0.0
         while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
-            # A try that ends at its deadline has something to say about it.
-            limit = TELL_STOPPED_SECONDS if self.stop.requested else TELL_SECONDS + 2 * POLL_SECONDS
-            if time.monotonic() - start > limit:
+            seconds = time.monotonic() - start
+            if seconds > (TELL_STOPPED_SECONDS if self._stop.requested else limit_seconds):
                 break
         for name, job in jobs.items():
             if not job.done():
-                self.console.warning("run", f"{name}: no answer in {time.monotonic() - start:.0f} s")
-            elif error := job.exception():
-                self.console.warning("run", f"{name}: a defect of the program, please report it: {error!r}")
-
-    def _tell(self, message: Message, over: threading.Event) -> None:
-        try:
-            deliver(message, time.monotonic() + TELL_SECONDS, over)
-            self.console.debug("run", f"{message} was told how the run goes")
-        except BackupError as error:
-            self.console.warning("run", str(error))
-
-    def _write_metrics(self, code: int, finished: datetime) -> None:
-        path = Path(self._reporting.metrics_file)
-        try:
-            replace_file(path, metrics_text(self.report, code, finished, read_metrics(path)))
-        except OSError as error:
-            self.console.warning("run", f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}")
+                self._console.warning("run", f"{name}: no answer in {seconds:.0f} s")
+            elif isinstance(error := job.exception(), BackupError):
+                self._console.warning("run", str(error))
+            elif error:
+                defect = f"a defect of the program, please report it: {error!r}"
+                self._console.warning("run", f"{name}: {defect}")
+            else:
+                self._console.debug("run", f"{name} was told how the run goes")
+        self._jobs = {}
 
 
 METRICS = {
@@ -4911,49 +4262,49 @@ METRICS = {
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
 }
 METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
-TARGET_CODES = {name: code for code, (name, _) in RESULTS.items()}  # a target's result is called like a run's
 
 
-def read_metrics(path: Path) -> dict[str, str]:
-    """The samples in the file of an earlier run: name and labels as written -> value."""
+def write_metrics(path: Path, report: Report, code: int, finished: datetime) -> None:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return {}
-    return {found[1]: found[2] for line in lines if (found := METRIC_LINE.fullmatch(line))}
+        old = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        replace_file(path, metrics_text(report, code, finished, old))
+    except OSError as error:
+        raise BackupError(f"METRICS_FILE: cannot write {str(path)!r}: {error.strerror}") from None
 
 
-def metrics_text(report: Report, code: int, finished: datetime, old: Mapping[str, str]) -> str:
+def metrics_text(report: Report, code: int, finished: datetime, old: str) -> str:
     """The run in Prometheus' text format ("Exposition formats" in its documentation).
 
-    What this run does not tell anew stays: a success before it, and targets that were not its turn.
+    What this run does not tell anew stays as it is in `old`: a success before it, and targets that were not
+    its turn.
     """
-    now = round(finished.timestamp(), 3)
-    new = {metric("run_timestamp_seconds", report.label): now, metric("run_exit_code", report.label): code}
-    seconds = (finished - report.started).total_seconds()
-    new[metric("run_duration_seconds", report.label)] = round(seconds, 3)
+    now, seconds = round(finished.timestamp(), 3), round((finished - report.started).total_seconds(), 3)
+    told: dict[str | None, dict[str, Any]] = {}  # a target, or None for the run -> what is known of it
+    told[None] = {"run_timestamp_seconds": now, "run_duration_seconds": seconds, "run_exit_code": code}
+    codes = {how.name: number for number, how in ENDINGS.items()}
     for target in report.targets:
-        target_code, name = TARGET_CODES[target["result"]], target["name"]
-        new[metric("last_run_timestamp_seconds", report.label, name)] = now
-        new[metric("last_run_duration_seconds", report.label, name)] = target["seconds"]
-        new[metric("last_run_exit_code", report.label, name)] = target_code
-        if target_code in (EXIT_OK, EXIT_WARNINGS):
-            new[metric("last_success_timestamp_seconds", report.label, name)] = now
-        for number in ("objects", "bytes", "new_bytes") if target["archive"] else ():
-            new[metric(f"last_archive_{number}", report.label, name)] = target[number]
-    known = report.configured
+        went = codes[target["result"]]
+        values = told[target["name"]] = {"last_run_timestamp_seconds": now, "last_run_exit_code": went}
+        values["last_run_duration_seconds"] = target["seconds"]
+        if went in (EXIT_OK, EXIT_WARNINGS):
+            values["last_success_timestamp_seconds"] = now
+        if target["archive"]:
+            values |= {f"last_archive_{what}": target[what] for what in ("objects", "bytes", "new_bytes")}
+    samples = {found[1]: found[2] for line in old.split("\n") if (found := METRIC_LINE.fullmatch(line))}
+    if (known := report.configured) is not None:  # else nobody knows which targets are gone
+        wanted = {metric(name, report.label, target) for name in METRICS for target in known}
+        samples = {key: value for key, value in samples.items() if key in wanted}
+    for subject, values in told.items():
+        samples |= {metric(name, report.label, subject): str(value) for name, value in values.items()}
     lines = []
     for name, text in METRICS.items():
-        start = f"s3borgbackup_{name}{{"
-        wanted = old if known is None else {metric(name, report.label, target) for target in known}
-        kept = [key for key in old if key.startswith(start) and key in wanted]
-        found = dict.fromkeys([*kept, *(key for key in new if key.startswith(start))])
-        lines += [f"# HELP s3borgbackup_{name} {text}", f"# TYPE s3borgbackup_{name} gauge"]
-        lines += [f"{key} {new.get(key, old.get(key))}" for key in found]
+        name = f"s3borgbackup_{name}"
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+        lines += [f"{key} {value}" for key, value in samples.items() if key.startswith(f"{name}{{")]
     return "\n".join(lines) + "\n"
 
 
-def metric(name: str, label: str, target: str | None = None) -> str:
+def metric(name: str, label: str, target: str | None) -> str:
     """A sample's name and labels, as the format wants them."""
     labels = {"label": label} if target is None else {"label": label, "target": target}
     escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -4987,28 +4338,35 @@ class Preflight:
 
     region: str
     keys: tuple[S3Object, ...]  # the first page of its listing
-    following: tuple[str, str] | None  # what asks for the next page
+    following: tuple[str, str] | None  # what asks for the next page; None: the first is all there is
     clock: datetime  # the server's
 
-    @property
-    def complete(self) -> bool:
-        """Whether the first page is all there is."""
-        return self.following is None
-
     def repository_state(self, store: Store) -> RepositoryState:
-        return repository_state(
-            {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}, self.complete
-        )
+        """What the names and sizes of these keys tell.
+
+        `borg init` writes README, config, the segments 0 and 1, and last an index. Where there is no further
+        segment, nothing can have been archived, so what has only borg's own names may be made anew.
+        """
+        others = {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.others(store)}
+        others.pop("", None)
+        own = {name for name in others if OWN_NAMES.fullmatch(name)}
+        if not others:
+            return RepositoryState.EMPTY
+        later = any(found and int(found[1]) > 1 for found in map(SEGMENT_FILE.fullmatch, own))
+        is_small = not self.following and sum(others.values()) < UNFINISHED_MAX_BYTES and not later
+        is_whole = "config" in own and any(name.startswith("index.") for name in own)
+        if is_small and own == others.keys() and "README" in own and not is_whole:
+            return RepositoryState.UNFINISHED
+        return RepositoryState.READY if "config" in own and len(own) > 1 else RepositoryState.FOREIGN
 
     def holds(self, store: Store, name: str) -> bool:
         """Whether a note is there; our names sort before all of borg's."""
         return any(entry.key == f"{store.key_prefix}{name}" for entry in self.keys)
 
-    def others(self, store: Store) -> list[str]:
-        """The keys of what is not ours: the lease, probes and notes are."""
-        return [
-            entry.key for entry in self.keys if not entry.key.startswith(f"{store.key_prefix}{OWN_PREFIX}")
-        ]
+    def others(self, store: Store) -> list[S3Object]:
+        """What is not ours: the lease, probes and notes are."""
+        ours = f"{store.key_prefix}{OWN_PREFIX}"
+        return [entry for entry in self.keys if not entry.key.startswith(ours)]
 
 
 class RepositoryState(enum.Enum):
@@ -5028,68 +4386,38 @@ PROBED_OBJECTS = 10  # each may be in cold storage, or just deleted
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
-def repository_state(sizes: Mapping[str, int], complete: bool) -> RepositoryState:
-    """The state from the names and sizes at the beginning of a listing.
-
-    `borg init` writes README, config, the segments 0 and 1, and last an index. Where there is no further
-    segment, nothing can have been archived, so what has only borg's own names may be made anew.
-    """
-    names = {name for name in sizes if name and not name.startswith(OWN_PREFIX)}
-    own = {name for name in names if OWN_NAMES.fullmatch(name)}
-    if not names:
-        return RepositoryState.EMPTY
-    later = any(found and int(found[1]) > 1 for found in map(SEGMENT_FILE.fullmatch, own))
-    small = complete and own == names and sum(sizes.values()) < UNFINISHED_MAX_BYTES and not later
-    has_index = any(name.startswith("index.") for name in own)
-    if small and "README" in own and not ("config" in own and has_index):
-        return RepositoryState.UNFINISHED
-    return RepositoryState.READY if "config" in own and len(own) > 1 else RepositoryState.FOREIGN
-
-
 def look(client: S3Client) -> Preflight:
     """Lists the beginning of a store. Raises S3Error."""
     entries, more = client.list_page(client.store.key_prefix)
     if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
-    return Preflight(client.region, tuple(entries), more, client.clock or datetime.now(UTC))
+    return Preflight(client.region, tuple(entries), more, client.clock)
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
     """Lists a store, reads from it and, with `write`, writes. Raises S3Error naming what is refused."""
-    found = look(client)
-    probe_read(client, [entry for entry in found.keys if not entry.key.endswith("/")][:PROBED_OBJECTS])
+    found, refusal = look(client), None
+    readable = [entry for entry in found.keys if not entry.key.endswith("/")]
+    for entry in readable[:PROBED_OBJECTS]:
+        try:
+            client.get(entry.key, (0, 0) if entry.size_bytes else None)
+            refusal = None
+            break
+        except S3Error as error:
+            if error.status not in (*REFUSALS, 404):
+                raise
+            # One in cold storage, or deleted since the listing, says nothing about the others.
+            if error.status != 404 and error.code != "InvalidObjectState":
+                refusal = refusal or error
+    if refusal:
+        raise refusal
     if write:
         probe_write(client)
     return found
 
 
 def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
-    """Examines one store. Raises S3Error naming what is refused, Stopped on a stop signal."""
-    client = S3Client(store, stop=runtime.stop)
-    [found] = side_by_side([lambda: examine(client, write)], runtime.stop)
-    if isinstance(found, BackupError):
-        raise found
-    return found
-
-
-def probe_read(client: S3Client, entries: Sequence[S3Object]) -> None:
-    """Reads the first byte of one of these objects.
-
-    Raises S3Error, the first one, where S3 refuses them all. One in cold storage, or deleted since the
-    listing, says nothing about the others.
-    """
-    refusals = []
-    for entry in entries:
-        try:
-            client.get(entry.key, (0, 0) if entry.size_bytes else None)
-            return
-        except S3Error as error:
-            if error.status not in (*REFUSALS, 404):
-                raise
-            if error.status != 404 and error.code != "InvalidObjectState":
-                refusals.append(error)
-    if refusals:
-        raise refusals[0]
+    return examine(S3Client(store, stop=runtime.stop), write)
 
 
 def probe_write(client: S3Client) -> None:
@@ -5109,73 +4437,58 @@ def probe_write(client: S3Client) -> None:
             client.delete(key)
 
 
-@contextlib.contextmanager
-def held(
-    runtime: Runtime,
-    client: S3Client,
-    purpose: str,
-    notice: Callable[[str], None] | None = None,
-    switch: DeadMansSwitch | None = None,
-) -> Iterator[Lease]:
-    settings, name = runtime.settings, client.store.name
-    if not client.clock:  # it tells the others since when, by a clock that all share
-        look_at_lease(client)
-    holder = Holder(
-        runtime.run_id, socket.gethostname(), purpose, utc_now(client), settings.lease_ttl_seconds
-    )
-
-    def warn(text: str) -> None:
-        runtime.console.warning(name, text)
-
-    patience_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
-    lease = Lease(client, holder, patience_seconds, notice or warn, runtime.stop.wait, switch)
-    try:
-        lease.acquire(settings.lease_wait_seconds)
-        yield lease
-    finally:
-        lease.release()
+def read_config(mount: Mount) -> tuple[str, str]:
+    """A mounted repository's config, and the id in it. Raises BackupError."""
+    name = mount.store.name
+    config = within(MOUNT_SECONDS, f"{name}: reading config", (mount.path / "config").read_text)
+    if not (found := CONFIG_ID.search(config)):
+        raise BackupError(f"{name}: the repository's config has no id", "Restore its config.")
+    return config, found[1]
 
 
-def repository_id(runtime: Runtime, mount: Mount) -> str:
-    """The id in a mounted repository's config. Raises BackupError."""
-    config = within(MOUNT_SECONDS, f"{mount.store.name}: reading config", (mount.path / "config").read_text)
-    found = CONFIG_ID.search(config)
-    if not found:
-        raise BackupError(f"{mount.store.name}: the repository's config has no id", "Restore its config.")
-    return found[1]
+def prepare_repository(
+    runtime: Runtime, target: Target, client: S3Client, lease: Lease, may_be_new: bool = True
+) -> bool:
+    """Clears what crashed runs left in a repository, or makes one; returns whether it is new.
 
-
-def prepare_repository(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> bool:
-    """Makes a repository where there is none, or clears what crashed runs left; returns whether it is new."""
-    found = look(client)
-    probe = f"{target.store.key_prefix}{PROBE_NAME}"  # what a preflight that was killed left
+    Raises BackupError where somebody else has it locked, and where there is none though it may not be new.
+    """
+    store, prefix, found = target.store, target.store.key_prefix, look(client)
+    probe = f"{prefix}{PROBE_NAME}"  # what a preflight that was killed left
     delete_all(lease, [entry.key for entry in found.keys if entry.key.startswith(probe)])
-    state = what_lies_there(client, found)
+    state = what_lies_there(client, found, may_be_new)
     if state is RepositoryState.READY:
-        if lease.enforced:
-            clear_leftovers(runtime, target, client, lease)
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while owners := clear_leftovers(runtime, client, lease):
+            if time.monotonic() > deadline:
+                mount_point = shlex.quote(str(runtime.settings.mount_point(store)))
+                raise BackupError(
+                    f"{store.name}: the repository is locked by somebody else: {', '.join(owners)}",
+                    BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=mount_point),
+                )
+            runtime.stop.wait(POLL_SECONDS * 5)
         return False
     if state is RepositoryState.UNFINISHED:
-        others = found.others(target.store)
-        runtime.console.warning(target.store.name, f"{state.value} is removed: {len(others)} small objects")
-        delete_all(lease, others)
-    runtime.console.info(target.store.name, f"a new repository is made ({target.encryption})")
+        others = found.others(store)
+        runtime.console.warning(store.name, f"{state.value} is removed: {len(others)} small objects")
+        delete_all(lease, [entry.key for entry in others])
+    runtime.console.info(store.name, f"a new repository is made ({target.encryption})")
     # `borg init` wants an empty place, and the lease lies there already. So it makes a few small local files,
     # which are copied; the config goes last: what an interruption leaves has none, and is made anew.
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
-        Borg(runtime, target, repository).run(borg_init(target, repository))
-        notes = (KEY_EXPORTED_NAME, CHECKED_NAME)  # of a repository that was here before
-        delete_all(lease, [f"{target.store.key_prefix}{name}" for name in notes])
+        Borg(runtime, target, repository).run(["init", "--encryption", target.encryption, str(repository)])
+        # The notes are of a repository that was here before.
+        delete_all(lease, [f"{prefix}{name}" for name in (KEY_EXPORTED_NAME, CHECKED_NAME)])
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{target.store.key_prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(lambda client, key=key, body=body: client.put(key, body))
+            key, body = f"{prefix}{path.relative_to(repository)}", path.read_bytes()
+            lease.write(S3Client.put, key, body)
     return True
 
 
-def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
-    """The state of the place for a repository. Raises BackupError where it holds other objects."""
+def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> RepositoryState:
+    """The state of the place for a repository. Raises BackupError where what lies there is not wanted."""
     store, state = client.store, found.repository_state(client.store)
     if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
         readme = client.get(f"{store.key_prefix}README")
@@ -5184,63 +4497,49 @@ def what_lies_there(client: S3Client, found: Preflight) -> RepositoryState:
     if state is RepositoryState.FOREIGN:
         raise BackupError(
             f"{store.name}: {store.location} holds other objects"
-            f" (such as {found.others(store)[0]!r}) and no borg repository",
+            f" (such as {found.others(store)[0].key!r}) and no borg repository",
             f"Point {store.setting('path')} at an empty place, such as {store.bucket}:borg.",
+        )
+    if state is not RepositoryState.READY and not may_be_new:
+        raise BackupError(
+            f"{store.name}: {store.location} holds no repository yet",
+            f"Run a backup first, or correct {store.setting('path')}.",
         )
     return state
 
 
-def expect_repository(client: S3Client, found: Preflight) -> None:
-    if what_lies_there(client, found) is not RepositoryState.READY:
-        raise BackupError(
-            f"{client.store.name}: {client.store.location} holds no repository yet",
-            f"Run a backup first, or correct {client.store.setting('path')}.",
-        )
+def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequence[str]:
+    """Deletes what crashed runs left in a repository, where others are kept away; returns who else is there.
 
-
-def find_leftovers(client: S3Client) -> Leftovers:
-    """What crashed runs left in a repository, as the bucket has it."""
-    prefix = (
-        client.store.key_prefix
-    )  # the names that sort after segments: hints.N, index.N, integrity.N, lock
+    No mount must show it before: TigrisFS may deadlock on such a lock, and borg cannot use such an index.
+    """
+    if not lease.enforced:
+        return ()
+    name, prefix = client.store.name, client.store.key_prefix
+    # The names that sort after segments: hints.N, index.N, integrity.N, lock.
     names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
     # Its last holder may just have left.
     roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
-    return Leftovers.sort(names, roster.body if roster else b"")
-
-
-def remove_leftovers(runtime: Runtime, store: Store, lease: Lease, left: Leftovers) -> None:
-    """Deletes what crashed runs left before a mount shows it: TigrisFS may deadlock on such a lock."""
-    delete_all(lease, [f"{store.key_prefix}{name}" for name in left.stale])
+    left = Leftovers.sort(names, roster.body if roster else b"")
+    delete_all(lease, [f"{prefix}{name}" for name in left.stale])
     if any(re.match(r"lock\.exclusive.*/.", name) for name in left.stale):
-        runtime.console.info(store.name, "the lock of a run that crashed is removed")
+        runtime.console.info(name, "the lock of a run that crashed is removed")
     if any(INDEX_FILE.fullmatch(name) for name in left.stale):
-        runtime.console.info(store.name, "the index that a crashed run left half-written is removed")
+        runtime.console.info(name, "the index that a crashed run left half-written is removed")
+    return left.owners
 
 
 def delete_all(lease: Lease, keys: Iterable[str]) -> None:
     for key in keys:
-        lease.write(lambda client, key=key: client.delete(key))
-
-
-def clear_leftovers(runtime: Runtime, target: Target, client: S3Client, lease: Lease) -> None:
-    """Sees to it that borg finds no lock, and no index that it cannot use."""
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    while (left := find_leftovers(client)).owners:
-        if time.monotonic() > deadline:
-            path = shlex.quote(str(runtime.settings.mount_point(target.store)))
-            raise BackupError(
-                f"{target.store.name}: the repository is locked by somebody else: {', '.join(left.owners)}",
-                BREAK_LOCK_HELP.format(name=shlex.quote(target.name), path=path),
-            )
-        runtime.stop.check()
-        time.sleep(POLL_SECONDS * 5)
-    remove_leftovers(runtime, target.store, lease, left)
+        lease.write(S3Client.delete, key)
 
 
 @contextlib.contextmanager
-def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
-    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only."""
+def cache_reserved(runtime: Runtime, store: Store, lease: Lease, folder: Path) -> Iterator[None]:
+    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only.
+
+    Clears the locks there, too: the cache may lie on a volume and outlive a container that was killed in it.
+    """
     path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -5253,46 +4552,45 @@ def cache_reserved(store: Store, folder: Path) -> Iterator[None]:
             f"Let it finish, and point {store.setting('path')} at an empty place of its own.",
         )
     with lock:
+        paths = [path for each in folder.glob("lock.*") for path in (each, *each.glob("*"))]
+        names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
+        roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
+        for name in Leftovers.sort(names, roster).stale if lease.enforced else ():
+            with contextlib.suppress(OSError):  # borg says what is wrong with it
+                (folder / name).rmdir() if name.endswith("/") else (folder / name).unlink()
+                runtime.console.debug(store.name, f"{folder / name} is removed: a run that crashed left it")
         yield
-
-
-def clear_cache_locks(runtime: Runtime, mount: Mount, folder: Path) -> None:
-    """The same for borg's cache, which may lie on a volume and outlive a container that was killed in it."""
-    if not (mount.lease and mount.lease.enforced and folder.is_dir()):
-        return
-    paths = [path for lock in folder.glob("lock.*") for path in (lock, *lock.glob("*"))]
-    names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
-    roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
-    for name in Leftovers.sort(names, roster).stale:
-        path = folder / name
-        with contextlib.suppress(OSError):  # borg says what is wrong with it
-            path.rmdir() if name.endswith("/") else path.unlink()
-            runtime.console.debug(mount.store.name, f"{path} is removed: a run that crashed left it")
 
 
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
     """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
-    mode = seen_encryption(runtime.environ, repository.identity)  # borg itself refuses another one then
-    if not mode:
-        listed = repository.borg.run(borg_newest(repository.borg.repository, repository.is_ours_alone))
+    mode, borg = seen_encryption(runtime.environ, repository.identity), repository.borg
+    if not mode:  # else borg itself refuses another one
+        options = ["--last", "1", *(["--bypass-lock"] if repository.is_ours_alone else [])]
+        listed = borg.run(["list", "--json", *options, str(borg.repository)])
         mode = json.loads(listed.output)["encryption"]["mode"]
     if mistake := encryption_mistake(repository.target, mode):
         raise mistake
 
 
 def read_note(client: S3Client, name: str) -> dict[str, Any]:
-    """What was noted beside the repository; nothing where nothing was. Raises S3Error."""
+    """What was noted beside the repository, a JSON object; an empty one where nothing was. Raises S3Error."""
     answer = client.find(f"{client.store.key_prefix}{name}")
     try:
         noted = json.loads(answer.body) if answer else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         noted = {}
     return noted if isinstance(noted, dict) else {}
 
 
+def write_note(client: S3Client, name: str, note: Mapping[str, Any]) -> None:
+    body = json.dumps(note, default=lambda when: when.isoformat(timespec="seconds"))
+    client.put(f"{client.store.key_prefix}{name}", body.encode())
+
+
 def utc_now(client: S3Client) -> str:
     """The time by the server's clock."""
-    return f"{client.clock or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return f"{client.clock:%Y-%m-%dT%H:%M:%SZ}"
 
 
 @dataclass(frozen=True)
@@ -5324,24 +4622,22 @@ def writable(
     are further mounts that borg will need. Raises BackupError.
     """
     store = target.store
-    with (
-        mounted(runtime, store, client.region, read_only=False, lease=lease) as mount,
-        contextlib.ExitStack() as undo,
-    ):
+    with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
         wait_until_usable(runtime, mount)
         warm_up(runtime, mount)
-        identity = repository_id(runtime, mount)
+        identity = read_config(mount)[1]
         cache = cache_folder(runtime.environ, identity)
-        undo.enter_context(cache_reserved(store, cache))
-        clear_cache_locks(runtime, mount, cache)
-        borg = Borg(runtime, target, mount.path, [mount, *others])
-        yield Repository(target, client, mount, borg, lease, identity, cache, {})
-        mount.check_alive()
-        written = repository_files(runtime, store, mount.path, mount)
-        # What borg overwrites without changing its size, it does by renaming a file that was uploaded before.
-        settle(runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client)))
-    if lease.enforced:  # a lock: TigrisFS may upload it late, or not know that it has, as the answer was lost
-        remove_leftovers(runtime, store, lease, find_leftovers(client))
+        with cache_reserved(runtime, store, lease, cache):
+            borg = Borg(runtime, target, mount.path, [mount, *others])
+            yield Repository(target, client, mount, borg, lease, identity, cache, {})
+            mount.check_alive()
+            written = repository_files(runtime, store, mount.path, mount)
+            # Where borg overwrites without changing the size, it renames a file that was uploaded before.
+            mount.holds_nothing = settle(
+                runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client))
+            )
+    # A lock: TigrisFS may upload it late, or not know that it has, as the answer was lost.
+    clear_leftovers(runtime, client, lease)
     if not mount.holds_nothing:
         audit_upload(runtime, client, written)
 
@@ -5351,10 +4647,8 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
     """An existing repository under its lease, for `purpose`; on leaving, all is uploaded and compared."""
     found = preflight_one(runtime, target.store, write=True)
     client = S3Client(target.store, found.region, PROVEN, runtime.stop)
-    with held(runtime, client, purpose) as lease:
-        expect_repository(client, look(client))
-        if lease.enforced:
-            clear_leftovers(runtime, target, client, lease)
+    with Lease(runtime, client, purpose) as lease:
+        prepare_repository(runtime, target, client, lease, may_be_new=False)
         with writable(runtime, target, client, lease) as repository:
             yield repository
 
@@ -5387,93 +4681,60 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     With a `purpose` the lease is held meanwhile, where it is free and the keys may write: so nobody compacts
     the repository while it is read for long. Raises BackupError.
     """
-    found = preflight_one(runtime, target.store, write=False)
-    client = S3Client(target.store, found.region, PROVEN, runtime.stop)
-    expect_repository(client, found)
+    store, found = target.store, preflight_one(runtime, target.store, write=False)
+    client = S3Client(store, found.region, PROVEN, runtime.stop)
+    what_lies_there(client, found, may_be_new=False)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(full_disk_told(target.store))
+        undo.enter_context(full_disk_told(store))
         if purpose:
-            hold_if_possible(runtime, client, purpose, undo)
+            try:  # should it be lost later, reading goes on all the same
+                undo.enter_context(Lease(runtime, client, purpose, only_reads=True))
+            except (StillRunning, S3Error) as error:
+                runtime.console.info(target.store.name, f"{error.message}: {READING_IS_NOT_ALONE}")
         folder = undo.enter_context(folder_for_mounts())
-        private = dataclasses.replace(
-            runtime, settings=dataclasses.replace(runtime.settings, data_dir=folder)
-        )
-        mount = undo.enter_context(mounted(private, target.store, client.region, read_only=True))
-        wait_until_usable(private, mount)
-        files = repository_files(private, target.store, mount.path, mount)
-        identity = repository_id(private, mount)
-        view = within(MOUNT_SECONDS, "config", lambda: link_files(mount.path, files, folder / "view"))
-        borg = Borg(private, target, view, [mount], separate_folders(runtime.environ, identity, view))
-        repository = Repository(
-            target, client, mount, borg, None, identity, folder / "cache" / identity, files
-        )
+        path = folder / store.name
+        mount = undo.enter_context(mounted(runtime, store, client.region, read_only=True, path=path))
+        wait_until_usable(runtime, mount)
+        files = repository_files(runtime, store, mount.path, mount)
+        borg, identity = borg_for_reading(runtime, target, mount, files, folder)
         try:
-            yield repository
-        except Stopped:
-            raise
+            yield Repository(target, client, mount, borg, None, identity, folder / "cache" / identity, files)
         except BackupError as error:
-            if error.message.startswith(target.store.name) and removed_meanwhile(runtime, repository):
-                raise BackupError(
-                    f"{target.store.name}: another run changed the repository while it was read, which may be"
-                    f" why this failed: {error.message}",
-                    "Run it again.",
-                ) from error
-            raise
+            if isinstance(error, Stopped) or not error.message.startswith(store.name):
+                raise
+            listed: Collection[str] = files
+            with contextlib.suppress(S3Error):
+                listed = listed_files(runtime, client)
+            if all(name in listed for name in files if not name.startswith("lock.")):
+                raise
+            raise BackupError(
+                f"{store.name}: another run changed the repository while it was read, which may be why this"
+                f" failed: {error.message}",
+                "Run it again.",
+            ) from error
 
 
-def hold_if_possible(runtime: Runtime, client: S3Client, purpose: str, undo: contextlib.ExitStack) -> None:
-    """Has `undo` hold the lease, unless somebody else does, or S3 does not let us.
+def borg_for_reading(
+    runtime: Runtime, target: Target, mount: Mount, files: Iterable[str], folder: Path
+) -> tuple[Borg, str]:
+    """A borg that sees a folder of links to a mounted repository's files, and the repository's id.
 
-    Should it be lost later, reading goes on all the same.
+    It is told what is known of the repository, and so notices one that was swapped or set back. That this
+    one lies elsewhere is no news.
     """
-    name, settings = client.store.name, dataclasses.replace(runtime.settings, lease_wait_seconds=0)
-    hasty = client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
-    impatient = dataclasses.replace(runtime, settings=settings)
-
-    def notice(text: str) -> None:
-        runtime.console.debug(name, text)
-
-    try:
-        undo.enter_context(held(impatient, hasty, purpose, notice, NoSwitch()))
-    except (StillRunning, S3Error) as error:
-        runtime.console.info(name, f"{error.message}: {READING_IS_NOT_ALONE}")
-
-
-def link_files(mounted_at: Path, files: Iterable[str], view: Path) -> Path:
-    """Makes the folder `view` with links to a mounted repository's files; borg's locks are left out."""
+    (config, identity), view = read_config(mount), folder / "view"
     view.mkdir()
-    folders = {str(view)}
+    (view / "config").write_text(config)
     for name in files:
-        if name == "config":
-            shutil.copyfile(mounted_at / name, view / name)
-        elif not name.startswith("lock."):
-            folder = os.path.dirname(f"{view}/{name}")
-            if folder not in folders:
-                os.makedirs(folder, exist_ok=True)
-                folders.add(folder)
-            os.symlink(f"{mounted_at}/{name}", f"{view}/{name}")
-    return view
-
-
-def separate_folders(environ: Mapping[str, str], identity: str, view: Path) -> dict[str, str]:
-    """Where a borg that only reads keeps what it knows: beside `view`.
-
-    It is told what is known, and so notices a repository that was swapped or set back. That this one lies
-    elsewhere is no news.
-    """
-    known, security = security_folder(environ, identity), view.with_name("security") / identity
+        if name != "config" and not name.startswith("lock."):
+            os.makedirs(os.path.dirname(f"{view}/{name}"), exist_ok=True)
+            os.symlink(f"{mount.path}/{name}", f"{view}/{name}")
+    known, security = security_folder(runtime.environ, identity), folder / "security" / identity
     if known.is_dir():
         shutil.copytree(known, security)
         (security / "location").write_text(str(view), encoding="utf-8")
-    return {"BORG_CACHE_DIR": str(view.with_name("cache")), "BORG_SECURITY_DIR": str(security.parent)}
-
-
-def removed_meanwhile(runtime: Runtime, repository: Repository) -> bool:
-    try:
-        names = listed_files(runtime, repository.client).keys()
-    except S3Error:
-        return False
-    return any(name not in names for name in repository.files if not name.startswith("lock."))
+    folders = {"BORG_CACHE_DIR": str(folder / "cache"), "BORG_SECURITY_DIR": str(security.parent)}
+    return Borg(runtime, target, view, [mount], folders), identity
 
 
 # ---------------------------------------------------------------------------------------------------- Check
@@ -5499,59 +4760,29 @@ class CheckRecord:
     damaged: datetime | None = None  # when that was found last
     kind: str = ""  # the kind of check that found it, see CHECK_KINDS
 
-    def body(self) -> bytes:
-        fields = dataclasses.asdict(self)
-        return json.dumps(fields, default=lambda when: when.isoformat(timespec="seconds")).encode()
+    def unchecked_since(self, segments: Segments) -> datetime | None:
+        """Since when the data that is unchecked for the longest time is so; None where there is no data.
 
-    @classmethod
-    def parse(cls, body: bytes, identity: str) -> CheckRecord:
-        """The record that `body` holds of the repository `identity`; an empty one where it does not."""
-        empty = cls(repository=identity)
-        try:
-            fields = json.loads(body)
-            if fields["repository"] != identity:
-                return empty
-            known = {name: fields[name] for name in RECORD_TIMES if fields[name] is not None}
-            times = {name: datetime.fromisoformat(text).astimezone(UTC) for name, text in known.items()}
-            texts = {name: str(fields[name]) for name in ("damage", "kind")}
-            return cls(repository=identity, segment=int(fields["segment"]), **times, **texts)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return empty
+        Data is unchecked since the pass began that read it last, or since it was written, if none has. In a
+        pass that is under way only the segments up to the last one that it checked count as read.
+        """
+        since = []
+        for number, (_, written) in segments.items():
+            read = self.pass_began if number <= self.segment else self.checked_from
+            since.append(max(written, read) if read else written)
+        return min(since, default=None)
+
+    def age(self, segments: Segments, now: datetime) -> str:
+        """How old the oldest unchecked data is, in a few words."""
+        since = self.unchecked_since(segments)
+        if not since:
+            return "there is no data to check"
+        return f"the oldest unchecked data is {age(max(0.0, (now - since).total_seconds()))} old"
 
 
 RECORD_TIMES = ("checked", "checked_from", "pass_began", "began", "damaged")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A file of a repository that holds data; its number grows with each that is written."""
-
-    size_bytes: int
-    written: datetime
-
-
-@dataclass(frozen=True)
-class Checked:
-    record: CheckRecord
-    segments: Mapping[int, Segment]  # by their numbers
-    clock: datetime  # the server's
-
-    @property
-    def age(self) -> str:
-        """How old the oldest unchecked data is, in a few words."""
-        since = unchecked_since(self.record, self.segments)
-        if not since:
-            return "there is no data to check"
-        return f"the oldest unchecked data is {age(max(0.0, (self.clock - since).total_seconds()))} old"
-
-    @property
-    def extent(self) -> str:
-        """How much has been checked, in a few words."""
-        total = size(sum(segment.size_bytes for segment in self.segments.values()))
-        if not self.record.pass_began:
-            return f"all {total}"
-        done = [known.size_bytes for number, known in self.segments.items() if number <= self.record.segment]
-        return f"{size(sum(done))} of {total} in this pass"
+# Files of a repository that hold data: number, which grows with each that is written -> size in bytes, time.
+Segments = Mapping[int, tuple[int, datetime]]
 
 
 def age(seconds: float) -> str:
@@ -5562,10 +4793,17 @@ def age(seconds: float) -> str:
     return count(int(seconds), "second")
 
 
-def last_check(client: S3Client, identity: str) -> CheckRecord:
-    """What is known of the checks of the repository with this id. Raises S3Error."""
-    answer = client.find(f"{client.store.key_prefix}{CHECKED_NAME}")
-    return CheckRecord.parse(answer.body if answer else b"", identity)
+def last_check(repository: Repository) -> CheckRecord:
+    """What is noted of the checks of a repository; an empty record where nothing is, or of another one."""
+    note, identity = read_note(repository.client, CHECKED_NAME), repository.identity
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+        if note["repository"] == identity:
+            known = {name: note[name] for name in RECORD_TIMES if note[name] is not None}
+            times = {name: datetime.fromisoformat(text).astimezone(UTC) for name, text in known.items()}
+            texts = {name: str(note[name]) for name in ("damage", "kind")}
+            fields = {"segment": int(note["segment"]), **times, **texts}
+    return CheckRecord(identity, **fields)
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
@@ -5574,21 +4812,8 @@ def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
     return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
 
 
-def unchecked_since(record: CheckRecord, segments: Mapping[int, Segment]) -> datetime | None:
-    """Since when the data that is unchecked for the longest time is so; None where there is no data.
-
-    Data is unchecked since the pass began that read it last, or since it was written, if none has. In a pass
-    that is under way only the segments up to the last one that it checked count as read.
-    """
-    since = []
-    for number, segment in segments.items():
-        read = record.pass_began if number <= record.segment else record.checked_from
-        since.append(max(segment.written, read) if read else segment.written)
-    return min(since, default=None)
-
-
-def before_slice(record: CheckRecord, position: int, now: datetime) -> CheckRecord:
-    """The record when a slice begins; borg's config says that it will go on after `position` (-1: anew).
+def before_check(record: CheckRecord, position: int, now: datetime) -> CheckRecord:
+    """The record when a check begins; borg's config says that it will go on after `position` (-1: anew).
 
     Where its `segment` is then below `position`, borg has to be set back to it: somebody else went on with
     the pass, or we were interrupted before we could note what was found.
@@ -5605,77 +4830,70 @@ def after_check(record: CheckRecord, position: int, damage: str, kind: str, now:
     if position >= 0:
         return dataclasses.replace(record, segment=position)
     over = dataclasses.replace(record, pass_began=None, segment=-1)
-    if record.damage and record.damaged and record.pass_began and record.damaged >= record.pass_began:
+    if record.damaged and record.pass_began and record.damaged >= record.pass_began:
         return over
     over = dataclasses.replace(over, checked=now, checked_from=record.pass_began)
-    sees_it = CHECK_KINDS.index(kind) >= (CHECK_KINDS.index(record.kind) if record.kind in CHECK_KINDS else 0)
-    return dataclasses.replace(over, damage="", damaged=None, kind="") if sees_it else over
+    if record.kind in CHECK_KINDS[CHECK_KINDS.index(kind) + 1 :]:  # this check does not see what that one saw
+        return over
+    return dataclasses.replace(over, damage="", damaged=None, kind="")
 
 
 def check_repository(
     runtime: Runtime, repository: Repository, plan: CheckPlan, verify_data: bool = False
-) -> Checked:
+) -> CheckRecord:
     """Checks a repository that is open for writing: a slice of it, or everything; never repairs anything.
 
-    Damage is in the result's record, and so is that which an earlier check has found. Raises BackupError
-    where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
+    Damage is in the record that it returns, and so is that which an earlier check has found. Raises
+    BackupError where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
     """
-    name, path, start = repository.target.store.name, repository.mount.path, time.monotonic()
-    record = last_check(repository.client, repository.identity)
-    began = repository.client.clock or datetime.now(UTC)
+    name, borg, path = repository.target.store.name, repository.borg, repository.mount.path
+    start, is_whole = time.monotonic(), plan.seconds is None
+    deadline, kind = start + (plan.seconds or 0), CHECK_KINDS[1 + verify_data if is_whole else 0]
+    record, position, damage, is_over = last_check(repository), -1, "", False
+    began = repository.client.clock
 
     def clock() -> datetime:  # the server's, without asking it again
         return began + timedelta(seconds=time.monotonic() - start)
 
     runtime.console.info(name, "borg check begins")
-    if plan.seconds is None:  # a whole pass, with the index and the archives
-        record = dataclasses.replace(record, pass_began=clock(), segment=-1)
-        kind = CHECK_KINDS[2] if verify_data else CHECK_KINDS[1]
+    if not is_whole:
+        position, damage = borgs_position(repository), missing_segments(runtime, repository)
+    record = before_check(record, position, clock())
+    if record.segment < position:
+        value = ["last_segment_checked", str(record.segment)]
+        anew = ["--delete", str(path), value[0]]
+        borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+    while not is_over:  # a slice's place is noted now and then; it ends in time, or with the pass
         options = ["--verify-data"] if verify_data else []
-        damage = damage_found(repository, ["check", "--info", "--progress", *options, str(path)])
-        record = after_check(record, -1, damage, kind, clock())
-    else:
-        # A slice that ends in time, or with the pass; its place is noted now and then.
-        position, deadline = borgs_position(repository), start + plan.seconds
-        record = before_slice(record, position, clock())
-        if record.segment < position:
-            value = ["last_segment_checked", str(record.segment)]
-            anew = ["--delete", str(path), value[0]]
-            repository.borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
-        damage, is_over = missing_segments(runtime, repository), False
-        while not is_over:
+        if not is_whole:
             seconds = max(1, round(min(ROUND_SECONDS, deadline - time.monotonic())))
             options = ["--repository-only", "--max-duration", str(seconds)]
-            arguments = ["check", "--info", "--progress", *options, str(path)]
-            damage = damage_found(repository, arguments) or damage
-            position = borgs_position(repository)
-            record = after_check(record, position, damage, CHECK_KINDS[0], clock())
-            note_record(repository, record)
-            is_over = position < 0 or time.monotonic() > deadline
-    record = dataclasses.replace(record, began=began)
-    note_record(repository, record)
-    checked = Checked(record, segments_of(runtime, repository), clock())
+        result = borg.run(["check", "--info", "--progress", *options, str(path)])
+        if result.verdict is not Verdict.OK:
+            further = result.log.errors.count - 2  # the last one says that errors were found
+            more = f" (and {count(further, 'further error')})" if further > 0 else ""
+            damage = f"{result.log.reason(1)}{more}"
+        position = -1 if is_whole else borgs_position(repository)
+        record = after_check(record, position, damage, kind, clock())
+        is_over = position < 0 or time.monotonic() > deadline
+        if is_over:
+            record = dataclasses.replace(record, began=began)
+        note = dataclasses.asdict(record)
+        repository.lease.write(write_note, CHECKED_NAME, note)
+    segments = segments_of(runtime, repository)
+    total = size(sum(size_bytes for size_bytes, _ in segments.values()))
+    done = sum(size_bytes for number, (size_bytes, _) in segments.items() if number <= record.segment)
+    extent = f"{size(done)} of {total} in this pass" if record.pass_began else f"all {total}"
     found = "damage was found" if record.damage else "no damage was found"
     took = duration(time.monotonic() - start)
-    runtime.console.info(name, f"checked {checked.extent}, in {took}: {found}; {checked.age}")
-    return checked
-
-
-def damage_found(repository: Repository, arguments: Sequence[str]) -> str:
-    """What a borg command finds wrong with a repository; nothing where that is sound."""
-    result = repository.borg.run(arguments)
-    if result.verdict is Verdict.OK:
-        return ""
-    further = result.log.error_count - 2  # the last one says that errors were found
-    more = f" (and {count(further, 'further error')})" if further > 0 else ""
-    return f"{result.log.reason(1)}{more}"
+    runtime.console.info(name, f"checked {extent}, in {took}: {found}; {record.age(segments, clock())}")
+    return record
 
 
 def borgs_position(repository: Repository) -> int:
     """The last segment that the pass under way has checked, as borg notes it; -1: the next is the first."""
-    name, config = repository.target.store.name, repository.mount.path / "config"
-    text = within(MOUNT_SECONDS, f"{name}: reading config", config.read_text)
-    found = re.search(r"^last_segment_checked = ([0-9]+)$", text, re.MULTILINE)
+    config, _ = read_config(repository.mount)
+    found = re.search(r"^last_segment_checked = ([0-9]+)$", config, re.MULTILINE)
     return int(found[1]) if found else -1
 
 
@@ -5687,33 +4905,22 @@ def missing_segments(runtime: Runtime, repository: Repository) -> str:
     missing = [number for number in missing if number not in there]
     if not missing:
         return ""
-    names = ", ".join(map(str, missing[:5]))
-    more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
-    damage = f"{count(len(missing), 'segment')} with data missing from the bucket: {names}{more}"
+    names = first_of([str(number) for number in missing])
+    damage = f"{count(len(missing), 'segment')} with data missing from the bucket: {names}"
     runtime.console.error(repository.target.store.name, damage)
     return damage
 
 
-def segments_of(runtime: Runtime, repository: Repository) -> dict[int, Segment]:
-    """The segments of a mounted repository by their numbers: the files `data/FOLDER/NUMBER`."""
-    data = repository.mount.path / "data"
-
-    def walk() -> dict[int, Segment]:
-        found = {}
-        for path in walk_files(repository.target.store, data):
-            if path.name.isdigit():
-                status = path.stat()
-                found[int(path.name)] = Segment(status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
-        return found
-
-    what = f"{repository.target.store.name}: listing the repository"
-    return until_done(runtime, [repository.mount], what, in_background(walk))
-
-
-def note_record(repository: Repository, record: CheckRecord) -> None:
-    """Writes the record beside the repository, which is open for writing, as long as the lease holds."""
-    key = f"{repository.target.store.key_prefix}{CHECKED_NAME}"
-    repository.lease.write(lambda client: client.put(key, record.body()))
+def segments_of(runtime: Runtime, repository: Repository) -> Segments:
+    """The segments of a mounted repository: the files `data/FOLDER/NUMBER`."""
+    mount = repository.mount
+    found = mounted_files(runtime, mount.store, mount.path / "data", mount)
+    numbered = {name.rpartition("/")[2]: facts for name, facts in found.items()}
+    return {
+        int(number): (size_bytes, datetime.fromtimestamp(written, UTC))
+        for number, (size_bytes, written) in numbered.items()
+        if number.isdigit()
+    }
 
 
 def expect_sound(repository: Repository, record: CheckRecord) -> None:
@@ -5731,23 +4938,132 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
     plan, client = repository.target.check, repository.client
     if not plan:
         return
-    record, now = last_check(client, repository.identity), client.clock or datetime.now(UTC)
+    record, now = last_check(repository), client.clock
     if is_due(plan, record.began, now):
-        record = check_repository(runtime, repository, plan).record
+        record = check_repository(runtime, repository, plan)
     else:
-        checked = Checked(record, segments_of(runtime, repository), now)
-        runtime.console.info(repository.target.store.name, f"no check is due; {checked.age}")
+        words = record.age(segments_of(runtime, repository), now)
+        runtime.console.info(repository.target.store.name, f"no check is due; {words}")
     expect_sound(repository, record)
 
 
 # --------------------------------------------------------------------------------------------------- Backup
 
 
-@dataclass
-class Outcome:
-    """How it went with one target: it has failed until its story is at its end."""
+def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
+    """One backup of the source to `targets`; prints what happens and returns the exit code.
 
+    Raises BackupError when no target could even be tried, Stopped on a stop signal, after everything is
+    undone.
+    """
+    what = f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
+    names = [target.name for target in targets]
+    runtime.console.info("run", what, "run_started", version=VERSION, targets=names)
+    if runtime.settings.source_metadata:
+        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
+        runtime.console.info("run", words)
+    runs = [TargetRun(runtime, target) for target in targets]
+    try:
+        source, *checks = preflight(runtime, targets)
+        if isinstance(source, BackupError):
+            raise source
+        for run, check in zip(runs, checks, strict=True):
+            run.check = check
+        with listed_source(runtime, source) as (catalog, unlistable):
+            back_up_all(runtime, source, catalog, unlistable, runs)
+        runtime.stop.check()
+    finally:
+        conclude(runtime, runs, RUN_COLUMNS)
+    return overall(runs)
+
+
+def back_up_all(
+    runtime: Runtime,
+    found: Preflight,
+    catalog: Catalog,
+    unlistable: Collection[str],
+    runs: Sequence[TargetRun],
+) -> None:
+    """Backs up to several targets at a time.
+
+    Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
+    A target that got stuck is tried once more, and the source is mounted anew for it, too: it may be the one
+    that does not move.
+    """
+    source = runtime.settings.source
+    at_once = memory_plan(runtime.settings, runtime.memory_mb).targets_at_once
+    while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
+        tries = sum(run.tries for run in runs)
+        try:
+            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
+                mount.is_shared = at_once > 1
+                for start in range(0, len(remaining), at_once):
+                    batch = remaining[start : start + at_once]
+                    back_up_batch(runtime, found, mount, catalog, batch)
+                    is_stuck = any(run.is_to_be_tried for run in batch)
+                    if is_stuck or not (mount.is_alive and mount.usable):
+                        break
+        except Stopped:
+            raise
+        except BackupError as error:
+            if tries == sum(run.tries for run in runs):
+                raise
+            runtime.console.warning("source", str(error))
+
+
+def back_up_batch(
+    runtime: Runtime, found: Preflight, mount: Mount, catalog: Catalog, batch: Sequence[TargetRun]
+) -> None:
+    """Backs up to some targets side by side; the source is read once for all. Raises Stopped."""
+    readers = [Reader() for _ in batch]
+    with full_disk_told(runtime.settings.source):
+        feeder = Feeder(runtime, found, mount, catalog, readers)
+
+    def work(run: TargetRun, reader: Reader) -> None:
+        try:
+            with run.trying():
+                run.back_up(feeder, reader)
+        finally:
+            feeder.ahead.left(reader)
+
+    with contextlib.closing(feeder):
+        pairs = zip(batch, readers, strict=True)
+        futures = [in_background(functools.partial(work, run, reader)) for run, reader in pairs]
+        # Each sees stop signals by itself, and has its own deadlines. But a signal that another thread gets
+        # is noted only when this one, the main thread, goes on: so it must not sleep for long.
+        for _ in waiting(*futures):
+            with contextlib.suppress(OSError):
+                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
+    for future in futures:
+        future.result()
+
+
+def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
+    """Prunes, compacts and checks repositories without their source; returns the exit code."""
+    runs = [TargetRun(runtime, target) for target in targets]
+    try:
+        for run in runs:
+            while run.is_to_be_tried:
+                with run.trying():
+                    run.maintain()
+    finally:
+        conclude(runtime, runs, MAINTENANCE_COLUMNS)
+    return overall(runs)
+
+
+# What an archive's comment begins with: before that time the source cannot have been listed.
+SOURCE_AS_OF = "s3borgbackup: source as of "
+WITH_MANIFEST = ", with manifest"  # and then one of its files is no object
+CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+
+
+@dataclass
+class TargetRun:
+    """The work on one target, and how it went: it has failed until its story is at its end."""
+
+    runtime: Runtime
     target: Target
+    check: Preflight | BackupError | None = None  # what S3 says of the store; None: not asked
     verdict: Verdict = Verdict.FAILURE
     reason: str = "was not run"
     archive: str = ""
@@ -5756,16 +5072,18 @@ class Outcome:
     stored_bytes: int = 0
     archives: dict[str, int] = field(default_factory=dict)  # of a maintenance: how many there were, and are
     seconds: float = 0.0
-    is_suspicious: bool = False  # the archive may not be worth what pruning would delete for it
     warnings: list[str] = field(default_factory=list)  # the reasons, where there are any
     failures: list[str] = field(default_factory=list)  # what fails it although its story goes on
     tries: int = 0
     stuck: str = ""  # how the first try ended
 
-    def begin(self) -> None:
-        """A try begins: what an earlier one has found counts for nothing."""
-        fresh = Outcome(self.target, seconds=self.seconds, tries=self.tries + 1, stuck=self.stuck)
-        vars(self).update(vars(fresh))
+    @property
+    def name(self) -> str:
+        return self.target.store.name
+
+    @property
+    def is_to_be_tried(self) -> bool:
+        return not self.tries or (self.tries == 1 and bool(self.stuck))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -5780,126 +5098,342 @@ class Outcome:
             "seconds": round(self.seconds, 3),
         }
 
-    def add(self, result: BorgResult) -> None:
-        """Takes a command's warnings into account."""
-        if result.verdict is Verdict.WARNING:
-            self.warn()
+    def info(self, *words: str, **details: Any) -> None:
+        self.runtime.console.info(self.name, *words, **details)
 
-    def warn(self, reason: str = "") -> None:
-        """It ends with a warning at best."""
+    def warn(self, reason: str) -> None:
+        """Tells why it ends with a warning at best."""
         self.warnings.append(reason)
+        self.runtime.console.warning(self.name, reason)
 
-    def finish(self) -> None:
-        """Its story is at its end."""
-        if self.failures:
-            self.verdict, self.reason = Verdict.FAILURE, self.failures[0]
-            return
-        self.verdict = Verdict.WARNING if self.warnings else Verdict.OK
-        self.reason = next(filter(None, self.warnings), "")
+    def doubt(self, text: str) -> None:
+        """Tells what fails it although its story goes on, without pruning."""
+        self.failures.append(f"{self.name}: {text}")
+        self.runtime.console.error(self.name, self.failures[-1])
 
-    def fail(self, error: Exception) -> None:
-        """It has failed, or it is not our turn."""
-        busy = isinstance(error, StillRunning)
-        self.verdict, self.reason = Verdict.BUSY if busy else Verdict.FAILURE, str(error)
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """A try. Whatever goes wrong in it becomes its outcome, so that the other targets go on.
 
+        What got stuck is to be tried once more. That try takes the lease as anybody else would: when it has
+        expired. What the killed tigrisfs had sent may still arrive until then, and would overwrite segments
+        that have the same numbers. Raises Stopped.
+        """
+        start, runtime = time.monotonic(), self.runtime
+        fresh = TargetRun(
+            runtime, self.target, self.check
+        )  # what an earlier try has found counts for nothing
+        fresh.seconds, fresh.tries, fresh.stuck = self.seconds, self.tries + 1, self.stuck
+        vars(self).update(vars(fresh))
+        if self.tries > 1:  # LEASE_WAIT is about other runs
+            settings = dataclasses.replace(runtime.settings, lease_wait_seconds=None)
+            self.runtime = dataclasses.replace(runtime, settings=settings)
+        try:
+            yield
+            if self.failures:
+                self.reason = self.failures[0]
+            else:
+                self.verdict = Verdict.WARNING if self.warnings else Verdict.OK
+                self.reason = next(filter(None, self.warnings), "")
+        except Stopped:
+            self.reason = "was stopped"
+            raise
+        except (BackupError, OSError) as error:
+            self.verdict = Verdict.BUSY if isinstance(error, StillRunning) else Verdict.FAILURE
+            self.reason = str(error)
+            if isinstance(error, Hung) and self.tries == 1 and not runtime.stop.requested:
+                self.stuck = error.message
+                words = f"{self.stuck}; it is tried once more, with new mounts"
+                runtime.console.warning(self.name, words, "stuck")
+            else:
+                runtime.console.error(self.name, str(error))
+        except Exception as error:
+            self.reason = f"{self.name}: {type(error).__name__}: {DEFECT}"
+            runtime.console.defect(self.name, error)
+        finally:
+            self.seconds += time.monotonic() - start
+            if self.tries > 1:
+                first = f"tried twice, as it got stuck: {self.stuck}"
+                self.reason = f"{first}; {self.reason}" if self.reason else first
 
-def bring_to_end(runtime: Runtime, outcome: Outcome, work: Callable[[Runtime], None]) -> bool:
-    """Does a target's work. Whatever goes wrong becomes its outcome, so that the others go on.
-
-    Returns whether it got stuck for the first time, and is to be tried once more. That try takes the lease as
-    anybody else would: when it has expired. What the killed tigrisfs had sent may still arrive until then,
-    and would overwrite segments that have the same numbers. Raises Stopped.
-    """
-    start, console, name = time.monotonic(), runtime.console, outcome.target.store.name
-    outcome.begin()
-    if outcome.tries > 1:  # LEASE_WAIT is about other runs
-        settings = dataclasses.replace(runtime.settings, lease_wait_seconds=None)
-        runtime = dataclasses.replace(runtime, settings=settings)
-    try:
-        work(runtime)
-        outcome.finish()
-    except Stopped:
-        outcome.fail(BackupError("was stopped"))
-        raise
-    except (BackupError, OSError) as error:
-        outcome.fail(error)
-        if isinstance(error, Hung) and outcome.tries == 1 and not runtime.stop.requested:
-            outcome.stuck = error.message
-            console.warning(name, f"{error.message}; it is tried once more, with new mounts", "stuck")
-            return True
-        console.error(name, str(error))
-    except Exception as error:
-        outcome.fail(BackupError(f"{name}: {type(error).__name__}: {DEFECT}"))
-        console.defect(name, error)
-    finally:
-        outcome.seconds += time.monotonic() - start
-        if outcome.tries > 1:
-            first = f"tried twice, as it got stuck: {outcome.stuck}"
-            outcome.reason = f"{first}; {outcome.reason}" if outcome.reason else first
-    return False
-
-
-def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """One backup of the source to `targets`; prints what happens and returns the exit code.
-
-    Raises BackupError when no target could even be tried, Stopped on a stop signal, after everything is
-    undone.
-    """
-    runtime.console.info(
-        "run",
-        f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}",
-        "run_started",
-        version=VERSION,
-        targets=[target.name for target in targets],
-    )
-    if runtime.settings.source_metadata:
-        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
-        runtime.console.info("run", words)
-    outcomes = [Outcome(target) for target in targets]
-    try:
-        source, *checks = preflight(runtime, targets)
-        if isinstance(source, BackupError):
-            raise source
-        with listed_source(runtime, source) as listed:
-            back_up_all(runtime, source, listed, list(zip(outcomes, checks, strict=True)))
-        runtime.stop.check()
-    finally:
-        conclude(runtime, outcomes, summary)
-    return overall(outcomes)
-
-
-def conclude(
-    runtime: Runtime, outcomes: Sequence[Outcome], tabulate: Callable[[Sequence[Outcome]], str]
-) -> None:
-    """Prints how it went with each target, and notes it for those who are told."""
-    report, console = runtime.report, runtime.console
-    report.targets = [outcome.as_json() for outcome in outcomes]
-    report.table = tabulate(outcomes)
-    if not console.as_json:
-        console.plain(report.table)
-        return
-    for outcome in outcomes:
-        console.info(
-            outcome.target.store.name,
-            outcome.reason or outcome.verdict.value,
-            "target_finished",
-            **outcome.as_json(),
+    def back_up(self, feeder: Feeder, reader: Reader) -> None:
+        """Backs up, from taking the lease to giving it back. Raises BackupError."""
+        if isinstance(check := self.check, BackupError):
+            raise check
+        runtime, target, catalog, label = (
+            self.runtime,
+            self.target,
+            feeder.catalog,
+            self.runtime.settings.label,
         )
+        if self.tries > 1:  # a store that does not take writes any more is to be told in seconds
+            check = preflight_one(runtime, target.store, write=True)
+        client = S3Client(target.store, check.region, PROVEN, runtime.stop)
+        with Lease(runtime, client, "a backup") as lease:
+            is_new = prepare_repository(runtime, target, client, lease)
+            with writable(runtime, target, client, lease, [feeder.mount]) as repository:
+                wait_until_usable(runtime, feeder.mount)
+                if is_new:  # `borg init` made an empty files cache
+                    catalog.note_archive(repository.cache.name, label, 0, 0.0)
+                else:
+                    check_encryption(runtime, repository)
+                    if not (repository.cache / "files").exists():
+                        words = "borg's cache of this repository is not there: the whole source is read again"
+                        volume = "A volume keeps it: docker run --volume s3borgbackup-cache:/cache"
+                        self.info(f"{words}, and the repository's index. {volume}")
+                self.create_archive(repository, feeder, reader)
+                is_whole = not self.failures
+                is_alike = self.is_like_last(repository, catalog)
+                is_pruned = bool(target.prune and self.objects and is_whole and is_alike)
+                is_compacted = is_pruned and target.compact_percent is not None
+                self.keep_up(repository, is_pruned, is_compacted, f"the archive {self.archive} is stored")
+            outlast_name(self.archive)
+        if self.objects and is_whole:  # what comes after another one is to be compared with the last good one
+            catalog.note_archive(repository.cache.name, label, self.objects)
+        self.info(f"done: everything is uploaded to {target.store.location}")
+        if target.encryption != "none" and (is_new or not check.holds(target.store, KEY_EXPORTED_NAME)):
+            self.info(
+                "its key was never exported; if that is lost, so is the backup:"
+                f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase"
+            )
+
+    def maintain(self) -> None:
+        """What a run does besides its archive. Raises BackupError."""
+        runtime, target, label = self.runtime, self.target, self.runtime.settings.label
+        with opened_for_writing(runtime, target, "maintenance") as repository:
+            check_encryption(runtime, repository)
+            before = archives_of(repository)[1]
+            newest, reason = newest_of(before, label), ""
+            if target.prune and not newest:
+                reason = f"no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
+            elif target.prune and newest.objects == 0:
+                reason = f"the newest archive, {newest.name}, is empty; look at the source first"
+            if reason:
+                self.warn(f"nothing is pruned: {reason}")
+            is_pruned, is_compacted = bool(target.prune) and not reason, target.compact_percent is not None
+            self.keep_up(repository, is_pruned, is_compacted, "it is pruned and compacted as asked")
+            after = archives_of(repository)[1]
+            self.archives = {"archives_before": len(before), "archives_after": len(after)}
+        self.info(f"done: everything is uploaded to {target.store.location}")
+
+    def keep_up(self, repository: Repository, is_pruned: bool, is_compacted: bool, done: str) -> None:
+        """Prunes and compacts a repository where that is to be, and checks it where that is due.
+
+        Damage fails the target; what was `done` stands all the same. Raises BackupError.
+        """
+        borg, path, results = repository.borg, repository.mount.path, []
+        if is_pruned:
+            results.append(borg.run(borg_prune(self.target, self.runtime.settings.label, path)))
+            first_words = [line.partition(" archive")[0] for line in results[-1].log.infos]
+            gone, kept = first_words.count("Pruning"), first_words.count("Keeping")
+            text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
+            self.info(text, "pruned", pruned=gone, kept=kept)
+        if is_compacted:
+            results.append(borg.run(borg_compact(self.target, path)))
+            for line in results[-1].log.infos:
+                if line.startswith("compaction freed"):
+                    self.info(line)
+        self.warnings += ["" for result in results if result.verdict is Verdict.WARNING]
+        try:
+            check_if_due(self.runtime, repository)
+        except (Stopped, Stuck):
+            raise
+        except BackupError as error:
+            self.failures.append(f"{done}, but {error}")
+            self.runtime.console.error(self.name, str(error))
+
+    def create_archive(self, repository: Repository, feeder: Feeder, reader: Reader) -> None:
+        """Makes a new archive and says what it holds, and what it lacks.
+
+        Raises BackupError, also when the source went away.
+        """
+        self.info("borg create begins")
+        clock, catalog, label = feeder.found.clock, feeder.catalog, self.runtime.settings.label
+        as_of = clock - timedelta(seconds=RACE_SECONDS)
+        fed = Fed(feeder, reader, self.name, known_until(catalog, repository.cache), as_of)
+        comment = f"{SOURCE_AS_OF}{clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
+        with contextlib.closing(fed):
+            try:
+                created = repository.borg.run(
+                    borg_create(self.target, label, repository.mount.path, comment), fed
+                )
+            except BackupError as error:
+                raise (
+                    error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure
+                ) from None
+        archive = json.loads(created.output)["archive"]
+        stats = archive["stats"]
+        self.archive, self.objects = archive["name"], stats["nfiles"] - fed.has_manifest
+        self.archived_bytes = stats["original_size"] - fed.manifest_bytes
+        self.stored_bytes = stats["deduplicated_size"]
+        self.info(
+            f"archive {self.archive}: {count(self.objects, 'object')}, {size(self.archived_bytes)},"
+            f" {size(stats['compressed_size'])} compressed, {size(self.stored_bytes)} new in the repository",
+            "archive_created",
+            archive=self.archive,
+            objects=self.objects,
+            bytes=self.archived_bytes,
+            compressed_bytes=stats["compressed_size"],
+            new_bytes=self.stored_bytes,
+        )
+        self.judge_archive(fed, feeder)
+        if created.log.is_warning:
+            self.warnings.append("")
+        lost = fed.files - stats["nfiles"]
+        if lost or not fed.has_manifest:
+            what = f"{count(abs(lost), 'object')} {'less' if lost > 0 else 'more'} than borg was told of"
+            self.doubt(f"the archive holds {what if lost else 'no manifest'}. Run it again.")
+        catalog.note_archive(repository.cache.name, label, None, as_of.timestamp())
+
+    def judge_archive(self, fed: Fed, feeder: Feeder) -> None:
+        """Tells what a new archive lacks, or holds as it never was.
+
+        Raises BackupError where the source is gone, or the archive empty though the source listed objects.
+        """
+        console, location = self.runtime.console, self.runtime.settings.source.location
+        if fed.refused.count or fed.unread.count:  # some objects, or is the source gone, or its keys revoked?
+            examine(feeder.client, write=False)
+        if not self.objects and feeder.listed:
+            raise BackupError(
+                f"{self.name}: the archive {self.archive} is empty, and {location} was not",
+                "Run it again; nothing was pruned.",
+            )
+        if not self.objects:
+            self.warn(f"the source {location} lists no objects; nothing was pruned")
+        for found in (fed.refused, fed.unread, feeder.mixed):
+            for key, reason in found.named:
+                console.warning(self.name, f"{key!r} is not, or not whole, in the archive: {reason}")
+            if found.more:
+                console.warning(self.name, f"{found.more:,} more such objects")
+        if lacks := fed.refused.count + fed.unread.count + feeder.mixed.count:
+            self.warnings.append(f"the archive lacks {count(lacks, 'object')}")
+        if fed.vanished:
+            more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
+            names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
+            self.info(f"deleted before it was read, and so not in the archive: {names}")
+        # Older archives may hold what could not be read, and must outlive that. But S3's own refusal (cold
+        # storage) lasts until a person does something, and meanwhile no archive will hold the object: pruning
+        # must not wait for that. (Where S3 suddenly refuses very many, the archive has shrunk, which stops
+        # pruning, too.) Nor must it wait for an object that is overwritten in every night's run.
+        if fed.unread.count:
+            self.doubt(
+                f"{count(fed.unread.count, 'object')} of the source could not be read (named above). The"
+                " archive holds the others; nothing is pruned, as older ones may hold these. Run it again; if"
+                " it stays so, look at those objects."
+            )
+        if feeder.doubt:
+            words = "whether objects were overwritten while they were read is not known"
+            self.doubt(f"{words}, and nothing is pruned: {feeder.doubt}")
+        for key in sorted(feeder.mount.log.shrunk):  # what became shorter borg sees end early, with no error
+            self.warnings.append("")
+            words = f"{key!r} was overwritten while it was read: it is incomplete in this archive"
+            console.warning(self.name, words)
+
+    def is_like_last(self, repository: Repository, catalog: Catalog) -> bool:
+        """Whether the archive has nearly as many objects as the one before; else the source may be wrong.
+
+        Warns of that once: the next archive is compared with this one.
+        """
+        settings, console = self.runtime.settings, self.runtime.console
+        if not settings.shrink_percent:
+            return True
+        sql = "SELECT objects FROM archives WHERE repository = ? AND label = ?"
+        noted = catalog.execute(sql, [repository.cache.name, settings.label])
+        last = noted[0][0] if noted else None
+        if last is None:
+            options = ["--last", "2", "--glob-archives", archive_pattern(settings.label)]
+            options += ["--bypass-lock"] if repository.is_ours_alone else []
+            try:
+                archives = archives_of(repository, *options)[1]
+                last = next((each.objects for each in archives if each.name != self.archive), None)
+            except (Stopped, Stuck):
+                raise
+            except BackupError as error:  # the archive that was just made is worth more than this
+                console.warning(self.name, str(error))
+        if not has_shrunk(self.objects, last or 0, settings.shrink_percent):
+            return True
+        reason = (
+            f"the archive has {count(self.objects, 'object')}, the one before it {last:,}:"
+            f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
+        )
+        self.warnings.insert(0, reason)  # it explains more than how many objects are missing
+        console.warning(self.name, reason, "shrunk", objects=self.objects, objects_before=last)
+        return False
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What the source lists as a run begins."""
+def known_until(catalog: Catalog, cache: Path) -> float:
+    """Objects that were modified last before this time (Unix) borg knows, and will not read.
 
-    catalog: Catalog
-    unlistable: Collection[str]  # folders that TigrisFS cannot list
+    Without its files cache it knows none; where the catalog knows nothing of that, it is as old as it is.
+    """
+    try:
+        written = (cache / "files").stat().st_mtime
+    except OSError:
+        return -math.inf
+    [[noted]] = catalog.execute("SELECT max(as_of) FROM archives WHERE repository = ?", [cache.name])
+    return written if noted is None else noted
+
+
+def has_shrunk(objects: int, last: int, percent: int) -> bool:
+    """Whether more than `percent` of the objects are gone. None at all is somebody else's business."""
+    return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
+
+
+def outlast_name(archive: str) -> None:
+    """Waits until the second in an archive's name is over: whoever comes next needs another one."""
+    over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
+    time.sleep(min(1.0, max(0.0, over - time.time())))
+
+
+RUN_COLUMNS = ("target", "result", "objects", "archived", "new stored", "duration", "archive")
+MAINTENANCE_COLUMNS = ("target", "result", "archives", "duration")
+
+
+def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
+    rows = [columns]
+    for run in runs:
+        archives = "{archives_after:,} of {archives_before:,}".format(**run.archives) if run.archives else "-"
+        cells = {
+            "target": run.target.name,
+            "result": run.verdict.value,
+            "archives": archives,
+            "objects": f"{run.objects:,}",
+            "archived": size(run.archived_bytes),
+            "new stored": size(run.stored_bytes),
+            "duration": duration(run.seconds),
+            "archive": run.archive or "-",
+        }
+        rows.append([cells[name] for name in columns])
+    reasons = [f"{run.target.name}: {run.reason}" for run in runs if run.reason]
+    return "\n".join([*table(rows), *reasons])
+
+
+def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]) -> None:
+    """Prints how it went with each target, and notes it for those who are told."""
+    report = runtime.report
+    report.targets, report.table = [run.as_json() for run in runs], summary(runs, columns)
+    if not runtime.console.as_json:
+        runtime.console.plain(report.table)
+        return
+    for run, details in zip(runs, report.targets, strict=True):
+        run.info(run.reason or run.verdict.value, "target_finished", **details)
+
+
+def overall(runs: Sequence[TargetRun]) -> int:
+    verdicts = {run.verdict for run in runs}
+    if Verdict.FAILURE in verdicts:
+        return EXIT_FAILURE
+    if Verdict.BUSY in verdicts:
+        return EXIT_BUSY
+    return EXIT_WARNINGS if Verdict.WARNING in verdicts else EXIT_OK
 
 
 @contextlib.contextmanager
-def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
+def listed_source(runtime: Runtime, found: Preflight) -> Iterator[tuple[Catalog, Collection[str]]]:
     """The source's listing in a catalog, with the headers that the last one knows; kept for the next run.
 
-    What is wrong with the last one, or with its place, is told, and costs requests. Raises S3Error.
+    With it come the folders that TigrisFS cannot list. What is wrong with the last one, or with its place, is
+    told, and costs requests. Raises S3Error.
     """
     source, console = runtime.settings.source, runtime.console
     name = hashlib.sha256(f"{source.endpoint} {source.location}".encode()).hexdigest()[:16]
@@ -5909,36 +5443,61 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Listing]:
             folder = kept.with_suffix(f".{runtime.run_id}")
             folder.mkdir(parents=True)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            remove_old_folders(kept)
-            listed = catalog_of_source(runtime, found, folder, kept)
+            for old in kept.parent.glob(f"{kept.stem}.*/"):  # runs that were killed have left them
+                with contextlib.suppress(OSError):
+                    if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                        shutil.rmtree(old, ignore_errors=True)
+            catalog, unlistable = catalog_of_source(runtime, found, folder, kept)
         except (CatalogError, OSError) as error:
-            console.warning(
-                "source", f"the catalog is not kept, and all headers are asked for again: {error}"
-            )
+            words = "the catalog is not kept, and all headers are asked for again"
+            console.warning("source", f"{words}: {error}")
             with contextlib.suppress(OSError):
                 os.truncate(folder / "catalog", 0)  # borg needs the room
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
-            listed, kept = catalog_of_source(runtime, found, folder, None), None
+            kept = None
+            catalog, unlistable = catalog_of_source(runtime, found, folder, None)
         try:
-            yield listed
+            yield catalog, unlistable
         finally:
             try:
                 if kept and kept.exists():  # another run may have noted archives meanwhile
-                    listed.catalog.open_last(kept)
-                    listed.catalog.close_last()
-                listed.catalog.close()
+                    catalog.take_over(kept)
+                catalog.close()
                 if kept:
-                    listed.catalog.path.replace(kept)
+                    catalog.path.replace(kept)
             except (CatalogError, OSError) as error:
                 console.warning("source", f"the catalog is not kept: {error}")
 
 
-def remove_old_folders(kept: Path) -> None:
-    """Removes what runs that were killed have left beside a catalog."""
-    for folder in kept.parent.glob(f"{kept.stem}.*/"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+def catalog_of_source(
+    runtime: Runtime, found: Preflight, folder: Path, kept: Path | None
+) -> tuple[Catalog, Collection[str]]:
+    """Lists the source into a new catalog in `folder`; `kept` is the last one."""
+    source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
+    client = S3Client(source, found.region, PROVEN, runtime.stop)
+
+    def work() -> Collection[str]:
+        catalog.add(objects_of(client, console, found))
+        unlistable = catalog.unlistable()
+        catalog.hide(unlistable)
+        if kept and kept.exists():
+            try:
+                catalog.take_over(kept)
+            except CatalogError as error:
+                unusable = kept.with_suffix(".unusable")
+                kept.replace(unusable)
+                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+                console.warning("source", f"{error.message}; {words}")
+        return unlistable
+
+    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+    number, size_bytes = catalog.total()
+    text = f"lists {count(number, 'object')}, {size(size_bytes)}"
+    console.info("source", text, "listed", objects=number, bytes=size_bytes)
+    new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
+    if new:
+        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
+    return catalog, unlistable
 
 
 def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
@@ -5954,76 +5513,7 @@ def objects_of(client: S3Client, console: Console, found: Preflight | None = Non
             yield S3Object(key, each.size_bytes, each.last_modified, each.etag, is_shown)
 
 
-def catalog_of_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path | None) -> Listing:
-    """Lists the source into a new catalog in `folder`; `kept` is the last one."""
-    source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
-    client = S3Client(source, found.region, PROVEN, runtime.stop)
-
-    def work() -> Collection[str]:
-        catalog.add(objects_of(client, console, found))
-        unlistable = catalog.unlistable()
-        catalog.hide(unlistable)
-        if kept and kept.exists():
-            try:
-                catalog.open_last(kept)
-                catalog.know_headers()
-            except CatalogError as error:
-                unusable = kept.with_suffix(".unusable")
-                kept.replace(unusable)
-                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
-                console.warning("source", f"{error.message}; {words}")
-            catalog.close_last()
-        return unlistable
-
-    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
-    number, size_bytes = catalog.total()
-    console.info(
-        "source",
-        f"lists {count(number, 'object')}, {size(size_bytes)}",
-        "listed",
-        objects=number,
-        bytes=size_bytes,
-    )
-    new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
-    if new:
-        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
-    return Listing(catalog, unlistable)
-
-
-def back_up_all(
-    runtime: Runtime,
-    found: Preflight,
-    listed: Listing,
-    work: Sequence[tuple[Outcome, Preflight | BackupError]],
-) -> None:
-    """Backs up to several targets at a time.
-
-    Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
-    A target that got stuck is tried once more, and the source is mounted anew for it, too: it may be the one
-    that does not move.
-    """
-    remaining, at_once = deque(work), targets_at_once(runtime.settings, runtime.memory_mb)
-    while remaining:
-        before, again = len(remaining), []
-        try:
-            source, unlistable = runtime.settings.source, listed.unlistable
-            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
-                mount.is_shared = at_once > 1
-                while remaining and not again and (mount.is_alive or not mount.usable):
-                    batch = [remaining.popleft() for _ in range(min(at_once, len(remaining)))]
-                    again = back_up_batch(runtime, found, mount, listed.catalog, batch)
-                    if not mount.usable:
-                        break
-        except Stopped:
-            raise
-        except BackupError as error:
-            if len(remaining) == before:
-                raise
-            runtime.console.warning("source", str(error))
-        remaining.extend(again)
-
-
-HEAD_THREADS, HEADS_AHEAD = 16, 2000  # requests at a time, and objects that wait for theirs
+HEAD_THREADS = 64
 FETCHED_AT_ONCE = 16  # of what borg could not read
 UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
 KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
@@ -6038,25 +5528,29 @@ class Feeder:
     """
 
     def __init__(
-        self, runtime: Runtime, source: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
+        self, runtime: Runtime, found: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
     ) -> None:
-        self.runtime, self.mount, self.catalog, self.readers = runtime, mount, catalog, readers
+        self.runtime, self.found, self.mount = runtime, found, mount
+        self.catalog, self.readers = catalog, readers
         self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
         self.mixed = Findings()  # what may have been archived as no version ever was
-        self._client = S3Client(runtime.settings.source, source.region, PROVEN, runtime.stop)
-        self._asking = self._client.direct()
+        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
+        self.doubt = ""  # why that could not be looked at again
+        self.client = S3Client(runtime.settings.source, found.region, PROVEN, runtime.stop)
+        self._asking = dataclasses.replace(self.client, is_direct=True)
         self._prefix = runtime.settings.source.key_prefix
         self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
         Path(self._folder, odd_path("")).parent.mkdir(parents=True)
         self._moved, self._refusals, self._tags_refused = 0, 0, False
-        self.is_unproven = False  # whether somebody reads what is not asked for afterwards
-        self.doubt = ""  # why that could not be looked at again
-        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._lock, self._choosing, self._writing = threading.Lock(), threading.Lock(), threading.Lock()
         self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
-        self._to_ask: queue.Queue[tuple[int, S3Object]] = queue.Queue(HEADS_AHEAD)
-        self._walked = threading.Event()
-        threads = HEAD_THREADS if runtime.settings.headers else 0
+        self._to_ask = (
+            (number, each)
+            for number, each in enumerate(catalog.rows(), 1)
+            if each.facts is None and each.is_shown
+        )
         self.ahead = ReadAhead(runtime, self._items(), readers)
+        threads = HEAD_THREADS if runtime.settings.headers else 0
         self._heads = [in_background(self._ask) for _ in range(threads)]
 
     def close(self) -> None:
@@ -6075,52 +5569,36 @@ class Feeder:
         """All objects. Each one's folders are listed before, so that TigrisFS looks nothing up one by one."""
         listed: list[str] = []
         try:
-            for number, each in enumerate(self.catalog.rows(), 1):
-                if each.is_shown:
-                    while listed and not each.key.startswith(listed[-1]):
-                        listed.pop()
-                    folders = ["", *(each.key[: match.end()] for match in re.finditer("/", each.key))]
-                    for folder in folders[len(listed) :]:
-                        listed.append(folder)
-                        self._list(folder)
-                    item = Upcoming(self.path(each), each.size_bytes, each.last_modified.timestamp())
-                else:
-                    item = Upcoming("", each.size_bytes, fetch=lambda each=each: self._fetch_ahead(each))
-                self._note_read(number, each)
-                yield item
+            for each in self.catalog.rows():
+                if not each.is_shown:
+                    yield Upcoming("", each.size_bytes, fetch=functools.partial(self._fetch_ahead, each))
+                    continue
+                while listed and not each.key.startswith(listed[-1]):
+                    listed.pop()
+                for folder in folders_of(each.key)[len(listed) :]:
+                    listed.append(folder)
+                    if folder not in self.mount.unlistable:
+                        with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
+                            for _ in found:  # TigrisFS asks for page after page
+                                self._moved += 1
+                modified, is_asked = each.last_modified.timestamp(), each.facts is None and self._heads
+                if each.size_bytes and not is_asked and self.ahead.is_read(modified):
+                    self.is_unproven = True
+                yield Upcoming(self.path(each), each.size_bytes, modified)
         except BackupError as error:
             if not self.ahead.is_over:
                 self.runtime.console.error("source", str(error))
                 self.ahead.close()
-        finally:
-            self._walked.set()
-
-    def _list(self, folder: str) -> None:
-        if folder not in self.mount.unlistable:
-            with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as entries:
-                for _ in entries:
-                    self._moved += 1
-
-    def _note_read(self, number: int, each: S3Object) -> None:
-        """Has an object's headers asked for, when it has been read."""
-        if each.facts is None and each.is_shown and self._heads:
-            while not self.ahead.is_over:
-                with contextlib.suppress(queue.Full):
-                    self._to_ask.put((number, each), timeout=POLL_SECONDS)
-                    return
-        elif each.is_shown and each.size_bytes and self.ahead.is_read(each.last_modified.timestamp()):
-            self.is_unproven = True
 
     def _ask(self) -> None:
+        """Asks for the headers of what is behind all readers, one object after the other."""
         try:
             while not self.ahead.is_over:
-                try:
-                    number, each = self._to_ask.get(timeout=POLL_SECONDS)
-                except queue.Empty:
-                    if self._walked.is_set():
+                with self._choosing:  # one of the threads waits, the others for that one
+                    number, each = next(self._to_ask, (0, None))
+                    if each is None or not self.ahead.wait_until_passed(number):
                         return
-                    continue
-                if self._refusals < MAX_NAMED and self.ahead.wait_until_passed(number):
+                if self._refusals < MAX_NAMED:
                     self._learn(each)
                 self._moved += 1
         except BaseException:
@@ -6162,7 +5640,7 @@ class Feeder:
         if self._tags_refused:
             return {}
         try:
-            return self._client.tags(f"{self._prefix}{key}")
+            return self.client.tags(f"{self._prefix}{key}")
         except S3Error as error:
             with self._lock:
                 is_news = error.status == 403 and not self._tags_refused
@@ -6197,36 +5675,34 @@ class Feeder:
         return dataclasses.replace(now, size_bytes=shown.st_size, etag="")
 
     def _fetch_ahead(self, each: S3Object) -> None:
-        with contextlib.suppress(BackupError):  # who needs it hears of that
-            self.fetched(each)
+        concurrent.futures.wait([self.fetched(each)])  # how that goes is told to those who need it
 
-    def fetched(self, each: S3Object, reader: Reader | None = None) -> str:
+    def fetched(self, each: S3Object, reader: Reader | None = None) -> concurrent.futures.Future[str]:
         """The path, for borg, of a file with an object's content, which our own client fetches.
 
-        It is there until `reader` gives it back. Raises S3Error and OSError.
+        It is there until `reader` gives it back. Ends with S3Error and OSError.
         """
         with self._lock:
-            is_first = each.key not in self._fetched
-            future, users = self._fetched.setdefault(each.key, (concurrent.futures.Future(), set()))
+            if each.key not in self._fetched:
+                self._fetched[each.key] = in_background(functools.partial(self._fetch, each)), set()
+            future, users = self._fetched[each.key]
             if reader:
                 users.add(reader)
-        if is_first:
-            try:
-                future.set_result(self._fetch(each))
-            except Exception as error:  # who waits for it must hear of that
-                future.set_exception(error)
-        while concurrent.futures.wait([future], timeout=POLL_SECONDS).not_done:
+        return future
+
+    def result(self, future: concurrent.futures.Future[Result]) -> Result:
+        """What comes of it. Raises Stopped, and what it ends with."""
+        for _ in waiting(future):
             self.runtime.stop.check()
         return future.result()
 
     def _fetch(self, each: S3Object) -> str:
         path = Path(self._folder, odd_path(each.key))
         with path.open("wb") as stream:
-            for answer in self._client.download(f"{self._prefix}{each.key}", each.size_bytes):
+            for answer in self.client.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
                 self._moved += 1
-        now = self._version(each, answer)
-        now = dataclasses.replace(now, size_bytes=path.stat().st_size)
+        now = dataclasses.replace(self._version(each, answer), size_bytes=path.stat().st_size)
         os.utime(path, (now.last_modified.timestamp(),) * 2)
         self.catalog.add([now])
         # borg archives it by what follows the dot (the slashdot hack of its documentation).
@@ -6247,10 +5723,8 @@ class Feeder:
         It is written when all headers are there.
         """
         self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
-        while concurrent.futures.wait(self._heads, timeout=POLL_SECONDS).not_done:
-            self.runtime.stop.check()
         for head in self._heads:
-            head.result()
+            self.result(head)
         if self.ahead.is_over:
             raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
         folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
@@ -6271,18 +5745,17 @@ class Feeder:
 
     def _look_again(self) -> None:
         """Lists the source once more, where objects were read whose headers have not been asked for since."""
-        for entry in self._client.list_objects(self._prefix):
+        for now in objects_of(self.client, self.runtime.console):
             self._moved += 1
-            key = entry.key[len(self._prefix) :]
-            each = self.catalog.find(key) if key else None
-            if not each or not each.is_shown or (entry.etag and not each.etag):  # that was noted before
+            each = self.catalog.get(now.key)
+            if not each or not each.is_shown or (now.etag and not each.etag):  # that was noted before
                 continue
-            if (each.size_bytes, each.etag) != (entry.size_bytes, entry.etag):
-                now = self._overwritten(each, dataclasses.replace(entry, key=key))
-                self.catalog.add([dataclasses.replace(now, facts=None)])
+            if (each.size_bytes, each.etag) != (now.size_bytes, now.etag):
+                noted = self._overwritten(each, now)
+                self.catalog.add([dataclasses.replace(noted, is_shown=True, facts=None)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Told:
     sent: int  # how many it had been told of then
     number: int  # in the catalog
@@ -6301,11 +5774,16 @@ def is_folder(each: S3Object) -> bool:
 class Fed:
     """One borg that is fed: what it was told of, and what has become of that."""
 
-    def __init__(self, feeder: Feeder, reader: Reader, name: str, since: float) -> None:
-        """Objects that were last modified before `since` it knows."""
+    def __init__(self, feeder: Feeder, reader: Reader, name: str, since: float, as_of: datetime) -> None:
+        """It knows what was last modified before `since`, and may trust what is older than `as_of`."""
         self.read_end, self._write_end = os.pipe()
+        trusted_before = int(as_of.timestamp()) * 10**9
+        self.environment = {
+            "S3BORGBACKUP_FED": str(self.read_end),
+            "S3BORGBACKUP_TRUSTED_BEFORE": str(trusted_before),
+        }
         self.files = 0  # that its archive is to hold
-        self.lacks = Findings()
+        self.refused, self.unread = Findings(), Findings()  # what its archive lacks
         self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
         self.has_manifest, self.manifest_bytes = False, 0
@@ -6344,6 +5822,7 @@ class Fed:
         return self._moved
 
     def take(self, event: Mapping[str, Any]) -> None:
+        """What borg reports: how it went with one of the files, or how many are behind it."""
         number, passed = event["number"], []
         with self._changed:
             if event["type"] == "fed_status":
@@ -6370,26 +5849,24 @@ class Fed:
 
     def _feed(self) -> None:
         try:
-            with open(self._write_end, "wb", buffering=0) as pipe:
+            with open(self._write_end, "wb", buffering=0) as self._pipe:
                 number = 0
                 for number, each in enumerate(self._feeder.catalog.rows(), 1):
-                    self._note_told(number - 1)
                     self._feeder.ahead.wait_until_near(self._reader, number)
                     if each.is_shown:
-                        self._tell(pipe, number, each, self._feeder.path(each))
+                        self._tell(number, each, self._feeder.path(each))
                     else:
-                        self._tell_fetched(pipe, number, [each])
-                self._note_told(number)
+                        self._tell_fetched(number, [each])
                 self._wait_until_done()
-                self._fetch_unread(pipe, number)
+                self._fetch_unread(number)
                 manifest = self._feeder.manifest(self._reader, self.vanished)
-                self._tell(pipe, number, MANIFEST, manifest)
+                self._tell(number, MANIFEST, manifest)
                 self._wait_until_done()
                 self.has_manifest = MANIFEST not in self._unread
                 self.manifest_bytes = os.path.getsize(manifest) if self.has_manifest else 0
                 for each in self._unread:
-                    self.lacks.add(each.key, UNREAD)
-                pipe.write(b"\0")  # this is the end
+                    self.unread.add(each.key, UNREAD)
+                self._pipe.write(b"\0")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
         except OSError as error:
@@ -6398,60 +5875,51 @@ class Fed:
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
-    def _tell(
-        self, pipe: IO[bytes], number: int, each: S3Object, path: str, is_fetched: bool = False
-    ) -> None:
+    def _tell(self, number: int, each: S3Object, path: str, is_fetched: bool = False) -> None:
         with self._changed:
             self._sent += 1
             self._under_way.append(Told(self._sent, number, each, is_fetched))
             self.files += not is_folder(each)
-        pipe.write(os.fsencode(path) + b"\0")
+        self._pipe.write(os.fsencode(path) + b"\0")
 
-    def _note_told(self, number: int) -> None:
-        """borg was told of all objects up to this one, but for those that are not there."""
-        with self._changed:
-            if not self._under_way:
-                self._feeder.ahead.done(self._reader, number)
-            elif self._under_way[-1].number < number:
-                self._under_way[-1] = dataclasses.replace(self._under_way[-1], number=number)
-
-    def _tell_fetched(self, pipe: IO[bytes], number: int, objects: Sequence[S3Object]) -> None:
+    def _tell_fetched(self, number: int, objects: Sequence[S3Object]) -> None:
         """Tells borg of objects that our own client fetches, some at a time."""
-        fetches = [
-            in_background(lambda each=each: self._feeder.fetched(each, self._reader)) for each in objects
-        ]
+        fetches = [self._feeder.fetched(each, self._reader) for each in objects]
         for each, fetch in zip(objects, fetches, strict=True):
             try:
-                self._tell(pipe, number, each, fetch.result(), is_fetched=True)
+                self._tell(number, each, self._feeder.result(fetch), is_fetched=True)
             except Stopped:
                 raise
             except BackupError as error:
-                self._note_lack(each, error)
+                self._skip(number, each, error)
 
-    def _fetch_unread(self, pipe: IO[bytes], number: int) -> None:
-        """Fetches what borg could not read, unless S3 refuses very many."""
-        unread, self._unread = self._unread, []
-        for start in range(0, len(unread), FETCHED_AT_ONCE):
-            if self._refusals < MAX_NAMED:
-                self._tell_fetched(pipe, number, unread[start : start + FETCHED_AT_ONCE])
+    def _skip(self, number: int, each: S3Object, error: BackupError) -> None:
+        """Notes why borg is not told of an object, in S3's words where these are the reason."""
+        with self._changed:  # it is done with this one when it is done with all before
+            if self._under_way:
+                self._under_way[-1].number = number
             else:
-                for each in unread[start : start + FETCHED_AT_ONCE]:
-                    self.lacks.add(each.key, REFUSED_ALIKE)
-        self._wait_until_done()
-        if self._more_unread:
-            is_alike = self._refusals >= MAX_NAMED
-            self.lacks.add_more(self._more_unread, REFUSED_ALIKE if is_alike else UNREAD)
-
-    def _note_lack(self, each: S3Object, error: BackupError) -> None:
-        """Notes why an object is not in the archive, in S3's words where these are the reason."""
+                self._feeder.ahead.done(self._reader, number)
         status = error.status if isinstance(error, S3Error) else 0
         if status == 404:
             self.vanished[each.key] = None
         elif status in REFUSALS:
             self._refusals += 1
-            self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
+            self.refused.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
         else:
-            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
+            self.unread.add(each.key, f"{UNREAD}: {error.message}")
+
+    def _fetch_unread(self, number: int) -> None:
+        """Fetches what borg could not read, unless S3 refuses very many."""
+        unread, self._unread = self._unread, []
+        for start in range(0, len(unread), FETCHED_AT_ONCE):
+            some = unread[start : start + FETCHED_AT_ONCE]
+            if self._refusals < MAX_NAMED:
+                self._tell_fetched(number, some)
+            else:
+                self._more_unread += len(some)
+        self._wait_until_done()
+        (self.refused if self._refusals >= MAX_NAMED else self.unread).count += self._more_unread
 
     def _wait_until_done(self) -> None:
         """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
@@ -6485,56 +5953,16 @@ class Fed:
         )
 
 
-@dataclass(frozen=True)
-class Source:
-    found: Preflight
-    mount: Mount
-    feeder: Feeder
-    reader: Reader
-
-
-def back_up_batch(
-    runtime: Runtime,
-    found: Preflight,
-    mount: Mount,
-    catalog: Catalog,
-    batch: Sequence[tuple[Outcome, Preflight | BackupError]],
-) -> list[tuple[Outcome, Preflight | BackupError]]:
-    """Backs up to some targets side by side; the source is read once for all. Raises Stopped.
-
-    Returns those that are to be tried once more.
-    """
-    readers = [Reader() for _ in batch]
-    with full_disk_told(runtime.settings.source):
-        feeder = Feeder(runtime, found, mount, catalog, readers)
-    try:
-        futures = [
-            in_background(
-                lambda outcome=outcome, check=check, source=Source(found, mount, feeder, reader): attempt(
-                    runtime, outcome, check, source
-                )
-            )
-            for (outcome, check), reader in zip(batch, readers, strict=True)
-        ]
-        # Each sees stop signals by itself, and has its own deadlines.
-        while concurrent.futures.wait(futures, timeout=PROGRESS_SECONDS).not_done:
-            with contextlib.suppress(OSError):
-                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
-    finally:
-        feeder.close()
-    return [each for each, future in zip(batch, futures, strict=True) if future.result()]
-
-
 def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
     """Examines the source and all targets at the same time; the source's result is the first."""
     stores = [runtime.settings.source, *(target.store for target in targets)]
-    clients = [S3Client(store, stop=runtime.stop) for store in stores]
     checks = [
-        lambda client=client: examine(client, write=client.store.target is not None) for client in clients
+        functools.partial(examine, S3Client(store, stop=runtime.stop), write=store.target is not None)
+        for store in stores
     ]
     *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
     runtime.stop.check()  # the only reason why that one could fail
-    return [copies.get(client.store.target, result) for client, result in zip(clients, found, strict=True)]
+    return [copies.get(store.target, result) for store, result in zip(stores, found, strict=True)]
 
 
 def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
@@ -6545,8 +5973,8 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
     """
 
     def identity(target: Target) -> str:
-        hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
-        client = S3Client(target.store, patience=None if target in targets else hasty, stop=runtime.stop)
+        patience = Patience() if target in targets else Patience(2, 0, 0)
+        client = S3Client(target.store, patience=patience, stop=runtime.stop)
         answer = client.find(f"{target.store.key_prefix}config")
         found = CONFIG_ID.search(answer.body.decode("utf-8", "replace")) if answer else None
         return found[1] if found else ""
@@ -6554,7 +5982,7 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
     configured = runtime.settings.targets
     if len(configured) < 2:
         return {}
-    ids = side_by_side([lambda target=target: identity(target) for target in configured], runtime.stop)
+    ids = side_by_side([functools.partial(identity, target) for target in configured], runtime.stop)
     first: dict[str, Target] = {}
     errors = {}
     for target, repository in zip(configured, ids, strict=True):
@@ -6570,325 +5998,61 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
     return errors
 
 
-def attempt(runtime: Runtime, outcome: Outcome, check: Preflight | BackupError, source: Source) -> bool:
-    """Backs up to one target; a failure becomes its outcome, so that the others go on. Raises Stopped.
+@dataclass(frozen=True)
+class Archive:
+    """An archive as `borg list` shows it; borg before 1.2 noted neither objects nor bytes."""
 
-    Returns whether it is to be tried once more.
+    name: str
+    start: datetime  # for people, in their zone
+    end: datetime
+    as_of: datetime  # the source cannot have been listed before
+    objects: int | None
+    archived_bytes: int | None
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Archive:
+        """From an entry of borg's JSON, which has what was asked for, and always the name and the time."""
+        name, comment = entry["name"], entry.get("comment", "")
+        start, end = (borg_time(entry.get(key, entry["time"])).astimezone() for key in ("time", "end"))
+        as_of = borg_time(entry["time"]) - timedelta(seconds=CLOCK_ERROR_SECONDS)
+        noted = comment.removesuffix(WITH_MANIFEST).partition(SOURCE_AS_OF)[2]
+        with contextlib.suppress(ValueError):
+            as_of = datetime.fromisoformat(noted).astimezone(UTC)
+        # borg names an archive a moment before it notes when that began, and people go by the name. It has
+        # the local time, which is there twice when clocks are set back.
+        with contextlib.suppress(ValueError):
+            named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :]).replace(tzinfo=None)
+            earlier = start.replace(tzinfo=None) - named
+            start -= earlier if timedelta(0) <= earlier < timedelta(seconds=5) else timedelta(0)
+        objects, archived_bytes = (
+            number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
+        )
+        if objects and comment.endswith(WITH_MANIFEST):
+            objects -= 1
+        return cls(name, start, end, as_of, objects, archived_bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        times = {"start": self.start.isoformat(), "end": self.end.isoformat()}
+        return {"name": self.name, **times, "objects": self.objects, "bytes": self.archived_bytes}
+
+
+ONLY_NAMES = ("--format", "{archive}")  # and times, which cost no request for each archive
+
+
+def archives_of(repository: Repository, *options: str) -> tuple[str, list[Archive]]:
+    """A repository's encryption mode, and its archives, oldest first: a request for each.
+
+    `options` choose some of them, or less of each. Raises BackupError.
     """
-
-    def work(runtime: Runtime) -> None:
-        if isinstance(check, BackupError):
-            raise check
-        again = outcome.tries > 1  # a store that does not take writes any more is to be told in seconds
-        found = preflight_one(runtime, outcome.target.store, write=True) if again else check
-        backup_target(runtime, outcome, found, source)
-
-    try:
-        return bring_to_end(runtime, outcome, work)
-    finally:
-        source.feeder.ahead.left(source.reader)
+    details = "{archive}{time}{end}{comment}{nfiles}{size}"  # the last two: see BORG_ADDITIONS
+    words = ["list", "--json", "--format", details, *options, str(repository.borg.repository)]
+    listed = json.loads(repository.borg.run(words).output)
+    return listed["encryption"]["mode"], [Archive.parse(entry) for entry in listed["archives"]]
 
 
-def backup_target(runtime: Runtime, outcome: Outcome, check: Preflight, source: Source) -> None:
-    """Backs up to one target, from taking its lease to giving it back.
-
-    Fills in `outcome`; raises BackupError.
-    """
-    target = outcome.target
-    client = S3Client(target.store, check.region, PROVEN, runtime.stop)
-    with held(runtime, client, "a backup") as lease:
-        is_new = prepare_repository(runtime, target, client, lease)
-        with writable(runtime, target, client, lease, [source.mount]) as repository:
-            wait_until_usable(runtime, source.mount)
-            if is_new:  # `borg init` made an empty files cache
-                source.feeder.catalog.note_archive(repository.cache.name, runtime.settings.label, 0, 0.0)
-            else:
-                check_encryption(runtime, repository)
-                warn_of_missing_cache(runtime, target, repository.cache)
-            create_archive(runtime, outcome, repository, source)
-            is_whole = not outcome.failures
-            compare_with_last(runtime, outcome, repository, source.feeder.catalog)
-            if target.prune and outcome.objects and not outcome.is_suspicious:
-                prune(runtime, outcome, repository)
-                if target.compact_percent is not None:
-                    compact(runtime, outcome, repository)
-            check_at_last(runtime, outcome, repository, f"the archive {outcome.archive} is stored")
-        outlast_name(outcome.archive)
-    if outcome.objects and is_whole:  # what comes after another one is to be compared with the last good one
-        noted = repository.cache.name, runtime.settings.label, outcome.objects
-        source.feeder.catalog.note_archive(*noted)
-    runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
-    if is_new or not check.holds(target.store, KEY_EXPORTED_NAME):
-        remind_of_key(runtime, target)
-
-
-def remind_of_key(runtime: Runtime, target: Target) -> None:
-    if target.encryption != "none":
-        runtime.console.info(
-            target.store.name,
-            "its key was never exported; if that is lost, so is the backup:"
-            f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase",
-        )
-
-
-def create_archive(runtime: Runtime, outcome: Outcome, repository: Repository, source: Source) -> None:
-    """Makes a new archive and says what it holds, and what it lacks.
-
-    Raises BackupError, also when the source went away.
-    """
-    target, settings, feeder = outcome.target, runtime.settings, source.feeder
-    runtime.console.info(target.store.name, "borg create begins")
-    as_of = source.found.clock.timestamp() - RACE_SECONDS
-    fed = Fed(feeder, source.reader, target.store.name, known_until(feeder.catalog, repository.cache))
-    comment = f"{SOURCE_AS_OF}{source.found.clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
-    with contextlib.closing(fed):
-        try:
-            created = repository.borg.run(
-                borg_create(target, settings.label, repository.mount.path, comment),
-                fed.take,
-                fed.began,
-                source.found.clock - timedelta(seconds=RACE_SECONDS),
-                own={"S3BORGBACKUP_FED": str(fed.read_end)},
-                pass_fds=[fed.read_end],
-                waits=fed.moved,
-            )
-        except BackupError as error:
-            raise error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure from None
-    record_archive(runtime, outcome, created, fed)
-    if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
-        examine(S3Client(settings.source, source.found.region, PROVEN, runtime.stop), write=False)
-    judge_emptiness(runtime, outcome, feeder.listed)
-    report_findings(runtime, outcome, fed, feeder.mixed)
-    if feeder.doubt:
-        words = "whether objects were overwritten while they were read is not known, and nothing is pruned"
-        note_failure(runtime, outcome, f"{words}: {feeder.doubt}")
-    report_shrunk(runtime, outcome, source.mount)
-    if created.log.is_warning:
-        outcome.warn()
-    lost = fed.files - json.loads(created.output)["archive"]["stats"]["nfiles"]
-    if lost or not fed.has_manifest:
-        what = f"{count(abs(lost), 'object')} {'less' if lost > 0 else 'more'} than borg was told of"
-        note_failure(runtime, outcome, f"the archive holds {what if lost else 'no manifest'}. Run it again.")
-    feeder.catalog.note_archive(repository.cache.name, settings.label, None, as_of)
-
-
-def known_until(catalog: Catalog, cache: Path) -> float:
-    """Objects that were modified last before this time (Unix) borg knows, and will not read.
-
-    Without its files cache it knows none; where the catalog knows nothing of that, it is as old as it is.
-    """
-    try:
-        written = (cache / "files").stat().st_mtime
-    except OSError:
-        return -math.inf
-    [[noted]] = catalog.execute("SELECT max(as_of) FROM archives WHERE repository = ?", [cache.name])
-    return written if noted is None else noted
-
-
-def note_failure(runtime: Runtime, outcome: Outcome, text: str) -> None:
-    """Tells what fails a target although its story goes on, without pruning."""
-    name, outcome.is_suspicious = outcome.target.store.name, True
-    outcome.failures.append(f"{name}: {text}")
-    runtime.console.error(name, outcome.failures[-1])
-
-
-def report_findings(runtime: Runtime, outcome: Outcome, fed: Fed, mixed: Findings) -> None:
-    """Prints what an archive lacks, or holds as it never was."""
-    name = outcome.target.store.name
-    for found in (fed.lacks, mixed):
-        for key, reason in found.named:
-            runtime.console.warning(name, f"{key!r} is not, or not whole, in the archive: {reason}")
-        if found.count > len(found.named):
-            runtime.console.warning(name, f"{found.count - len(found.named):,} more such objects")
-    if lacks := fed.lacks.count + mixed.count:
-        outcome.warn(f"the archive lacks {count(lacks, 'object')}")
-    if fed.vanished:
-        more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
-        names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
-        runtime.console.info(name, f"deleted before it was read, and so not in the archive: {names}")
-    if not fed.lacks.explains_all:
-        note_failure(
-            runtime,
-            outcome,
-            f"{count(fed.lacks.unread, 'object')} of the source could not be read (named above). The archive"
-            " holds the others; nothing is pruned, as older ones may hold these. Run it again; if it stays"
-            " so, look at those objects.",
-        )
-
-
-def compare_with_last(runtime: Runtime, outcome: Outcome, repository: Repository, catalog: Catalog) -> None:
-    """Warns of an archive that has far fewer objects than the one before: the source may be wrong.
-
-    Warns once: the next archive is compared with this one.
-    """
-    settings, name = runtime.settings, outcome.target.store.name
-    found = catalog.execute(
-        "SELECT objects FROM archives WHERE repository = ? AND label = ?",
-        [repository.cache.name, settings.label],
-    )
-    last = found[0][0] if found else None
-    if last is None and settings.shrink_percent:
-        last = ask_count(runtime, outcome, repository)
-    if has_shrunk(outcome.objects, last or 0, settings.shrink_percent):
-        outcome.is_suspicious = True
-        reason = (
-            f"the archive has {count(outcome.objects, 'object')}, the one before it {last or 0:,}:"
-            f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
-        )
-        outcome.warnings.insert(0, reason)  # it explains more than how many objects are missing
-        runtime.console.warning(name, reason, "shrunk", objects=outcome.objects, objects_before=last)
-
-
-def has_shrunk(objects: int, last: int, percent: int) -> bool:
-    """Whether more than `percent` of the objects are gone. None at all is somebody else's business."""
-    return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
-
-
-def ask_count(runtime: Runtime, outcome: Outcome, repository: Repository) -> int | None:
-    """How many objects the archive before this one has. borg reads both archives' metadata for that."""
-    borg, options = repository.borg, ["--glob-archives", archive_pattern(runtime.settings.label)]
-    options += ["--bypass-lock"] if repository.is_ours_alone else []
-    try:
-        shown = borg.run(["info", "--json", "--last", "2", *options, str(borg.repository)])
-    except (Stopped, Stuck):
-        raise
-    except BackupError as error:  # the archive that was just made is worth more than this
-        runtime.console.warning(outcome.target.store.name, str(error))
-        return None
-    for each in json.loads(shown.output)["archives"]:
-        if each["name"] != outcome.archive:
-            return each["stats"]["nfiles"] - each.get("comment", "").endswith(WITH_MANIFEST)
-    return None
-
-
-# What an archive's comment begins with: before that time the source cannot have been listed.
-SOURCE_AS_OF = "s3borgbackup: source as of "
-WITH_MANIFEST = ", with manifest"  # and then one of its files is no object
-
-
-def outlast_name(archive: str) -> None:
-    """Waits until the second in an archive's name is over: whoever comes next needs another one."""
-    over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
-    time.sleep(min(1.0, max(0.0, over - time.time())))
-
-
-def warn_of_missing_cache(runtime: Runtime, target: Target, cache: Path) -> None:
-    """Says what a run without borg's cache costs."""
-    if not (cache / "files").exists():
-        runtime.console.info(
-            target.store.name,
-            "borg's cache of this repository is not there: the whole source is read again, and the"
-            " repository's index. A volume keeps it: docker run --volume s3borgbackup-cache:/cache",
-        )
-
-
-def record_archive(runtime: Runtime, outcome: Outcome, created: BorgResult, fed: Fed) -> None:
-    """Takes borg's statistics into `outcome` and prints them."""
-    archive = json.loads(created.output)["archive"]
-    stats, name = archive["stats"], outcome.target.store.name
-    outcome.archive, outcome.objects = archive["name"], stats["nfiles"] - fed.has_manifest
-    outcome.archived_bytes = stats["original_size"] - fed.manifest_bytes
-    outcome.stored_bytes = stats["deduplicated_size"]
-    runtime.console.info(
-        name,
-        f"archive {outcome.archive}: {count(outcome.objects, 'object')}, {size(outcome.archived_bytes)},"
-        f" {size(stats['compressed_size'])} compressed, {size(outcome.stored_bytes)} new in the repository",
-        "archive_created",
-        archive=outcome.archive,
-        objects=outcome.objects,
-        bytes=outcome.archived_bytes,
-        compressed_bytes=stats["compressed_size"],
-        new_bytes=outcome.stored_bytes,
-    )
-
-
-def judge_emptiness(runtime: Runtime, outcome: Outcome, listed: int) -> None:
-    """Warns of an archive without objects. Raises BackupError where the source `listed` some."""
-    name = outcome.target.store.name
-    if outcome.objects:
-        return
-    if listed:
-        raise BackupError(
-            f"{name}: the archive {outcome.archive} is empty, and {runtime.settings.source.location} was not",
-            "Run it again; nothing was pruned.",
-        )
-    reason = f"the source {runtime.settings.source.location} lists no objects; nothing was pruned"
-    outcome.warn(reason)
-    runtime.console.warning(name, reason)
-
-
-def report_shrunk(runtime: Runtime, outcome: Outcome, source_mount: Mount) -> None:
-    """Names the objects that became shorter after they were listed: borg sees an early end, and no error."""
-    for key in sorted(source_mount.log.shrunk):
-        outcome.warn()
-        runtime.console.warning(
-            outcome.target.store.name,
-            f"{key!r} was overwritten while it was read: it is incomplete in this archive",
-        )
-
-
-def prune(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    target = outcome.target
-    pruned = repository.borg.run(borg_prune(target, runtime.settings.label, repository.mount.path))
-    outcome.add(pruned)
-    gone = sum(line.startswith("Pruning archive") for line in pruned.log.infos)
-    kept = sum(line.startswith("Keeping archive") for line in pruned.log.infos)
-    text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
-    runtime.console.info(target.store.name, text, "pruned", pruned=gone, kept=kept)
-
-
-def compact(runtime: Runtime, outcome: Outcome, repository: Repository) -> None:
-    target = outcome.target
-    compacted = repository.borg.run(borg_compact(target, repository.mount.path))
-    outcome.add(compacted)
-    for line in compacted.log.infos:
-        if line.startswith("compaction freed"):
-            runtime.console.info(target.store.name, line)
-
-
-def check_at_last(runtime: Runtime, outcome: Outcome, repository: Repository, done: str) -> None:
-    """Checks the repository where that is due. Damage fails the target; what was `done` stands all the same.
-
-    Raises Stopped and Stuck.
-    """
-    try:
-        check_if_due(runtime, repository)
-    except (Stopped, Stuck):
-        raise
-    except BackupError as error:
-        outcome.failures.append(f"{done}, but {error}")
-        runtime.console.error(repository.target.store.name, str(error))
-
-
-def overall(outcomes: Sequence[Outcome]) -> int:
-    verdicts = {outcome.verdict for outcome in outcomes}
-    if Verdict.FAILURE in verdicts:
-        return EXIT_FAILURE
-    if Verdict.BUSY in verdicts:
-        return EXIT_BUSY
-    return EXIT_WARNINGS if Verdict.WARNING in verdicts else EXIT_OK
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    rows = [("target", "result", "objects", "archived", "new stored", "duration", "archive")]
-    rows += [
-        (
-            outcome.target.name,
-            outcome.verdict.value,
-            f"{outcome.objects:,}",
-            size(outcome.archived_bytes),
-            size(outcome.stored_bytes),
-            duration(outcome.seconds),
-            outcome.archive or "-",
-        )
-        for outcome in outcomes
-    ]
-    return "\n".join([*table(rows), *reasons(outcomes)])
-
-
-def reasons(outcomes: Sequence[Outcome]) -> list[str]:
-    """Why it went so, for each target that has a reason."""
-    return [f"{outcome.target.name}: {outcome.reason}" for outcome in outcomes if outcome.reason]
+def newest_of(archives: Sequence[Archive], label: str) -> Archive | None:
+    own = [each for each in archives if fnmatch.fnmatchcase(each.name, archive_pattern(label))]
+    return own[-1] if own else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -6909,65 +6073,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def check_config(runtime: Runtime) -> int:
-    """Asks every store whether it is usable and prints a table.
-
-    Changes nothing but a probe that it deletes again.
-    """
-    settings = runtime.settings
-    results = [
-        suitable(runtime, store, result)
-        for store, result in zip(settings.stores, preflight(runtime, settings.targets), strict=True)
-    ]
-    rows = [("store", "location", "endpoint", "region", "access", "result")]
-    for store, result in zip(settings.stores, results, strict=True):
-        access = "list, read" if store.target is None else "list, read, write, delete"
-        if isinstance(result, BackupError):
-            rows.append((store.name, store.location, store.endpoint, store.region or "-", "-", "failed"))
-        else:
-            rows.append(
-                (store.name, store.location, store.endpoint, result.region, access, describe(store, result))
-            )
-    runtime.console.plain("\n".join(table(rows)))
-    failures = [result for result in results if isinstance(result, BackupError)]
-    for failure in failures:
-        runtime.console.error("check-config", str(failure))
-    if isinstance(results[0], Preflight) and settings.headers:
-        tell_of_tags(runtime, results[0])
-    return EXIT_FAILURE if failures else EXIT_OK
-
-
-def suitable(runtime: Runtime, store: Store, result: Preflight | BackupError) -> Preflight | BackupError:
-    """The same result, or the error that a run would meet in what lies at a target's place."""
-    if store.target is not None and isinstance(result, Preflight):
-        try:
-            what_lies_there(S3Client(store, result.region, stop=runtime.stop), result)
-        except Stopped:
-            raise
-        except BackupError as error:
-            return error
-    return result
-
-
-def tell_of_tags(runtime: Runtime, source: Preflight) -> None:
-    """Says so where the source's key may not read tags, by one object."""
-    client = S3Client(runtime.settings.source, source.region, HASTY, runtime.stop)
-    try:
-        for entry in source.keys[:1]:
-            client.tags(entry.key)
-    except S3Error as error:
-        if error.status == 403:
-            runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
-
-
-def describe(store: Store, result: Preflight) -> str:
-    """What a usable store holds, in a few words."""
-    if store.target is not None:
-        return f"ok, holds {result.repository_state(store).value}"
-    return f"ok, {count(len(result.keys), 'object')}{'' if result.complete else ' or more'}"
-
-
 # ----------------------------------------------------------------------------------------------- Operations
+
+
+def local_time(when: datetime) -> str:
+    """A time for people: as archives' names have it, and with its zone."""
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
 def emit(text: str) -> None:
@@ -6981,172 +6092,88 @@ def emit(text: str) -> None:
         raise BackupError(f"the answer could not be written: {error.strerror}", "Make room for it.") from None
 
 
-def local_time(when: datetime) -> str:
-    """A time for people: as archives' names have it, and with its zone."""
-    return f"{when.astimezone():%Y-%m-%d %H:%M:%S %z}"
+def check_config(runtime: Runtime) -> int:
+    """Asks every store whether it is usable and prints a table.
 
-
-@dataclass(frozen=True)
-class Archive:
-    """An archive as `borg list` shows it; borg before 1.2 noted neither objects nor bytes."""
-
-    name: str
-    start: datetime
-    end: datetime
-    objects: int | None
-    archived_bytes: int | None
-
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> Archive:
-        """From an entry of borg's JSON; the times are for people, in their zone."""
-        start, end = (borg_time(entry[key]).astimezone() for key in ("time", "end"))
-        files, archived_bytes = (
-            number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
-        )
-        if files and entry.get("comment", "").endswith(WITH_MANIFEST):
-            files -= 1
-        return cls(entry["name"], start, end, files, archived_bytes)
-
-    def belongs_to(self, label: str) -> bool:
-        """Whether it is one of `label`, and no checkpoint."""
-        return fnmatch.fnmatchcase(self.name, archive_pattern(label)) and not self.name.endswith(
-            ".checkpoint"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "start": self.start.isoformat(),
-            "end": self.end.isoformat(),
-            "objects": self.objects,
-            "bytes": self.archived_bytes,
-        }
-
-
-@dataclass(frozen=True)
-class Contents:
-    encryption: str
-    archives: tuple[Archive, ...]  # oldest first
-
-    def newest(self, label: str) -> Archive | None:
-        return next((archive for archive in reversed(self.archives) if archive.belongs_to(label)), None)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"archives": [archive.as_json() for archive in self.archives]}
-
-
-def contents(repository: Repository) -> Contents:
-    """Lists a repository's archives: a request for each. Raises BackupError."""
-    options = ["--format", "{archive}{time}{end}{comment}{nfiles}{size}"]  # the last two: see LIST_SIZES
-    path = str(repository.borg.repository)
-    listed = json.loads(repository.borg.run(["list", "--json", *options, path]).output)
-    archives = tuple(Archive.parse(entry) for entry in listed["archives"])
-    return Contents(listed["encryption"]["mode"], archives)
-
-
-def ask_each(
-    runtime: Runtime, targets: Sequence[Target], ask: Callable[[Target], Contents | Facts]
-) -> tuple[dict[Target, Contents | Facts], dict[str, Any], int]:
-    """What `ask` says about each target; the same for programs, with the errors; and the exit code.
-
-    An error is printed, and does not keep the others from their answers. Raises Stopped.
+    Changes nothing but a probe that it deletes again.
     """
-    found, document, code = {}, {}, EXIT_OK
+    settings, console = runtime.settings, runtime.console
+    found = preflight(runtime, settings.targets)
+    rows, failures = [("store", "location", "endpoint", "region", "access", "result")], []
+    for store, result in zip(settings.stores, found, strict=True):
+        place = store.name, store.location, store.endpoint
+        try:
+            if isinstance(result, BackupError):
+                raise result
+            access, more = "list, read", " or more" if result.following else ""
+            holds = f"{count(len(result.keys), 'object')}{more}"
+            if store.target:  # a run would meet what is wrong with what lies there
+                client = S3Client(store, result.region, stop=runtime.stop)
+                state = what_lies_there(client, result, may_be_new=True)
+                access, holds = "list, read, write, delete", f"holds {state.value}"
+            rows.append((*place, result.region, access, f"ok, {holds}"))
+        except Stopped:
+            raise
+        except BackupError as error:
+            rows.append((*place, store.region or "-", "-", "failed"))
+            failures.append(str(error))
+    console.plain("\n".join(table(rows)))
+    for failure in failures:
+        console.error("check-config", failure)
+    if isinstance(found[0], Preflight) and settings.headers:  # may its key read tags? One object tells.
+        client = S3Client(settings.source, found[0].region, HASTY, runtime.stop)
+        try:
+            for entry in found[0].keys[:1]:
+                client.tags(entry.key)
+        except S3Error as error:
+            if error.status == 403:
+                console.info("source", f"{TAGS_REFUSED}: {error.message}")
+    return EXIT_FAILURE if failures else EXIT_OK
+
+
+Rows = list[tuple[str, ...]]  # of a table
+
+
+def show(
+    runtime: Runtime,
+    targets: Sequence[Target],
+    as_json: bool,
+    ask: Callable[[Runtime, Repository], tuple[dict[str, Any], Rows]],
+    header: tuple[str, ...] = (),
+) -> int:
+    """Prints what `ask` says of each repository: one JSON object with the errors, or rows for people.
+
+    These are one table with a `header`, or a table each. An error is printed, and does not keep the others
+    from their answers. Returns the exit code; raises Stopped.
+    """
+    tables, document, code = [], {}, EXIT_OK
     for target in targets:
         try:
-            found[target] = ask(target)
-            document[target.name] = found[target].as_json()
+            with opened_for_reading(runtime, target) as repository:
+                document[target.name], rows = ask(runtime, repository)
+            tables.append(rows)
         except Stopped:
             raise
         except BackupError as error:
             runtime.console.error(target.store.name, str(error))
             document[target.name], code = {"error": str(error)}, max(code, error.exit_code)
-    return found, document, code
-
-
-def list_archives(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    def ask(target: Target) -> Contents:
-        with opened_for_reading(runtime, target) as repository:
-            return contents(repository)
-
-    found, document, code = ask_each(runtime, targets, ask)
-    rows = [("target", "archive", "time", "objects", "size")]
-    for target, known in found.items():
-        for archive in known.archives:
-            objects = "-" if archive.objects is None else f"{archive.objects:,}"
-            archived = "-" if archive.archived_bytes is None else size(archive.archived_bytes)
-            rows.append((target.name, archive.name, local_time(archive.start), objects, archived))
-        if not known.archives:
-            rows.append((target.name, "-", "-", "-", "-"))
-    text = "\n".join(table(rows)) if found else ""
+    if header and tables:
+        tables = [[header, *itertools.chain(*tables)]]
+    text = "\n\n".join("\n".join(table(rows)) for rows in tables)
     emit(json.dumps(document, indent=2) if as_json else text)
     return code
 
 
-@dataclass(frozen=True)
-class Facts:
-    target: Target
-    label: str
-    identity: str
-    known: Contents
-    stored_objects: int
-    stored_bytes: int
-    key_exported: str  # when; empty: never
-    checked: Checked
-    lease: str  # who works on the repository; empty: nobody
+ARCHIVE_COLUMNS = ("target", "archive", "time", "objects", "size")
 
-    @property
-    def archived_bytes(self) -> int:
-        """What the archives would take one by one, without deduplication and compression."""
-        return sum(archive.archived_bytes or 0 for archive in self.known.archives)
 
-    def as_json(self) -> dict[str, Any]:
-        record, newest = self.checked.record, self.known.newest(self.label)
-        since = unchecked_since(record, self.checked.segments)
-        return {
-            "target": self.target.name,
-            "endpoint": self.target.store.endpoint,
-            "location": self.target.store.location,
-            "repository_id": self.identity,
-            "encryption": self.known.encryption,
-            "key_exported": self.key_exported or None,
-            "archives": len(self.known.archives),
-            "archived_bytes": self.archived_bytes,
-            "stored_objects": self.stored_objects,
-            "stored_bytes": self.stored_bytes,
-            "last_archive": newest.as_json() if newest else None,
-            "last_check": record.checked.isoformat() if record.checked else None,
-            "unchecked_since": since.isoformat() if since else None,
-            "damage": record.damage or None,
-            "in_use": self.lease or None,
-        }
-
-    def as_text(self) -> str:
-        encryption, archives, record = self.known.encryption, self.known.archives, self.checked.record
-        exported = f"never: backup.py key-export {shlex.quote(self.target.name)}"
-        in_bucket = f"{size(self.stored_bytes)}, {count(self.stored_objects, 'object')}"
-        if self.archived_bytes > self.stored_bytes:
-            saved = 1 - self.stored_bytes / self.archived_bytes
-            in_bucket += f": deduplication and compression save {saved:.1%}"
-        last_run = "no archive has this label"
-        if newest := self.known.newest(self.label):
-            what = f"{count(newest.objects or 0, 'object')}, {size(newest.archived_bytes or 0)}"
-            took = duration((newest.end - newest.start).total_seconds())
-            last_run = f"{local_time(newest.start)}: {what}, in {took}"
-        when = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
-        rows = [
-            ("target", self.target.name),
-            ("location", f"{self.target.store.location} at {self.target.store.endpoint}"),
-            ("repository", self.identity),
-            ("encryption", f"{encryption}: {KEY_PLACES.get(encryption, 'the key is in the repository')}"),
-            ("key exported", self.key_exported or ("there is none" if encryption == "none" else exported)),
-            ("archives", f"{len(archives):,}, {size(self.archived_bytes)} in all"),
-            ("in the bucket", in_bucket),
-            (f"last {self.label}", last_run),
-            ("last check", f"DAMAGED: {record.damage}" if record.damage else f"{when}; {self.checked.age}"),
-            ("in use", self.lease or "no"),
-        ]
-        return "\n".join(table(rows))
+def archives_shown(_runtime: Runtime, repository: Repository) -> tuple[dict[str, Any], Rows]:
+    name, (_, archives) = repository.target.name, archives_of(repository)
+    rows: Rows = []
+    for each in archives:
+        numbers = f"{each.objects or 0:,}", size(each.archived_bytes or 0)
+        rows.append((name, each.name, local_time(each.start), *numbers))
+    return {"archives": [each.as_json() for each in archives]}, rows or [(name, "-", "-", "-", "-")]
 
 
 KEY_PLACES = {
@@ -7158,99 +6185,74 @@ KEY_PLACES = {
 }
 
 
-def gather_facts(runtime: Runtime, target: Target) -> Facts:
-    with opened_for_reading(runtime, target) as repository:
-        known, client = contents(repository), repository.client
-        lease, record = look_at_lease(client), last_check(client, repository.identity)
-        return Facts(
-            target,
-            runtime.settings.label,
-            repository.identity,
-            known,
-            len(repository.files),
-            sum(repository.files.values()),
-            str(read_note(client, KEY_EXPORTED_NAME).get("exported", "")),
-            Checked(record, segments_of(runtime, repository), client.clock or datetime.now(UTC)),
-            str(lease) if lease and not lease.has_expired else "",
-        )
+def repository_shown(runtime: Runtime, repository: Repository) -> tuple[dict[str, Any], Rows]:
+    store, client, label = repository.target.store, repository.client, runtime.settings.label
+    name, (encryption, archives) = repository.target.name, archives_of(repository)
+    document: dict[str, Any] = {}
+    rows: Rows = []
+
+    def add(title: str, text: str, **values: Any) -> None:
+        rows.append((title, text))
+        document.update(values)
+
+    add("target", name, target=name)
+    place = {"endpoint": store.endpoint, "location": store.location}
+    add("location", "{location} at {endpoint}".format(**place), **place)
+    add("repository", repository.identity, repository_id=repository.identity)
+    key_place = KEY_PLACES.get(encryption, "the key is in the repository")
+    add("encryption", f"{encryption}: {key_place}", encryption=encryption)
+    exported = str(read_note(client, KEY_EXPORTED_NAME).get("exported", ""))
+    never = "there is none" if encryption == "none" else f"never: backup.py key-export {shlex.quote(name)}"
+    add("key exported", exported or never, key_exported=exported or None)
+    # What the archives would take one by one, without deduplication and compression.
+    archived_bytes = sum(archive.archived_bytes or 0 for archive in archives)
+    text = f"{len(archives):,}, {size(archived_bytes)} in all"
+    add("archives", text, archives=len(archives), archived_bytes=archived_bytes)
+    stored_objects, stored_bytes = len(repository.files), sum(repository.files.values())
+    text = f"{size(stored_bytes)}, {count(stored_objects, 'object')}"
+    if archived_bytes > stored_bytes:
+        text += f": deduplication and compression save {1 - stored_bytes / archived_bytes:.1%}"
+    add("in the bucket", text, stored_objects=stored_objects, stored_bytes=stored_bytes)
+    newest, text = newest_of(archives, label), "no archive has this label"
+    if newest:
+        what = f"{count(newest.objects or 0, 'object')}, {size(newest.archived_bytes or 0)}"
+        took = duration((newest.end - newest.start).total_seconds())
+        text = f"{local_time(newest.start)}: {what}, in {took}"
+    add(f"last {label}", text, last_archive=newest.as_json() if newest else None)
+    record, segments = last_check(repository), segments_of(runtime, repository)
+    checked = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
+    text = f"{checked}; {record.age(segments, client.clock)}"
+    times = {"last_check": record.checked, "unchecked_since": record.unchecked_since(segments)}
+    add(
+        "last check",
+        f"DAMAGED: {record.damage}" if record.damage else text,
+        **{key: when.isoformat() if when else None for key, when in times.items()},
+        damage=record.damage or None,
+    )
+    lease = look_at_lease(client)
+    in_use = str(lease) if lease and not lease.has_expired else None
+    add("in use", in_use or "no", in_use=in_use)
+    return document, rows
 
 
-def show_info(runtime: Runtime, targets: Sequence[Target], as_json: bool) -> int:
-    found, document, code = ask_each(runtime, targets, lambda target: gather_facts(runtime, target))
-    text = "\n\n".join(facts.as_text() for facts in found.values())
-    emit(json.dumps(document, indent=2) if as_json else text)
-    return code
-
-
-def export_key(runtime: Runtime, target: Target, form: Sequence[str]) -> int:
+def export_key(runtime: Runtime, target: Target) -> int:
     """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
+    name, console = target.store.name, runtime.console
     with opened_for_reading(runtime, target) as repository:
-        exported = repository.borg.run(["key export", *form, str(repository.borg.repository)])
+        exported = repository.borg.run(["key export", str(repository.borg.repository)])
         try:
             print(exported.output, flush=True)
         except OSError as error:
-            raise BackupError(
-                f"{target.store.name}: the key could not be written: {error.strerror}", "Export it again."
-            ) from None
+            words = f"{name}: the key could not be written: {error.strerror}"
+            raise BackupError(words, "Export it again.") from None
         try:
-            note = json.dumps({"exported": utc_now(repository.client)})
-            repository.client.put(f"{target.store.key_prefix}{KEY_EXPORTED_NAME}", note.encode())
+            write_note(repository.client, KEY_EXPORTED_NAME, {"exported": utc_now(repository.client)})
         except S3Error as error:
-            runtime.console.warning(
-                target.store.name,
-                f"that the key was exported cannot be noted, and runs go on to remind of it: {error}",
-            )
-    runtime.console.info(
-        target.store.name,
-        "keep this key where the passphrase is, and not with the backups: a restore takes both",
-    )
+            words = "that the key was exported cannot be noted, and runs go on to remind of it"
+            console.warning(name, f"{words}: {error}")
+    words = "keep this key where the passphrase is, and not with the backups: a restore takes both"
+    console.info(name, words)
     return EXIT_OK
-
-
-def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
-    """Prunes, compacts and checks repositories without their source; returns the exit code."""
-    outcomes = [Outcome(target) for target in targets]
-    try:
-        for outcome in outcomes:
-            work = functools.partial(maintain_target, outcome=outcome)
-            if bring_to_end(runtime, outcome, work):
-                bring_to_end(runtime, outcome, work)
-    finally:
-        conclude(runtime, outcomes, maintenance_summary)
-    return overall(outcomes)
-
-
-def maintenance_summary(outcomes: Sequence[Outcome]) -> str:
-    rows = [("target", "result", "archives", "duration")]
-    for outcome in outcomes:
-        counts = outcome.archives
-        archives = "{archives_after:,} of {archives_before:,}".format(**counts) if counts else "-"
-        rows.append((outcome.target.name, outcome.verdict.value, archives, duration(outcome.seconds)))
-    return "\n".join([*table(rows), *reasons(outcomes)])
-
-
-def maintain_target(runtime: Runtime, outcome: Outcome) -> None:
-    target, label = outcome.target, runtime.settings.label
-    with opened_for_writing(runtime, target, "maintenance") as repository:
-        check_encryption(runtime, repository)
-        known = contents(repository)
-        newest, reason = known.newest(label), ""
-        if target.prune and not newest:
-            reason = f"no archive is called {label}-...; is BACKUP_LABEL that of the backups?"
-        elif target.prune and newest.objects == 0:
-            reason = f"the newest archive, {newest.name}, is empty; look at the source first"
-        if reason:
-            reason = f"nothing is pruned: {reason}"
-            outcome.warn(reason)
-            runtime.console.warning(target.store.name, reason)
-        elif target.prune:
-            prune(runtime, outcome, repository)
-        if target.compact_percent is not None:
-            compact(runtime, outcome, repository)
-        check_at_last(runtime, outcome, repository, "it is pruned and compacted as asked")
-        left = contents(repository)
-        outcome.archives = {"archives_before": len(known.archives), "archives_after": len(left.archives)}
-    runtime.console.info(target.store.name, f"done: everything is uploaded to {target.store.location}")
 
 
 # borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
@@ -7288,44 +6290,26 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
 
 PREVIOUS_NAMED = 20  # objects that would be overwritten
 # What one object's name is to blame for, and not the place.
-UNWRITABLE = frozenset(
-    {
-        *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-        *(errno.ELOOP, errno.EFBIG),
-    }
+UNWRITABLE = (
+    *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.EFBIG),
 )
 UNTAKEN_STATUSES = (400, 404, 405, 409, 414)  # the same of S3, unless it is a code that S3_HINTS knows
-NO_METADATA = frozenset({errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE})
+NO_METADATA = (errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE)
 
 MIB = 1024 * 1024
 PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
 MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
 # The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
 COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
+MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
 TAGGING = "x-amz-tagging"
-
-# A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
-# ends these uploads. Nobody else's are touched.
-RESTORING_NAME = f"{OWN_PREFIX}restoring-"
-NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
-
-
-@dataclass(frozen=True)
-class Order:
-    paths: tuple[str, ...]  # keys and folders; none: everything
-    archive: str  # empty: the newest one
-    until: datetime | None  # not younger than that
-    folder: Path | None
-    bucket: Destination | None  # one of the two is given
-    metadata: Path | None  # where to write what is known of the objects
-    overwrite: bool
-    dry_run: bool
 
 
 def end_of_time(text: str) -> datetime:
     """The end of the day, minute or second that `text` names, in local time. Raises ValueError."""
-    start = datetime.fromisoformat(text.replace(" ", "T").replace("Z", "+00:00"))
+    start = datetime.fromisoformat(text)
     if re.fullmatch(r"[0-9-]+", text):
         return (start + timedelta(days=1)).astimezone()  # days may have 23 or 25 hours
     is_minute = re.fullmatch(r".{10}.[0-9]{2}:?[0-9]{2}(Z|[+-][0-9:]+)?", text)
@@ -7333,49 +6317,23 @@ def end_of_time(text: str) -> datetime:
 
 
 def choose_archive(
-    archives: Mapping[str, datetime], label: str, name: str, until: datetime | None
-) -> tuple[str, str]:
-    """The archive that is meant, and why it is that one; `archives` begin with the oldest.
-
-    Raises BackupError where there is none.
-    """
+    archives: Sequence[Archive], label: str, name: str | None, until: datetime | None = None
+) -> tuple[Archive, str]:
+    """The archive that is meant, and why it is that one. Raises BackupError where there is none."""
     if name:
-        if name in archives:
-            return name, "as named"
-        hint = difflib.get_close_matches(name, archives, n=1, cutoff=0.5) or list(archives)[-1:]
-        raise BackupError(f"there is no archive {name!r}", f"Did you mean {hint[0]}?" if hint else "")
-    own = [found for found in archives if fnmatch.fnmatchcase(found, archive_pattern(label))]
-    known, of_what = (own, f"of label {label!r}") if own else (list(archives), "of any label")
+        for each in archives:
+            if each.name == name:
+                return each, "as named"
+        raise BackupError(f"there is no archive {name!r}", "`backup.py list` shows what there is.")
+    own = [each for each in archives if fnmatch.fnmatchcase(each.name, archive_pattern(label))]
+    known, of_what = (own, f"of label {label!r}") if own else (archives, "of any label")
     if until:
-        known = [found for found in known if archives[found] < until]
+        known = [each for each in known if each.start < until]
         of_what += f" until {local_time(until - timedelta(seconds=1))}"
     if not known:
-        oldest = min(archives.values(), default=None)
-        hint = f"The oldest archive is of {local_time(oldest)}." if oldest else "Run a backup first."
-        raise BackupError(f"there is no archive {of_what}", hint)
-    return max(known, key=lambda found: archives[found]), f"the newest {of_what}"
-
-
-def archive_times(repository: Repository) -> dict[str, datetime]:
-    listed = json.loads(repository.borg.run(["list", "--json", str(repository.borg.repository)]).output)
-    times = {
-        entry["name"]: archive_time(entry["name"], borg_time(entry["start"]).astimezone())
-        for entry in listed["archives"]
-    }
-    return dict(sorted(times.items(), key=lambda pair: pair[1]))
-
-
-def archive_time(name: str, start: datetime) -> datetime:
-    """When an archive was made, as its name has it: borg writes that a moment before it notes the start.
-
-    The name has the local time, which is there twice when clocks are set back.
-    """
-    try:
-        named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :])
-        earlier = start.astimezone().replace(tzinfo=None) - named
-    except (ValueError, TypeError):
-        return start
-    return start - earlier if timedelta(0) <= earlier < timedelta(seconds=5) else start
+        hint = f"The oldest archive is of {local_time(archives[0].start)}." if archives else ""
+        raise BackupError(f"there is no archive {of_what}", hint or "Run a backup first.")
+    return known[-1], f"the newest {of_what}"
 
 
 class Fate(enum.Enum):
@@ -7397,11 +6355,16 @@ class Item:
     size_bytes: int
     modified: int  # Unix time in seconds
     etag: str = ""  # when it was archived
-    facts: Mapping[str, Any] | None = None  # as of S3Object
+    facts: Mapping[str, Any] = field(default_factory=dict)  # as of S3Object
     there_bytes: int | None = None  # None: nothing is there
     there_etag: str = ""  # of an object
     there_modified: int | None = None  # of a file
     fate: Fate = Fate.UNKNOWN
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that can be given to another object."""
+        return kept_headers(self.facts.get("headers", {}))
 
 
 PLAN_TABLES = """
@@ -7415,32 +6378,29 @@ CREATE TABLE items (
 ) WITHOUT ROWID;
 CREATE INDEX in_order ON items (place);
 """
+DAMAGED = "'is damaged in the repository: parts of it are zeros'"
 # What the manifest says of content holds where the archive has that version. Of an object that no mount shows
 # there is a copy; one that a mount should have shown, and could not, may be in either place.
 PLAN_ITEMS = (
-    """
+    f"""
     INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
     SELECT substr(path, :start), path, place, entries.size, entries.modified,
         CASE WHEN objects.size = entries.size AND objects.modified / 1000000 = entries.modified
             THEN objects.etag ELSE '' END,
         CASE kind WHEN '-' THEN 'unknown' ELSE 'left out' END,
-        CASE WHEN kind != '-' THEN 'is no plain file, and is left out'
-            WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+        CASE WHEN kind != '-' THEN 'is no plain file, and is left out' WHEN NOT is_whole THEN {DAMAGED} END
     FROM entries LEFT JOIN objects ON objects.key = substr(path, :start)
     WHERE kind != 'd' AND path >= :low AND path < :high
     """,
-    """
-    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, warning)
-    SELECT key, path, place, entries.size, objects.modified / 1000000,
-        CASE WHEN objects.size = entries.size THEN etag ELSE '' END,
-        CASE WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
-    FROM objects CROSS JOIN entries ON path = odd_path(key)
-    """,
-    """
-    INSERT OR IGNORE INTO items (key, size, modified, etag, fate, warning)
-    SELECT key, size, modified / 1000000, etag, CASE size WHEN 0 THEN 'unknown' ELSE 'left out' END,
-        CASE WHEN size THEN 'is missing: the manifest has it, and the archive has not' END
-    FROM objects
+    f"""
+    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
+    SELECT key, path, place, coalesce(entries.size, objects.size), objects.modified / 1000000,
+        CASE WHEN objects.size != entries.size THEN '' ELSE etag END,
+        CASE WHEN path IS NULL AND objects.size > 0 THEN 'left out' ELSE 'unknown' END,
+        CASE WHEN NOT is_whole THEN {DAMAGED} WHEN path IS NULL AND objects.size > 0
+            THEN 'is missing: the manifest has it, and the archive has not' END
+    FROM objects LEFT JOIN entries ON path = odd_path(key)
+    WHERE path IS NOT NULL OR NOT EXISTS (SELECT 1 FROM items WHERE items.key = objects.key)
     """,
     """
     INSERT OR IGNORE INTO items (key, size, modified)
@@ -7458,12 +6418,12 @@ ABOVE_OTHERS = IS_COVERED.replace("objects", "items")
 CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
 
 
-def parse_entry(line: bytes) -> tuple[str, str, int, int, bool]:
-    """Path, kind (`-` for a file, `d` for a folder), size and Unix time of what is listed; if it is whole."""
+def parse_entry(place: int, line: bytes) -> tuple[Any, ...]:
+    """The row in `entries` of what is listed: `-` is a file there, `d` a folder."""
     given = json.loads(line)
     kind = "h" if given["mode"][0] == "h" else given["type"]
     modified = math.floor(borg_time(given["mtime"]).timestamp())
-    return given["path"], kind, given["size"], modified, given["healthy"]
+    return encode_key(given["path"]), place, kind, given["size"], modified, given["healthy"]
 
 
 class Plan(Catalog):
@@ -7480,14 +6440,14 @@ class Plan(Catalog):
 
     def read(self, repository: Repository, archive: str, source: Path) -> None:
         """Takes in what an archive holds. `source` is where the source would be mounted now."""
+        self.repository, self.archive = repository, archive
         borg, place = repository.borg, f"{repository.borg.repository}::{archive}"
         borg.run(
             ["list", "--json-lines", "--format", "{size}{mtime}", place],  # nothing of its content is read
-            consume=lambda lines: self.take(map(parse_entry, lines)),
+            consume=lambda lines: self.insert("entries", map(parse_entry, itertools.count(), lines)),
         )
-        self.has_manifest = bool(
-            self.execute("SELECT 1 FROM entries WHERE path = ?", [MANIFEST_PATH.encode()])
-        )
+        sql = "SELECT 1 FROM entries WHERE path = ?"
+        self.has_manifest = bool(self.execute(sql, [MANIFEST_PATH.encode()]))
         if self.has_manifest:
             try:
                 borg.run(
@@ -7501,39 +6461,29 @@ class Plan(Catalog):
                 ) from None
         self.arrange(source)
 
-    def take(self, entries: Iterable[tuple[str, str, int, int, bool]]) -> None:
-        rows = ((encode_key(path), place, *rest) for place, (path, *rest) in enumerate(entries))
-        self.insert("entries", rows)
-
-    def change(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        self.take_notes()
-        with self._told():
-            self._db.executemany(sql, rows)
-
     def arrange(self, source: Path) -> None:
         """Joins the list and the manifest, when both are in.
 
         Keys stand behind the path under which the source was mounted then, which a run archived first; where
         there is none, as in what somebody archived by hand, the paths are the keys.
         """
-        own = encode_key(OWN_FOLDER), encode_key(OWN_FOLDER[:-1] + "0")
-        others = "path < ? OR path >= ?" if self.has_manifest else "? != ?"
-        first = self.execute(f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1", own)
-        guesses, name = [str(source).lstrip("/")], f"/{source.name}"
-        for path, kind in first:
-            if kind == "d" and decode_key(path).endswith(name):
-                guesses.insert(0, decode_key(path))
-            elif self.has_manifest and f"{name}/" in decode_key(path):
-                guesses.append(decode_key(path).partition(f"{name}/")[0] + name)
-        low, high = b"", b"\xff" * 5
+        own = (encode_key(OWN_FOLDER), encode_key(f"{OWN_FOLDER[:-1]}0")) if self.has_manifest else (b"", b"")
+        others, guesses = "(path < ? OR path >= ?)", [str(source).lstrip("/")]
+        sql = f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1"
+        for path, kind in self.execute(sql, own):
+            before, name, below = f"{decode_key(path)}/".partition(f"/{source.name}/")
+            if name and (self.has_manifest or (kind == "d" and not below)):
+                guesses.append(f"{before}/{source.name}")
         for guess in guesses:
-            below = encode_key(f"{guess}/"), encode_key(f"{guess}0")
-            outside = f"({others}) AND path != ? AND NOT (path >= ? AND path < ?)"
-            if not self.execute(
-                f"SELECT 1 FROM entries WHERE {outside} LIMIT 1", [*own, encode_key(guess), *below]
-            ):
-                self.prefix, low, high = f"{guess}/", *below
+            low, high = encode_key(f"{guess}/"), encode_key(f"{guess}0")
+            sql = (
+                f"SELECT 1 FROM entries WHERE {others} AND path != ? AND NOT (path >= ? AND path < ?) LIMIT 1"
+            )
+            if not self.execute(sql, [*own, encode_key(guess), low, high]):
+                self.prefix = f"{guess}/"
                 break
+        else:
+            low, high = b"", b"\xff" * 5
         for sql in PLAN_ITEMS:
             self.execute(sql, {"start": len(low) + 1, "low": low, "high": high})
 
@@ -7542,29 +6492,38 @@ class Plan(Catalog):
 
         Raises BackupError for what names none.
         """
-        unmet = []
+        unmet, where = [], "key = ? OR (key >= ? AND key < ?)"
         for path in paths:
             bare = path.strip("/")
-            for name in dict.fromkeys((path, bare, bare.removeprefix(self.prefix))):
+            for name in (path, bare, bare.removeprefix(self.prefix)):
                 folder = name.rstrip("/")
                 values = [encode_key(each) for each in (name, f"{folder}/", f"{folder}0")]
-                where = "key = ? OR (key >= ? AND key < ?)"
                 if self.execute(f"SELECT 1 FROM items WHERE {where} LIMIT 1", values):
                     self.execute(f"UPDATE items SET is_chosen = 1 WHERE {where}", values)
                     break
             else:
                 unmet.append(path)
         if unmet:
-            keys = [decode_key(key) for (key,) in self.execute("SELECT key FROM items LIMIT 20000")]
-            names = {name for key in keys for name in itertools.accumulate(key.split("/"), "{}/{}".format)}
-            close = difflib.get_close_matches(unmet[0].strip("/"), names, n=1)
-            hint = "A PATH is an object's key or a folder of keys."
             raise BackupError(
                 f"the archive holds nothing at {', '.join(map(repr, unmet))}",
-                f"Did you mean {close[0]!r}?" if close else hint,
+                "A PATH is an object's key or a folder of keys; --dry-run without one lists them.",
             )
         if paths:
             self.execute("DELETE FROM items WHERE NOT is_chosen")
+
+    def choose(self, where: str, chosen: Iterator[bool]) -> None:
+        """Chooses objects out of those for which `where` holds: of each `chosen` says whether it is one."""
+        with self._told():
+            self._db.create_function("is_next_chosen", 1, lambda _: next(chosen))
+        self.execute(f"UPDATE items SET is_chosen = is_next_chosen(place) WHERE {where}")
+
+    def find(self, there: Iterable[tuple[int, str, int | None, bytes]]) -> None:
+        """Notes what lies where objects go: size, ETag or Unix time, and key. All else is not there."""
+        self.execute("UPDATE items SET there_size = NULL, there_etag = ''")
+        sql = "UPDATE items SET there_size = ?, there_etag = ?, there_modified = ? WHERE key = ?"
+        for page in pages(there):
+            with self._told():
+                self._db.executemany(sql, page)
 
     def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
         """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
@@ -7577,7 +6536,7 @@ class Plan(Catalog):
         last: object = b"" if by == "key" else -1
         while page := self.execute(sql, [last]):
             for last, key, path, *archived, facts, there_bytes, etag, modified, fate in page:  # noqa: B007
-                there = None if facts is None else json.loads(facts), there_bytes, etag, modified
+                there = json.loads(facts or "{}"), there_bytes, etag, modified
                 yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
 
     def sums(self, where: str) -> tuple[int, int]:
@@ -7592,16 +6551,13 @@ class Plan(Catalog):
         """Notes what is to be done about an object, or that it is written, and with which ETag."""
         self._notes.append((fate.value, sent.strip('"'), encode_key(item.key)))
         if len(self._notes) >= CATALOG_PAGE:  # one by one, threads would wait for each other most of the time
-            self.take_notes()
+            self.execute("SELECT 1")
 
-    def take_notes(self) -> None:
+    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._told():
             notes = [self._notes.popleft() for _ in range(len(self._notes))]
             self._db.executemany("UPDATE items SET fate = ?, sent = ? WHERE key = ?", notes)
-
-    def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        self.take_notes()
-        return super().execute(sql, values)
+            return super().execute(sql, values)
 
 
 def first_fate(item: Item) -> Fate:
@@ -7627,27 +6583,24 @@ def fate_by_etag(item: Item, stream: IO[bytes], etags_are_md5: bool) -> Fate:
 
     One that differs only counts where it is known to be an MD5 of all the content.
     """
-    number = item.there_etag.partition("-")[2]
-    sizes = {PART_BYTES * MAX_OBJECT_BYTES}
+    number, sizes = item.there_etag.partition("-")[2], {item.size_bytes}
     if number:
         common = (*(mib * MIB for mib in COMMON_PARTS), part_bytes(item.size_bytes))
         sizes = {size for size in common if str(-(-item.size_bytes // size)) == number}
     if not (item.there_etag and sizes and item.there_bytes == item.size_bytes):
         return Fate.UNKNOWN
-    offset, hashes = 0, {part: (bytearray(), MD5()) for part in sizes}
-    while data := stream.read(MIB):
-        offset += len(data)
-        for part, (digests, current) in hashes.items():
-            current.update(data)
-            if offset % part == 0 or (number and offset == item.size_bytes):
-                digests += current.digest()
-                hashes[part] = digests, MD5()
-    etags = {
-        f"{MD5(digests).hexdigest()}-{number}" if number else current.hexdigest()
-        for digests, current in hashes.values()
-    }
-    if item.there_etag in etags:
-        return Fate.KEEP
+    sums: dict[int, list[Any]] = {size: [] for size in sizes}  # by the size of parts: an MD5 of each
+    for offset in range(0, item.size_bytes, MIB):
+        data = stream.read(MIB)
+        for size, parts in sums.items():
+            if offset % size == 0:
+                parts.append(MD5())
+            parts[-1].update(data)
+    for parts in sums.values():
+        digests = [part.digest() for part in parts]
+        etag = f"{MD5(b''.join(digests)).hexdigest()}-{number}" if number else digests[0].hex()
+        if etag == item.there_etag:
+            return Fate.KEEP
     return Fate.DIFFERENT if etags_are_md5 and not number else Fate.UNKNOWN
 
 
@@ -7659,128 +6612,189 @@ def fate_by_content(there: Iterable[bytes], stream: IO[bytes]) -> Fate:
     return Fate.WRITE if stream.read(1) else Fate.KEEP
 
 
-MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
-
-
-class Threads:
-    """Threads that work side by side, on no more bytes than there is memory for; a failure ends all.
-
-    Nobody waits at exit for one that hangs. Methods raise what has failed first, and Stopped.
-    """
-
-    def __init__(self, memory_bytes: int, stop: Stop) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._changed, self._stop, self._number = threading.Condition(), stop, 0
-        self._room = self._all = memory_bytes
-        self._failures: list[BaseException] = []
-
-    @property
-    def is_busy(self) -> bool:
-        return self._room < self._all
-
-    def start(self, size_bytes: int, work: Callable[[], Result]) -> concurrent.futures.Future[Result | None]:
-        """Has a thread do `work`, as soon as there is room for its bytes."""
-        share = min(self._all, max(size_bytes, self._all // WAITING_OBJECTS))
-        future: concurrent.futures.Future[Result | None] = concurrent.futures.Future()
-
-        def do() -> None:
-            try:
-                future.set_result(None if self._failures else work())
-            except BaseException as error:
-                self._failures.append(error)
-                future.set_exception(error)
-            finally:
-                with self._changed:
-                    self._room += share
-                    self._changed.notify_all()
-
-        with self._changed:
-            self._wait(lambda: self._room >= share)
-            self._room -= share
-            if self._number < RESTORE_THREADS:
-                self._number += 1
-                in_background(self._serve)
-        self._queue.put(do)
-        return future
-
-    def _serve(self) -> None:
-        while do := self._queue.get():
-            do()
-
-    def _wait(self, is_so: Callable[[], bool]) -> None:
-        with self._changed:
-            while not self._failures and not self._changed.wait_for(
-                lambda: is_so() or self._failures, POLL_SECONDS
-            ):
-                self._stop.check()
-            if self._failures:
-                raise self._failures[0]
-
-    def __enter__(self) -> Threads:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if not kind:
-                self._wait(lambda: not self.is_busy)
-        finally:
-            with self._changed:
-                self._changed.wait_for(lambda: not self.is_busy, CLEANUP_SECONDS)
-            for _ in range(self._number):
-                self._queue.put(None)
-
-
-Handler = Callable[[Item, IO[bytes], Mapping[str, str], Threads], None]  # the third: user metadata
 TAR_METADATA = "SCHILY.xattr.user."
+Work = Callable[..., Any]
 
 
-def take_out(
-    fd: int, items: Iterator[Item], small_bytes: int, threads: Threads, handle: Handler
-) -> Item | None:
-    """Reads a tar file, and hands these objects in it on; returns the first that it lacks.
+class Transfer:
+    """Work on a plan's objects, in threads side by side, on no more bytes than there is memory for.
 
-    They come in the archive's order. Raises what `handle` raises first.
-    """
-    # borg writes it by the same module, surrogates included.
-    with (
-        os.fdopen(fd, "rb") as stream,
-        threads,
-        tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES // 8, encoding="utf-8") as tar,
-    ):
-        item = next(items, None)
-        while item and (member := tar.next()):
-            tar.members.clear()  # it would remember each
-            content = tar.extractfile(member) if member.isreg() else None
-            if member.name != item.path or content is None:
-                continue
-            headers, start = member.pax_headers.items(), len(TAR_METADATA)
-            metadata = {name[start:]: value for name, value in headers if name.startswith(TAR_METADATA)}
-            if member.size > small_bytes:
-                handle(item, content, metadata, threads)
-            else:
-                data = io.BytesIO(content.read())
-                threads.start(member.size, functools.partial(handle, item, data, metadata, threads))
-            item = next(items, None)
-        drain(stream)
-    return item
-
-
-class Restoration:
-    """A restore of a plan's objects.
-
-    Subclasses know the place: whether it takes an object (`mistake`), what is there (`find`, `compare_...`),
-    how to write (`prepare`, `write`) and what is wrong with what was written (`finish`).
+    A failure ends all, and nobody waits for a thread that hangs. Methods raise what has failed first, and
+    Stopped.
     """
 
-    def __init__(self, runtime: Runtime, plan: Plan, title: str, small_bytes: int) -> None:
-        """Nothing was looked at yet; `small_bytes` is what a thread takes, what is larger `write` sees to."""
-        self.title, self.small_bytes = title, small_bytes
+    name = "restore"
+    small_bytes = 0  # what a thread takes whole; a handler sees to what is larger
+
+    def __init__(self, runtime: Runtime, plan: Plan) -> None:
         self.runtime, self.plan, self.console = runtime, plan, runtime.console
         # Two parts at least: one that is read, and one that is sent.
         self.memory_bytes = min(max(2 * PART_BYTES, runtime.memory_mb * MIB // 8), 8 * PART_BYTES)
-        self.lock, self.losses, self.warnings = threading.Lock(), Counter[str](), 0
+        self.lock, self._changed = threading.Lock(), threading.Condition()
         self.goal, self.objects, self.bytes = "", 0, 0  # what is done, of what
         self._told = 0.0  # when that was told last
+        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], object]]] = queue.SimpleQueue()
+        self._busy_bytes, self._threads = 0, 0
+        self._failures: list[BaseException] = []
+
+    def add(self, objects: int, more_bytes: int) -> None:
+        with self.lock:
+            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
+            if time.monotonic() < self._told + POLL_SECONDS:
+                return
+            self._told = time.monotonic()
+            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
+            self.console.progress(self.name, f"{done} {self.goal}")
+
+    def start(self, size_bytes: int, work: Work, *given: Any) -> None:
+        """Has a thread do `work`, as soon as there is room for its bytes."""
+        share = min(self.memory_bytes, max(size_bytes, self.memory_bytes // WAITING_OBJECTS))
+        self._wait_until_busy_with(self.memory_bytes - share)
+        with self._changed:
+            self._busy_bytes += share
+        if self._threads < RESTORE_THREADS:
+            self._threads += 1
+            in_background(self._serve)
+        self._jobs.put((share, functools.partial(work, *given)))
+
+    def _serve(self) -> None:
+        while True:
+            share, work = self._jobs.get()
+            try:
+                if not self._failures:
+                    work()
+            except BaseException as error:
+                self._failures.append(error)
+            with self._changed:
+                self._busy_bytes -= share
+                self._changed.notify_all()
+
+    def _wait_until_busy_with(self, most_bytes: int) -> None:
+        with self._changed:
+            while self._busy_bytes > most_bytes and not self._failures:
+                self._changed.wait(POLL_SECONDS)
+                self.runtime.stop.check()
+        if self._failures:
+            raise self._failures[0]
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """At its end, all that was started meanwhile has ended."""
+        try:
+            yield
+            self._wait_until_busy_with(0)
+        finally:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._busy_bytes, CLEANUP_SECONDS)
+
+    def for_each(self, where: str, work: Work, *more: Any) -> None:
+        """Has threads do `work` about each object for which `where` holds."""
+        with self.awaited():
+            for item in self.plan.items(where):
+                self.start(0, work, item, *more)
+
+    def waited(self) -> float:
+        """Grows while it is not borg's fault that nothing moves: S3 is waited for, which has an end."""
+        return time.monotonic() if self._busy_bytes else 0
+
+    def export(self, verb: str, where: str, handle: Work) -> None:
+        """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
+
+        That is given an Item, its content as a stream, and its user metadata. Raises what that raises first,
+        and BackupError where the archive does not give all of them.
+        """
+        plan, where, missing = self.plan, f"place IS NOT NULL AND ({where})", ""
+        number, _ = plan.sums(where)
+        if not number:
+            return
+        self.goal, self.objects, self.bytes = f"{verb}, of {plan.summary(where)}", 0, 0
+
+        def work(*given: Any) -> None:
+            handle(*given)
+            self.add(1, 0)
+
+        def take(tar: tarfile.TarFile) -> None:
+            nonlocal missing
+            for item in plan.items(where, "place"):
+                missing = item.key
+                while member := tar.next():
+                    tar.members.clear()  # it would remember each
+                    if member.name == item.path and member.isreg():
+                        break
+                else:
+                    return
+                headers, start = member.pax_headers.items(), len(TAR_METADATA)
+                metadata = {name[start:]: text for name, text in headers if name.startswith(TAR_METADATA)}
+                content: Any = tar.extractfile(member)
+                if item.size_bytes > self.small_bytes:
+                    work(item, content, metadata)
+                else:
+                    self.start(item.size_bytes, work, item, io.BytesIO(content.read()), metadata)
+            missing = ""
+
+        def consume(stream: IO[bytes]) -> None:
+            with self.awaited(), contextlib.suppress(tarfile.ReadError):  # it ended early: borg says why
+                # borg writes it by the same module, surrogates included.
+                buffer = READ_BYTES // 8
+                with tarfile.open(fileobj=stream, mode="r|", bufsize=buffer, encoding="utf-8") as tar:
+                    take(tar)
+                drain(stream)
+
+        borg, target = plan.repository.borg, plan.repository.target
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+            chosen = Path(folder, "chosen")
+            with chosen.open("w", encoding="ascii") as lines:
+                lines.writelines(f"{json.dumps(item.path)}\n" for item in plan.items(where, "place"))
+            try:
+                borg.run(
+                    borg_export(borg.repository, plan.archive, Path("-")),
+                    consume=consume,
+                    own={"S3BORGBACKUP_EXPORTED": str(chosen)},
+                    waits=self.waited,
+                )
+            except BackupError as error:
+                if missing and error.message.startswith(f"{target.store.name}: borg "):
+                    error.message += f" (while {missing!r} was read)"
+                raise
+        if self.objects < number:
+            first = f"; {missing!r} is missing" if missing else ""
+            words = f"the archive gave {self.objects:,} of {count(number, 'object')}{first}"
+            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
+
+    def in_pieces(self, item: Item, content: IO[bytes], step: int, work: Work, conclude: Work) -> None:
+        """Has threads do `work` with each piece of a content and its number, from 0 on.
+
+        The last one concludes, with all results.
+        """
+        pieces, results = range(-(-item.size_bytes // step)), dict[int, Any]()
+
+        def do(number: int, piece: bytes) -> None:
+            result = work(number, piece)
+            with self.lock:
+                results[number] = result
+                is_last = len(results) == len(pieces)
+            if is_last:
+                conclude([results[number] for number in pieces])
+
+        for number in pieces:
+            piece = content.read(step)
+            self.start(len(piece), do, number, piece)
+
+
+class Restoration(Transfer):
+    """A restore of a plan's objects.
+
+    Subclasses know the place: whether it takes an object (`mistake`), what is `there` (and `comparisons`),
+    how to write (`prepare`, `write`), and what is to be written once more (`finish`).
+    """
+
+    def __init__(self, runtime: Runtime, plan: Plan, title: str) -> None:
+        super().__init__(runtime, plan)
+        self.title, self.losses, self.warnings = title, Counter[str](), 0
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
 
     def warn(self, text: str) -> None:
         """Tells what is not restored, or not as it was."""
@@ -7793,84 +6807,22 @@ class Restoration:
         self.plan.note(item, Fate.LEFT_OUT)
         self.warn(f"{item.key!r} could not be restored: {reason}")
 
-    def add(self, objects: int, more_bytes: int) -> None:
-        with self.lock:
-            self.objects, self.bytes = self.objects + objects, self.bytes + more_bytes
-            if time.monotonic() < self._told + POLL_SECONDS:
-                return
-            self._told = time.monotonic()
-            done = f"{count(self.objects, 'object')}, {size(self.bytes)}"
-            self.console.progress("restore", f"{done} {self.goal}")
-
-    def for_each(self, where: str, work: Callable[..., None], *more: Any) -> None:
-        """Has threads do `work` about each object for which `where` holds."""
-        with Threads(self.memory_bytes, self.runtime.stop) as threads:
-            for item in self.plan.items(where):
-                threads.start(0, functools.partial(work, item, *more, threads))
-
-    def export(self, repository: Repository, archive: str, verb: str, where: str, handle: Handler) -> None:
-        """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
-
-        Raises BackupError, also where the archive does not give all of them.
-        """
-        where, borg, target = f"place IS NOT NULL AND ({where})", repository.borg, repository.target
-        if not self.plan.sums(where)[0]:
-            return
-        self.goal, self.objects, self.bytes = f"{verb}, of {self.plan.summary(where)}", 0, 0
-
-        def take(item: Item, *rest: Any) -> None:
-            handle(item, *rest)
-            self.add(1, 0)
-
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-            chosen = Path(folder, "chosen")
-            with chosen.open("w", encoding="ascii") as lines:
-                lines.writelines(f"{json.dumps(item.path)}\n" for item in self.plan.items(where, "place"))
-            reading, writing = os.pipe()
-            output, threads = os.fdopen(writing, "wb"), Threads(self.memory_bytes, self.runtime.stop)
-            items = self.plan.items(where, "place")
-            work = in_background(lambda: take_out(reading, items, self.small_bytes, threads, take))
-            try:
-                borg.run(
-                    borg_export(borg.repository, archive, Path(f"/dev/fd/{writing}")),
-                    on_start=lambda _: output.close(),
-                    own={"S3BORGBACKUP_EXPORTED": str(chosen)},
-                    pass_fds=[writing],
-                    waits=lambda: time.monotonic() if self.is_patient and threads.is_busy else 0,
-                )
-            except BackupError as error:
-                output.close()
-                concurrent.futures.wait([work], timeout=0 if isinstance(error, Stuck) else KILL_SECONDS)
-                failure, final = work.exception() if work.done() else None, Stopped | Stuck | S3Error
-                if isinstance(failure, BackupError | OSError) and not isinstance(error, final):
-                    raise failure from error
-                raise
-            meters = [lambda: self.objects, lambda: io_bytes(os.getpid())]
-            lost = until_done(self.runtime, [], f"writing to {self.title}", work, *meters)
-        if lost:
-            raise BackupError(
-                f"{target.store.name}: the archive did not give {lost.path!r}",
-                f"Check the repository: backup.py borg {target.name} check.",
-            )
-
-    def compare(self, repository: Repository, archive: str) -> None:
+    def compare(self) -> None:
         """Finds out what is to be done about each object, and tells what cannot be restored.
 
-        Where size and time do not tell, content is compared: by ETag in a bucket, and by reading it there.
+        Where size and time do not tell, content is compared.
         """
         plan = self.plan
         for key, warning in plan.execute("SELECT key, warning FROM items WHERE warning IS NOT NULL"):
             self.warn(f"{decode_key(key)!r} {warning}")
-        self.find()
+        plan.find(self.there())
         for item in plan.items("fate = 'unknown'"):
             if mistake := self.mistake(item):
                 self.leave_out(item, mistake)
             else:
                 plan.note(item, first_fate(item))
-        for is_last in (False, True):
-            handle = functools.partial(self.compare_content, is_last)
-            self.export(repository, archive, "compared", "fate = 'unknown'", handle)
-        self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
+        for comparison in self.comparisons:
+            self.export("compared", "fate = 'unknown'", comparison)
 
     def tell(self, overwrite: bool) -> int:
         """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
@@ -7884,9 +6836,7 @@ class Restoration:
             if self.plan.sums(where := f"fate = '{fate.value}'")[0]:
                 text = f"{word}{why}: {self.plan.summary(where)}"
                 self.console.info("restore", f"dry run to {self.title}: {text}")
-        if self.plan.sums(CLASHES)[0] and not overwrite:
-            return EXIT_FAILURE
-        return EXIT_WARNINGS if self.warnings else EXIT_OK
+        return EXIT_FAILURE if self.plan.sums(CLASHES)[0] and not overwrite else self.exit_code
 
     def confirm(self, overwrite: bool) -> None:
         """Says what will be written. Raises BackupError where that would overwrite what must not be."""
@@ -7905,27 +6855,28 @@ class Restoration:
         summary = self.plan.summary("fate IN ('write', 'headers')")
         self.console.info("restore", f"to {self.title}: {summary}{there}")
 
-    def write_all(self, repository: Repository, archive: str) -> None:
+    def write_all(self) -> None:
         """Writes what is to be written, and what the place has lost of it once more.
 
         Raises BackupError unless all of it is there.
         """
         self.prepare()
-        mistakes: list[str] = []
         for _ in range(2):
-            for part in self.in_turn:
+            for part in (ABOVE_OTHERS, f"NOT {ABOVE_OTHERS}"):
                 where = f"fate = 'write' AND {part}"
                 self.for_each(f"place IS NULL AND {where}", self.write, io.BytesIO(), {})
-                self.export(repository, archive, "restored", where, self.write)
-            mistakes = self.finish()
-            if not mistakes:
+                self.export("restored", where, self.write)
+            self.finish()
+            number, _ = self.plan.sums("fate = 'write'")
+            if not number:
                 return
-        more = self.plan.sums("fate = 'write'")[0] - 5
-        raise BackupError(
-            f"{self.title} does not hold what was restored: {'; '.join(mistakes[:5])}"
-            f"{f' and {more:,} more' if more > 0 else ''}",
-            "Run it again: it goes on where it was.",
-        )
+        mistakes = [
+            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
+            for item in itertools.islice(self.plan.items("fate = 'write'"), 5)
+        ]
+        more = f" and {number - 5:,} more" if number > 5 else ""
+        words = f"{self.title} does not hold what was restored: {'; '.join(mistakes)}{more}"
+        raise BackupError(words, "Run it again: it goes on where it was.")
 
     def report(self, seconds: float) -> int:
         """Says what was restored, and what was lost of it; returns the exit code."""
@@ -7937,48 +6888,41 @@ class Restoration:
             self.console.warning("restore", f"{self.warnings - MAX_NAMED:,} more warnings")
         kept, done = self.plan.sums(KEPT)[0], self.plan.summary("fate = 'restored'")
         there = f"; {kept:,} were there already" if kept else ""
-        words = f"restored {done}, to {self.title} in {duration(seconds)}{there}"
-        self.console.info("restore", words)
-        return EXIT_WARNINGS if self.warnings else EXIT_OK
+        self.console.info("restore", f"restored {done}, to {self.title} in {duration(seconds)}{there}")
+        return self.exit_code
 
 
 class ToFolder(Restoration):
     """Into a folder of the machine."""
 
-    is_patient, in_turn = False, ("1",)
+    small_bytes = 256 * 1024
 
     def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
-        super().__init__(runtime, plan, str(root), 256 * 1024)
-        self._root, self._folders = root, set[str]()
+        super().__init__(runtime, plan, str(root))
+        self._root, self._folders, self.comparisons = root, set[str](), [self.compare_content]
+
+    def waited(self) -> float:
+        return self.objects + self.bytes  # a disk may hang for ever
 
     def mistake(self, item: Item) -> str:
         name = item.key if item.size_bytes else item.key.removesuffix("/")
         return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
 
-    def find(self) -> None:  # what is no file cannot be overwritten
-        for page in pages(self.plan.items()):
-            found = []
-            for item in page:
-                with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
-                    status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
-                    if is_folder or stat.S_ISREG(status.st_mode):
-                        size_bytes = 0 if is_folder else status.st_size
-                        found.append((size_bytes, math.floor(status.st_mtime), encode_key(item.key)))
-            self.plan.change("UPDATE items SET there_size = ?, there_modified = ? WHERE key = ?", found)
+    def there(self) -> Iterator[tuple[int, str, int, bytes]]:  # what is no file cannot be overwritten
+        for item in self.plan.items():
+            with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
+                status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
+                if is_folder or stat.S_ISREG(status.st_mode):
+                    size_bytes = 0 if is_folder else status.st_size
+                    yield size_bytes, "", math.floor(status.st_mtime), encode_key(item.key)
 
-    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        if not is_last:
-            return
+    def compare_content(self, item: Item, stream: IO[bytes], _: object) -> None:
         try:
             with open(f"{self._root}/{item.key}", "rb") as there:
-                blocks = iter(lambda: there.read(READ_BYTES), b"")
-                self.plan.note(item, fate_by_content(blocks, stream))
+                self.plan.note(item, fate_by_content(iter(lambda: there.read(READ_BYTES), b""), stream))
         except OSError as error:
             words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
             raise BackupError(words, TRY_AGAIN) from error
-
-    def compare_headers(self, *_: object) -> None:
-        """Files have none."""
 
     def prepare(self) -> None:
         """Raises BackupError where the disk is certain to be too small.
@@ -7996,24 +6940,22 @@ class ToFolder(Restoration):
         old = "fate = 'there' AND there_modified != items.modified"
         for item in self.plan.items(f"{old} AND place IS NOT NULL"):
             try:
-                path, times = f"{self._root}/{item.key}", (item.modified, item.modified)
-                os.utime(path, times, follow_symlinks=False)
+                times = item.modified, item.modified
+                os.utime(f"{self._root}/{item.key}", times, follow_symlinks=False)
             except OSError as error:
                 self.leave_out(item, f"its time cannot be set: {error.strerror}")
 
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], _: Threads) -> None:
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
         """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
-        path = f"{self._root}/{item.key}"
-        known, start = restorable(item.facts).items(), len(USER_METADATA)
-        own = {name[start:]: text for name, text in known if name.startswith(USER_METADATA)}
-        metadata = {**metadata, **own}
+        path, start = f"{self._root}/{item.key}", len(USER_METADATA)
+        own = {name[start:]: text for name, text in item.headers.items() if name.startswith(USER_METADATA)}
         try:
             folder = os.path.dirname(path)
             if folder not in self._folders:
                 os.makedirs(folder, exist_ok=True)
                 self._folders.add(folder)
             if not path.endswith("/"):
-                self._fill(item, path, stream, metadata)
+                self._fill(item, path, stream, {**metadata, **own})
             self.plan.note(item, Fate.DONE)
         except OSError as error:
             if error.errno in UNWRITABLE:
@@ -8041,7 +6983,7 @@ class ToFolder(Restoration):
                     self.losses["user metadata"] += 1
             os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
 
-    def finish(self) -> list[str]:
+    def finish(self) -> None:
         """Waits until the disk has what was written. Raises BackupError where it could not take it."""
         fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -8050,12 +6992,102 @@ class ToFolder(Restoration):
                 raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
         finally:
             os.close(fd)
-        return []
 
 
-def restorable(facts: Mapping[str, Any] | None) -> dict[str, str]:
-    """Those of an object's headers that can be given to another one."""
-    return kept_headers((facts or {}).get("headers", {}))
+# A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
+# ends these uploads.
+RESTORING_NAME = f"{OWN_PREFIX}restoring-"
+NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
+
+
+class Uploads:
+    """The uploads in parts that a restore has begun: none is left when it, or a later one, is at its end.
+
+    A note beside the objects has them, and is written again and again. Nobody else's are touched.
+    """
+
+    def __init__(self, runtime: Runtime, client: S3Client) -> None:
+        self._runtime, self._client = runtime, client
+        self._notes = f"{client.store.key_prefix}{RESTORING_NAME}"
+        self._note = f"{self._notes}{runtime.run_id}"
+        self._begun: dict[str, tuple[str, str]] = {}  # by key: since when, and the id when it is known
+        self._lock, self._over, self._is_noted = threading.Lock(), threading.Event(), False
+
+    def note(self, key: str = "", begun: tuple[str, str] | None = None, patience: Patience = PROVEN) -> None:
+        """Notes since when an object's is under way, and its id when it is known, or that it is over."""
+        with self._lock:
+            self._begun.pop(key, None)
+            self._begun |= {key: begun} if begun else {}
+            if self._over.is_set():
+                return
+            if not self._is_noted:
+                self._is_noted = True
+                in_background(self._beat)
+            dataclasses.replace(self._client, patience=patience).put(
+                self._note, json.dumps(self._begun).encode()
+            )
+
+    def end_others(self, key: str, since: str, upload: str) -> None:
+        """An earlier try may have begun one before this, and its answer was lost."""
+        self._end(self._client, key, (since, ""), EPOCH, last=upload)
+
+    def _beat(self) -> None:
+        while not self._over.wait(NOTE_SECONDS):
+            with contextlib.suppress(BackupError):
+                self.note(patience=HASTY)
+
+    @staticmethod
+    def _end(client: S3Client, key: str, begun: Sequence[str], until: datetime, last: str = "") -> None:
+        """Ends an upload, or where its id is not known those that began until then, or before the `last`."""
+        since, known = begun
+        ids = [known] if known else []
+        if not known:
+            query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
+            uploads = ElementTree.fromstring(client.request("GET", query=query).body).iterfind("{*}Upload")
+            began = {
+                each.findtext("{*}UploadId", ""): datetime.fromisoformat(each.findtext("{*}Initiated", ""))
+                for each in uploads
+                if urllib.parse.unquote_plus(each.findtext("{*}Key", "")) == key
+            }
+            start, end = datetime.fromisoformat(since), began.pop(last, until)
+            ids = [each for each, when in began.items() if start <= when <= end]
+        for each in ids:
+            try:
+                client.request("DELETE", key, [("uploadId", each)])
+            except S3Error as error:
+                if error.status != 404:
+                    raise
+
+    def _end_all(self, note: str, begun: Mapping[str, Sequence[str]], until: datetime) -> None:
+        """Ends what a note has, and deletes it."""
+        client = dataclasses.replace(
+            self._client, patience=Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
+        )
+        work = [functools.partial(self._end, client, *each, until) for each in begun.items()]
+        for result in side_by_side(work, Stop()):
+            if isinstance(result, BackupError):
+                raise result
+        client.delete(note)
+
+    def __enter__(self) -> Uploads:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends our own, and when all went well those in notes that nobody has written for a while."""
+        self._over.set()
+        with self._lock, contextlib.suppress(BackupError):
+            if self._is_noted:
+                self._end_all(self._note, self._begun, self._client.clock + timedelta(days=1))
+        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
+        while not kind and (notes := list(self._client.list_objects(self._notes))):
+            for note in notes:
+                if self._client.clock - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
+                    until = note.last_modified + 2 * timedelta(seconds=NOTE_SECONDS)
+                    self._end_all(note.key, json.loads(self._client.get(note.key)), until)
+            if time.monotonic() > deadline:
+                break
+            self._runtime.console.progress("restore", "waiting to see whether another restore is alive")
+            self._runtime.stop.wait(1)
 
 
 def readable(value: str) -> str:
@@ -8068,17 +7100,16 @@ def readable(value: str) -> str:
 class ToBucket(Restoration):
     """Into a bucket, by requests of our own."""
 
-    is_patient = True  # while it waits for S3, which has an end
-    in_turn = (ABOVE_OTHERS, f"NOT {ABOVE_OTHERS}")
+    small_bytes = PART_BYTES
 
-    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, is_dry: bool) -> None:
-        """Tries out what the store keeps, unless it `is_dry`. Raises S3Error."""
-        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}", PART_BYTES)
-        self._client, self._direct, self._prefix = client, client.direct(), client.store.key_prefix
-        self._note = f"{self._prefix}{RESTORING_NAME}{runtime.run_id}"
-        self._uploads: dict[str, tuple[str, str]] = {}  # under way: the key -> since when, and the id
-        self._beats, self._over, self._writing_note = 0, threading.Event(), threading.Lock()
-        self._etags_are_md5, self._dropped = (False, set[str]()) if is_dry else self._try_out()
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, uploads: Uploads, dry: bool) -> None:
+        """Tries out what the store keeps, unless this is a `dry` run. Raises S3Error."""
+        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}")
+        self._client, self._direct = client, dataclasses.replace(client, is_direct=True)
+        self._prefix = client.store.key_prefix
+        self._uploads = uploads
+        self._etags_are_md5, self._dropped = (False, set[str]()) if dry else self._try_out()
+        self.comparisons = [self.compare_etag, self.compare_content]
 
     def _try_out(self) -> tuple[bool, set[str]]:
         """Whether an ETag is an MD5, which it is not with some kinds of encryption; what is dropped."""
@@ -8105,32 +7136,32 @@ class ToBucket(Restoration):
             return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
         return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
 
-    def find(self) -> None:
-        [ends] = self.plan.execute("SELECT coalesce(min(key), ''), coalesce(max(key), '') FROM items")
-        pairs = zip(*(decode_key(bytes(key)) if key else "" for key in ends), strict=False)
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1] < "\ud800", pairs)
-        prefix = self._prefix + "".join(first for first, _ in same)
-        self.plan.execute("UPDATE items SET there_size = NULL, there_etag = ''")
-        for page in pages(self._client.list_objects(prefix)):
-            rows = [(each.size_bytes, each.etag, encode_key(each.key[len(self._prefix) :])) for each in page]
-            self.plan.change("UPDATE items SET there_size = ?, there_etag = ? WHERE key = ?", rows)
+    def there(self) -> Iterator[tuple[int, str, None, bytes]]:
+        [ends] = self.plan.execute("SELECT min(key), max(key) FROM items")
+        common = os.path.commonprefix([decode_key(key or b"") for key in ends])  # noqa: RUF071
+        for each in self._client.list_objects(self._prefix + re.split("[\ud800-\udfff]", common)[0]):
+            yield each.size_bytes, each.etag, None, encode_key(each.key[len(self._prefix) :])
 
-    def compare_content(self, is_last: bool, item: Item, stream: IO[bytes], *_: object) -> None:
-        if not is_last:
-            self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
-            return
+    def compare(self) -> None:
+        super().compare()
+        self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
+
+    def compare_etag(self, item: Item, stream: IO[bytes], _: object) -> None:
+        self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
+
+    def compare_content(self, item: Item, stream: IO[bytes], _: object) -> None:
         size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
         spans = [(start, min(start + step, size_bytes) - 1) for start in range(0, size_bytes, step)]
         there = (self._direct.get(self._prefix + item.key, span) for span in spans)
         self.plan.note(item, fate_by_content(there, stream))
 
-    def compare_headers(self, item: Item, _: Threads) -> None:
+    def compare_headers(self, item: Item) -> None:
         """Notes an object that is there with the same content, and with other headers or tags."""
-        facts, key, wanted = item.facts or {}, self._prefix + item.key, restorable(item.facts)
-        if "headers" not in facts:
+        key, wanted = self._prefix + item.key, item.headers
+        if "headers" not in item.facts:
             return
         try:
-            found, tags = headers_of(self._direct.request("HEAD", key)), facts.get("tags")
+            found, tags = headers_of(self._direct.request("HEAD", key)), item.facts.get("tags")
             names = (wanted.keys() | found.keys()) - self._dropped
             names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
             differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
@@ -8147,10 +7178,9 @@ class ToBucket(Restoration):
 
     def prepare(self) -> None:
         """Gives objects with the right content their headers, by copies onto themselves."""
-        in_background(self._beat)
         self.for_each("fate = 'headers'", self._copy)
 
-    def _copy(self, item: Item, _: Threads) -> None:
+    def _copy(self, item: Item) -> None:
         key, headers = self._prefix + item.key, self._headers_for(item, {})
         headers |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
         headers["x-amz-metadata-directive"] = "REPLACE"
@@ -8165,20 +7195,18 @@ class ToBucket(Restoration):
 
     def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
         """What an object is written with; `metadata` is what older archives have of it."""
-        headers = restorable(item.facts) or {
-            f"{USER_METADATA}{name}": value for name, value in metadata.items()
-        }
-        if tags := (item.facts or {}).get("tags"):
+        headers = item.headers or {f"{USER_METADATA}{name}": value for name, value in metadata.items()}
+        if tags := item.facts.get("tags"):
             headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
         with self.lock:
             self.losses.update(headers.keys() & self._dropped)
         return {name: value for name, value in headers.items() if name not in self._dropped}
 
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str], threads: Threads) -> None:
-        """Writes one object; a large one is there when `threads` have ended. Raises S3Error."""
+    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+        """Writes one object; a large one is there when all threads have ended. Raises S3Error."""
         key, headers = self._prefix + item.key, self._headers_for(item, metadata)
         if item.size_bytes > PART_BYTES:
-            self._upload(item, key, headers, stream, threads)
+            self._upload(item, key, headers, stream)
             return
         try:
             answer = self._direct.put(key, stream.read(), headers)
@@ -8187,39 +7215,33 @@ class ToBucket(Restoration):
         except S3Error as error:
             self._leave_out(item, error)
 
-    def _upload(
-        self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes], threads: Threads
-    ) -> None:
-        """Begins an upload, and has threads send its parts and end it."""
-        since, step = utc_now(self._client), part_bytes(item.size_bytes)
-        self._write_note(key, (since, ""))
+    def _upload(self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes]) -> None:
+        """Begins an upload, and has threads send its parts and end it. No thread waits for this one."""
+        since = utc_now(self._client)
+        self._uploads.note(key, (since, ""))
         try:
-            begun = self._direct.request("POST", key, [("uploads", "")], headers)
+            begun = self._client.request("POST", key, [("uploads", "")], headers)
         except S3Error as error:
             self._leave_out(item, error)
-            self._write_note(key)
+            self._uploads.note(key)
             return
         upload = xml_text(begun.body, "UploadId")
-        self._write_note(key, (since, upload))
-        # An earlier try may have begun one as well, and its answer was lost.
-        found = self._begun(self._direct, key, since, utc_now(self._direct))
-        self._abort(self._direct, key, [other for other in found if other != upload])
+        self._uploads.note(key, (since, upload))
+        self._uploads.end_others(key, since, upload)
 
         def send(number: int, body: bytes) -> str:
-            query = [("partNumber", str(number)), ("uploadId", upload)]
+            query = [("partNumber", str(number + 1)), ("uploadId", upload)]
             etag = self._direct.put(key, body, query=query).etag
             self.add(0, len(body))
-            return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+            return f"<Part><PartNumber>{number + 1}</PartNumber><ETag>{etag}</ETag></Part>"
 
-        parts = [
-            threads.start(step, functools.partial(send, number, stream.read(step)))
-            for number in range(1, -(-item.size_bytes // step) + 1)
-        ]
-        threads.start(0, lambda: self._complete(item, key, upload, [part.result() for part in parts]))
+        complete = functools.partial(self._complete, item, key, upload)
+        self.in_pieces(item, stream, part_bytes(item.size_bytes), send, complete)
 
-    def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str | None]) -> None:
-        body = f"<CompleteMultipartUpload>{''.join(map(str, parts))}</CompleteMultipartUpload>".encode()
-        client = self._direct.with_patience(dataclasses.replace(PROVEN, answer_seconds=300))
+    def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str]) -> None:
+        body = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>".encode()
+        patience = dataclasses.replace(PROVEN, answer_seconds=300)
+        client = dataclasses.replace(self._direct, patience=patience)
         try:
             answer = client.request("POST", key, [("uploadId", upload)], body=body)
             etag = xml_text(answer.body, "ETag")
@@ -8231,119 +7253,75 @@ class ToBucket(Restoration):
             etag = there.etag
             if there.headers.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
                 raise
-        self._write_note(key)
+        self._uploads.note(key)
         self.plan.note(item, Fate.DONE, etag)
 
-    def _write_note(
-        self, key: str = "", upload: tuple[str, str] | None = None, patience: Patience = PROVEN
-    ) -> None:
-        """Says which uploads are under way; that of `key` begins, or has ended."""
-        with self._writing_note:
-            self._uploads.pop(key, None)
-            self._uploads |= {key: upload} if upload else {}
-            if not self._over.is_set():
-                body = json.dumps(self._uploads).encode()
-                self._client.with_patience(patience).put(self._note, body)
-                self._beats += 1
-
-    def _beat(self) -> None:
-        while not self._over.wait(NOTE_SECONDS):
-            if self._beats:
-                with contextlib.suppress(BackupError):
-                    self._write_note(patience=HASTY)
-
-    def finish(self) -> list[str]:
+    def finish(self) -> None:
         if not self.plan.sums("fate = 'restored'")[0]:
-            return []  # it was listed just before
+            return  # it was listed just before
         deadline = time.monotonic() + LISTING_SECONDS
         wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
         where = f"fate IN ('restored', 'there') AND {wrong}"
-        self.find()
+        self.plan.find(self.there())
         while self.plan.sums(where)[0] and time.monotonic() < deadline:
             self.runtime.stop.wait(1)
-            self.find()
-        mistakes = [
-            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
-            for item in itertools.islice(self.plan.items(where), PREVIOUS_NAMED)
-        ]
+            self.plan.find(self.there())
         self.plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
-        return mistakes
 
-    def close(self, is_done: bool) -> None:
-        """Ends uploads that are under way, and when all `is_done` those of restores that did not live to.
 
-        Theirs are in notes that nobody has written for a while.
-        """
-        self._over.set()
-        with self._writing_note, contextlib.suppress(BackupError):
-            if self._beats:
-                soon = datetime.now(UTC) + timedelta(days=1)
-                self._end_uploads(self._note, self._uploads, soon.isoformat())
-        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
-        while is_done:
-            notes = list(self._client.list_objects(f"{self._prefix}{RESTORING_NAME}"))
-            now = self._client.clock or datetime.now(UTC)
-            for note in notes:
-                if now - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
-                    until = (note.last_modified + 2 * timedelta(seconds=NOTE_SECONDS)).isoformat()
-                    self._end_uploads(note.key, json.loads(self._client.get(note.key)), until)
-            if not notes or time.monotonic() > deadline:
-                break
-            self.console.progress("restore", "waiting to see whether another restore is alive")
-            self.runtime.stop.wait(1)
+def restore_archive(runtime: Runtime, given: argparse.Namespace) -> int:
+    """Restores an archive, or a part of it, as the command line says; returns the exit code.
 
-    @staticmethod
-    def _begun(client: S3Client, key: str, since: str, until: str) -> list[str]:
-        """The ids of the uploads of an object that began in this time."""
-        query, ids = [("uploads", ""), ("prefix", key), ("encoding-type", "url")], []
-        for element in ElementTree.fromstring(client.request("GET", query=query).body).iter():
-            told = {each.tag.rpartition("}")[2]: each.text or "" for each in element}
-            if urllib.parse.unquote_plus(told.get("Key", "")) == key and "UploadId" in told:
-                begun = datetime.fromisoformat(told["Initiated"])
-                if datetime.fromisoformat(since) <= begun <= datetime.fromisoformat(until):
-                    ids.append(told["UploadId"])
-        return ids
+    Raises BackupError.
+    """
+    start, settings, target = time.monotonic(), runtime.settings, given.target
+    with (
+        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
+        contextlib.closing(Plan(Path(folder, "plan"))) as plan,
+        opened_metadata(given) as metadata,
+    ):
+        reading = opened_for_reading(runtime, target, "a restore")
+        with opened_place(runtime, given, plan) as place, reading as repository:
+            archives = archives_of(repository, *ONLY_NAMES)[1]
+            archive, why = choose_archive(archives, settings.label, given.archive, given.until)
+            what = f"archive {archive.name} of target {target.name} ({why})"
+            runtime.console.info("restore", f"{what}, of {local_time(archive.start)}")
+            plan.read(repository, archive.name, settings.mount_point(settings.source))
+            plan.select(given.paths)
+            place.compare()
+            if given.dry_run:
+                return place.tell(given.overwrite)
+            place.confirm(given.overwrite)
+            place.write_all()
+        if given.metadata:
+            there = "key IN (SELECT key FROM items WHERE fate IN ('restored', 'there'))"
+            metadata.writelines(f"{manifest_line(known)}\n" for known in plan.rows(there))
+        return place.report(time.monotonic() - start)
 
-    @staticmethod
-    def _abort(client: S3Client, key: str, uploads: Sequence[str]) -> None:
-        for upload in uploads:
-            try:
-                client.request("DELETE", key, [("uploadId", upload)])
-            except S3Error as error:
-                if error.status != 404:
-                    raise
 
-    def _end_uploads(self, note: str, uploads: Mapping[str, Sequence[str]], until: str) -> None:
-        """Ends uploads, and deletes the note with them. One whose id is not known began meanwhile."""
-        client = self._client.with_patience(Patience(failing_seconds=CONNECT_PATIENCE_SECONDS))
-
-        def end(key: str) -> None:
-            since, upload = uploads[key]
-            self._abort(client, key, [upload] if upload else self._begun(client, key, since, until))
-
-        with ThreadPoolExecutor(RESTORE_THREADS) as pool:
-            list(pool.map(end, uploads))
-        client.delete(note)
+def opened_metadata(given: argparse.Namespace) -> IO[str]:
+    """The file for what is known of the objects. Raises BackupError."""
+    path = given.metadata if given.metadata and not given.dry_run else os.devnull
+    try:
+        return open(path, "w", encoding="ascii")
+    except OSError as error:
+        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
 
 
 @contextlib.contextmanager
-def opened_place(runtime: Runtime, order: Order, plan: Plan) -> Iterator[ToFolder | ToBucket]:
-    """What restores to where `order` says, which is ready to be written to, unless it only asks.
+def opened_place(runtime: Runtime, given: argparse.Namespace, plan: Plan) -> Iterator[ToFolder | ToBucket]:
+    """What restores to where the command line says, ready to be written to, unless it only asks.
 
     Raises BackupError, within seconds where a permission is missing.
     """
-    if order.folder:
-        yield ToFolder(runtime, plan, opened_folder(runtime, order.folder, order.dry_run))
+    if given.folder:
+        yield ToFolder(runtime, plan, opened_folder(runtime, given.folder, given.dry_run))
         return
-    assert order.bucket
-    found = preflight_one(runtime, order.bucket, write=not order.dry_run)
-    client = S3Client(order.bucket, found.region, PROVEN, runtime.stop)
-    place, is_done = ToBucket(runtime, plan, client, order.dry_run), False
-    try:
-        yield place
-        is_done = not order.dry_run
-    finally:
-        place.close(is_done)
+    found = preflight_one(runtime, given.bucket, write=not given.dry_run)
+    client = S3Client(given.bucket, found.region, PROVEN, runtime.stop)
+    uploads = Uploads(runtime, client)
+    with contextlib.nullcontext() if given.dry_run else uploads:
+        yield ToBucket(runtime, plan, client, uploads, given.dry_run)
 
 
 def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
@@ -8360,210 +7338,154 @@ def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
     except OSError as error:
         raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
     if is_inside:
-        runtime.console.warning(
-            "restore",
-            f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
-            f' there: docker run -v "$PWD/restored:{root}"',
-        )
+        words = f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
+        runtime.console.warning("restore", f'{words} there: docker run -v "$PWD/restored:{root}"')
     return root
-
-
-def restore(runtime: Runtime, target: Target, order: Order) -> int:
-    """Restores an archive, or a part of it; returns the exit code. Raises BackupError."""
-    start, settings = time.monotonic(), runtime.settings
-    with contextlib.ExitStack() as undo:
-        folder = undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX))
-        plan = Plan(Path(folder, "plan"))
-        undo.callback(plan.close)
-        metadata = undo.enter_context(opened_metadata(order))
-        reading = opened_for_reading(runtime, target, "a restore")
-        with opened_place(runtime, order, plan) as place, reading as repository:
-            archives = archive_times(repository)
-            archive, why = choose_archive(archives, settings.label, order.archive, order.until)
-            what = f"archive {archive} of target {target.name} ({why})"
-            runtime.console.info("restore", f"{what}, of {local_time(archives[archive])}")
-            plan.read(repository, archive, settings.mount_point(settings.source))
-            plan.select(order.paths)
-            place.compare(repository, archive)
-            if order.dry_run:
-                return place.tell(order.overwrite)
-            place.confirm(order.overwrite)
-            place.write_all(repository, archive)
-        if order.metadata:
-            there = "key IN (SELECT key FROM items WHERE fate IN ('restored', 'there'))"
-            metadata.writelines(f"{manifest_line(known)}\n" for known in plan.rows(there))
-        return place.report(time.monotonic() - start)
-
-
-def opened_metadata(order: Order) -> IO[str]:
-    """The file for what is known of the objects. Raises BackupError."""
-    path = order.metadata if order.metadata and not order.dry_run else os.devnull
-    try:
-        return open(path, "w", encoding="ascii")
-    except OSError as error:
-        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
 
 
 # --------------------------------------------------------------------------------------------- Verification
 
 # Is an archive good? What the source lists now comes into a table beside the plan, which has what the archive
-# holds and what its manifest says of that, and each comparison is a query. A sample leaves borg as a tar
-# stream, for which borg verifies what it reads, and is compared piece by piece with what S3 itself gives. So
-# memory grows neither with the bucket, nor with the sample, nor with an object's size.
+# holds and what its manifest says of that: each object's fate is what a restore into the source would have to
+# do about it. A sample leaves borg as for a restore, and borg verifies what it reads; it is compared piece by
+# piece with what S3 itself gives. So memory grows neither with the bucket, nor with the sample, nor with an
+# object's size.
 
 DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
-SAMPLE_HELP = "write a number of objects, a share such as 1%, or all"
-PATHS_AT_ONCE = 100_000  # of a sample, for one borg, which keeps them in memory
-FETCHED_AHEAD, FETCHED_BYTES = 32, 2 * 1024 * 1024  # pieces of objects, and what one has at most
-CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+FETCHED_BYTES = 2 * MIB  # of an object, at a time
 
-# `content` has the archived objects in the archive's order, but first those whose content borg can give.
-VERIFICATION_TABLES = (
-    "CREATE TABLE content (number INTEGER PRIMARY KEY, key BLOB, since TEXT)",
-    "CREATE TABLE sample (number INTEGER PRIMARY KEY, content INTEGER)",
-)
-IS_FILE = "(path IS NOT NULL AND fate = 'unknown')"
 # ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
 # seconds, as HTTP and tar have them.
-COMPARE_CONTENT = f"""
-INSERT INTO content SELECT NULL, items.key, CASE
-    WHEN now.key IS NULL THEN 'deleted'
-    WHEN now.size = items.size AND CASE WHEN '' IN (items.etag, now.etag)
-        THEN now.modified / 1000000 = items.modified ELSE now.etag = items.etag END THEN 'unchanged'
-    ELSE 'changed' END
-FROM items LEFT JOIN source.objects AS now USING (key)
-WHERE {COUNTED} AND (path IS NOT NULL OR items.size = 0) ORDER BY NOT {IS_FILE}, place
-"""
+COMPARE_CONTENT = (
+    """
+    UPDATE items SET there_size = now.size, there_etag = now.etag, there_modified = now.modified / 1000000
+    FROM source.objects AS now WHERE now.key = items.key
+    """,
+    f"""
+    UPDATE items SET fate = CASE
+        WHEN there_size IS NULL THEN 'write'
+        WHEN there_size = size AND CASE WHEN '' IN (etag, there_etag)
+            THEN there_modified = modified ELSE there_etag = etag END THEN 'there'
+        ELSE 'different' END
+    WHERE fate = 'unknown' AND {COUNTED}
+    """,
+)
+ARCHIVED = "fate IN ('there', 'different', 'write')"
 # An archive without a manifest does not tell the empty objects that stand for folders.
 LISTED = "source.objects AS now WHERE NOT (:old AND now.size = 0 AND substr(key, -1) = X'2F')"
 NOT_THEN = f"{LISTED} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+OLDER = f"{NOT_THEN} AND modified < :before"
 LOST_OR_LATE = """
 'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
 || ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
 """
-SAMPLED = """
-SELECT sample.number, items.key, path, items.size, since = 'unchanged', now.etag, now.modified / 1000000,
-    now.modified / 1000000 = items.modified, main.objects.facts
-FROM sample JOIN content ON content.number = sample.content JOIN items USING (key)
-LEFT JOIN source.objects AS now USING (key) LEFT JOIN main.objects USING (key)
-WHERE sample.number > ? AND sample.number <= ? ORDER BY 1 LIMIT ?
-"""
+
+# What is counted of all objects and of the sample; of some kinds the first objects are named, too.
+COUNTED_OF_ALL = ("archived", "listed", "new", "missing", "unarchivable", "appeared", "changed", "deleted")
+COUNTED_OF_SAMPLE = (
+    *("sampled", "sampled_bytes", "equal", "extracted"),
+    *("differing", "headers_changed", "unreadable"),
+)
+NAMED = (
+    *("missing", "differing", "headers_changed", "unreadable"),
+    *("unarchivable", "appeared", "changed", "deleted"),
+)
+VERIFICATION_ROWS = (
+    ("archive", "{archive} of {target}: the source as of {as_of}"),
+    ("compared", "{archived_objects} archived, {listed:,} in the source now"),
+    ("missing", "{missing:,} that the source had before"),
+    ("unarchivable", "{unarchivable:,} that no mount can show"),
+    ("since then", "{new:,} new, {changed:,} changed, {deleted:,} deleted"),
+    ("", "{appeared:,} appeared with an older time"),
+    ("sample", "{sampled_objects}, {sampled_size}, --seed {seed}"),
+    ("", "{equal:,} equal the source byte for byte"),
+    ("", "{extracted:,} extracted, as the source has changed: borg's hashes hold"),
+    ("", "{differing:,} differ, {headers_changed:,} in headers or tags"),
+    ("", "{unreadable:,} could not be read in the source"),
+    ("result", "{result}"),
+)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """How many objects of an archive are proved: a number of them, or a share of all."""
-
-    number: int = 0
-    share: float = 0.0  # 0: it is the number that counts
-
-    @classmethod
-    def parse(cls, text: str) -> Sample | None:
-        """A sample from `300`, `1%` or `all`; None where it is nothing like that."""
-        if text == "all":
-            return cls(share=1.0)
-        found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
-        if not found:
-            return None
-        number, share = int(found[1] or 0), float(found[2] or 0) / 100
-        return cls(number, share) if number or 0 < share <= 1 else None
-
-    def choose(self, total: int, seed: int) -> Iterator[int]:
-        """Numbers from 1 to `total` in their order, each with the same chance; the same for the same seed.
-
-        Of a share at least one. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
-        """
-        chance, wanted = random.Random(seed), self.number or max(1, round(self.share * total))
-        for number in range(1, total + 1):
-            if chance.random() * (total - number + 1) < wanted:
-                wanted -= 1
-                yield number
+def parse_sample(text: str) -> float:
+    """How many objects are proved: a number of them, which is an int, or a share. Raises ValueError."""
+    if text == "all":
+        return 1.0
+    found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+    sample = found and (int(found[1]) if found[1] else float(found[2]) / 100)
+    if not sample or (isinstance(sample, float) and sample > 1):
+        raise ValueError(text)
+    return sample
 
 
-@dataclass
+def in_sample(sample: float, total: int, seed: int) -> Iterator[bool]:
+    """Whether each of `total` objects is in the sample, with the same chance; the same for the same seed.
+
+    Of a share at least one is. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
+    """
+    chance, wanted = random.Random(seed), sample if isinstance(sample, int) else max(1, round(sample * total))
+    for left in range(total, 0, -1):
+        is_chosen = chance.random() * left < wanted
+        wanted -= is_chosen
+        yield is_chosen
+
+
 class Verification:
     """What is found about an archive."""
 
-    target: str
-    seed: int
-    archive: str = ""
-    as_of: datetime | None = None  # what the source had before is expected in the archive
-    archived: int = 0
-    listed: int = 0
-    new: int = 0  # in the source since
-    missing: Findings = field(default_factory=Findings)
-    differing: Findings = field(
-        default_factory=Findings
-    )  # of the sample; so are headers_changed and unreadable
-    headers_changed: Findings = field(default_factory=Findings)
-    unreadable: Findings = field(default_factory=Findings)  # in the source
-    unarchivable: Findings = field(default_factory=Findings)  # no archive without a manifest can hold them
-    appeared: Findings = field(default_factory=Findings)  # since, with an older time
-    changed: Findings = field(default_factory=Findings)  # since
-    deleted: Findings = field(default_factory=Findings)  # since
-    sampled: int = 0
-    sampled_bytes: int = 0
-    equal: int = 0  # of the sample: as in the source, byte for byte
-    extracted: int = 0  # of the sample: borg's hashes hold, and the source has another version or none
-    error: str = ""  # why it could not be verified to the end
+    def __init__(self, target: str, seed: int) -> None:
+        self.target, self.seed, self.archive, self.as_of = target, seed, "", ""
+        self.error = ""  # why it could not be verified to the end
+        self.counts = Counter(dict.fromkeys((*COUNTED_OF_ALL, *COUNTED_OF_SAMPLE), 0))
+        self.named: dict[str, list[tuple[str, str]]] = {kind: [] for kind in NAMED}  # keys and reasons
+
+    def add(self, kind: str, key: str, reason: str) -> None:
+        self.counts[kind] += 1
+        if self.counts[kind] <= MAX_NAMED:
+            self.named[kind].append((key, reason))
 
     @property
     def verdict(self) -> Verdict:
         """Whether the archive is good. What changed in the source since says nothing about that."""
-        if self.error or self.missing.count or self.differing.count:
+        if self.error or self.counts["missing"] or self.counts["differing"]:
             return Verdict.FAILURE
-        doubts = self.unarchivable.count + self.unreadable.count + self.headers_changed.count
+        doubts = self.counts["unarchivable"] + self.counts["unreadable"] + self.counts["headers_changed"]
         return Verdict.WARNING if doubts else Verdict.OK
 
     def as_json(self) -> str:
-        fields = {name: value_for_json(value) for name, value in vars(self).items()}
-        sample = {name: fields.pop(name) for name in SAMPLE_FIELDS}
-        return json.dumps({**fields, "sample": sample, "result": self.verdict.value})
+        found: dict[str, Any] = dict(self.counts)
+        for kind, named in self.named.items():
+            objects = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in named]
+            found[kind] = {"count": self.counts[kind], "objects": objects}
+        sample = {"seed": self.seed, **{kind: found.pop(kind) for kind in COUNTED_OF_SAMPLE}}
+        facts = {
+            "target": self.target,
+            "archive": self.archive,
+            "as_of": self.as_of or None,
+            "error": self.error,
+        }
+        return json.dumps({**facts, **found, "sample": sample, "result": self.verdict.value})
 
     def as_text(self) -> str:
-        as_of = f"{self.as_of:%Y-%m-%dT%H:%M:%SZ}" if self.as_of else "an unknown time"
-        since = f"{self.new:,} new, {self.changed.count:,} changed, {self.deleted.count:,} deleted"
-        rows = [
-            ("archive", f"{self.archive or '-'} of {self.target}: the source as of {as_of}"),
-            ("compared", f"{count(self.archived, 'object')} archived, {self.listed:,} in the source now"),
-            ("missing", f"{self.missing.count:,} that the source had before"),
-            ("unarchivable", f"{self.unarchivable.count:,} that no mount can show"),
-            ("since then", since),
-            ("", f"{self.appeared.count:,} appeared with an older time"),
-            ("sample", f"{count(self.sampled, 'object')}, {size(self.sampled_bytes)}, --seed {self.seed}"),
-            ("", f"{self.equal:,} equal the source byte for byte"),
-            ("", f"{self.extracted:,} extracted, as the source has changed: borg's hashes hold"),
-            ("", f"{self.differing.count:,} differ, {self.headers_changed.count:,} in headers or tags"),
-            ("", f"{self.unreadable.count:,} could not be read in the source"),
-            ("result", self.verdict.value),
-        ]
         named = [
-            f"{name.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for name, findings in vars(self).items()
-            if isinstance(findings, Findings)
-            for key, reason in findings.named
+            f"{kind.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
+            for kind, objects in self.named.items()
+            for key, reason in objects
         ]
-        return "\n".join([*named, *table(rows), *([f"error: {self.error}"] if self.error else [])])
-
-
-SAMPLE_FIELDS = (
-    *("seed", "sampled", "sampled_bytes", "equal", "extracted"),
-    *("differing", "headers_changed", "unreadable"),
-)
-
-
-def value_for_json(value: object) -> object:
-    """Findings and times as JSON has them; all else as it is."""
-    if isinstance(value, Findings):
-        named = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in value.named]
-        return {"count": value.count, "objects": named}
-    return f"{value:%Y-%m-%dT%H:%M:%SZ}" if isinstance(value, datetime) else value
+        words = {**vars(self), **self.counts, "result": self.verdict.value}
+        words |= {"archive": self.archive or "-", "as_of": self.as_of or "an unknown time"}
+        words |= {f"{kind}_objects": count(self.counts[kind], "object") for kind in ("archived", "sampled")}
+        words["sampled_size"] = size(self.counts["sampled_bytes"])
+        rows = table([(title, text.format(**words)) for title, text in VERIFICATION_ROWS])
+        return "\n".join([*named, *rows, *([f"error: {self.error}"] if self.error else [])])
 
 
 def run_verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, seed: int, as_json: bool
+    runtime: Runtime, target: Target, archive: str | None, sample: float, seed: int, as_json: bool
 ) -> int:
-    """Verifies an archive, prints what is found, and returns the exit code. Raises Stopped."""
+    """Compares an archive with what the source lists now, and proves a sample of it.
+
+    Prints what is found, also where that is an error, and returns the exit code. Raises Stopped.
+    """
     found = Verification(target.name, seed)
     try:
         verify(runtime, target, archive, sample, found)
@@ -8577,297 +7499,164 @@ def run_verify(
     return codes.get(found.verdict, EXIT_FAILURE)
 
 
-def verify(
-    runtime: Runtime, target: Target, archive: str | None, sample: Sample, found: Verification
-) -> None:
-    """Compares an archive with what the source lists now, and proves a sample of it. Raises BackupError."""
-    source, name = runtime.settings.source, target.store.name
+def verify(runtime: Runtime, target: Target, name: str | None, sample: float, found: Verification) -> None:
+    source, label, stop = runtime.settings.source, runtime.settings.label, runtime.stop
     patience = Patience(*(min(each, runtime.settings.stall_seconds) for each in dataclasses.astuple(PROVEN)))
-    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, runtime.stop)
+    client = S3Client(source, preflight_one(runtime, source, write=False).region, patience, stop)
     with (
         opened_for_reading(runtime, target, "`verify`") as repository,
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
     ):
-        found.archive, found.as_of = find_archive(runtime, repository, archive)
-        runtime.console.info(name, f"{found.archive} is compared with {source.location}")
+        archives = archives_of(repository, *ONLY_NAMES)[1]
+        if not name and not newest_of(archives, label):
+            hint = f"`backup.py list {target.name}` shows what there is."
+            raise BackupError(f"{target.store.name}: no archive of BACKUP_LABEL {label!r}", hint)
+        pattern = re.sub(r"[*?[]", r"[\g<0>]", choose_archive(archives, label, name)[0].name)
+        [archive] = archives_of(repository, "--glob-archives", pattern)[1]
+        found.archive, found.as_of = archive.name, f"{archive.as_of:%Y-%m-%dT%H:%M:%SZ}"
+        runtime.console.info(target.store.name, f"{archive.name} is compared with {source.location}")
         with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
             take = functools.partial(catalog.add, objects_of(client, runtime.console))
-            within(LIST_SECONDS, "source: listing it", take, runtime.stop)
+            within(LIST_SECONDS, "source: listing it", take, stop)
             catalog.hide([])
         with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
             plan.execute("ATTACH ? AS source", [str(catalog.path)])
-            plan.read(repository, found.archive, runtime.settings.mount_point(source))
-            verifier = Verifier(runtime, client, repository, plan, found)
-            within(LIST_SECONDS, "comparing the lists", verifier.compare, runtime.stop)
-            verifier.prove(sample, Path(folder, "chosen"))
-        if found.unreadable.count:  # some objects, or are the keys revoked?
+            plan.read(repository, archive.name, runtime.settings.mount_point(source))
+            verifier = Verifier(runtime, plan, client, found)
+            within(LIST_SECONDS, "comparing the lists", lambda: verifier.compare(archive.as_of), stop)
+            verifier.prove(sample)
+        if found.counts["unreadable"]:  # some objects, or are the keys revoked?
             examine(client, write=False)
-
-
-def source_as_of(comment: str, start: str) -> datetime:
-    """When the source was listed for an archive, at the earliest; `start` is as borg prints it."""
-    with contextlib.suppress(ValueError):
-        if comment.startswith(SOURCE_AS_OF):
-            time = comment.removeprefix(SOURCE_AS_OF).removesuffix(WITH_MANIFEST)
-            return datetime.fromisoformat(time).astimezone(UTC)
-    return borg_time(start) - timedelta(seconds=CLOCK_ERROR_SECONDS)
-
-
-def find_archive(runtime: Runtime, repository: Repository, name: str | None) -> tuple[str, datetime]:
-    """The archive, by default the newest of BACKUP_LABEL, and as of when it has the source.
-
-    Where it does not say so itself, that is its start by a clock of which little is known.
-    """
-    label, borg, store = runtime.settings.label, repository.borg, repository.target.store
-    pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
-    options = ["--last", "1", "--format", "{name}{id}{start}{comment}", "--glob-archives", pattern]
-    archives = json.loads(borg.run(["list", "--json", *options, str(borg.repository)]).output)["archives"]
-    if not archives:
-        what = f"no archive {name!r}" if name else f"no archive of BACKUP_LABEL {label!r}"
-        raise BackupError(
-            f"{store.name}: {store.location} holds {what}",
-            f"`backup.py borg {repository.target.name} list` shows what it holds.",
-        )
-    return archives[0]["name"], source_as_of(archives[0]["comment"], archives[0]["start"])
 
 
 # What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
 OTHER_NOW = frozenset({404, 416, 200, 206})
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    number: int
-    key: str
-    path: str  # in the archive
-    size_bytes: int
-    is_unchanged: bool
-    etag: str  # in the source, when that was listed; so is `modified`, in seconds since 1970
-    modified: int
-    is_same_time: bool  # as when the archive was made
-    facts: Mapping[str, Any]  # as the archive has them
+class Verifier(Transfer):
+    """Compares an archive with the source, and writes down in `found` what it finds."""
 
+    name, small_bytes = "verify", FETCHED_BYTES
 
-Fetched = concurrent.futures.Future[Answer] | None  # None: what the source has is another version
+    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, found: Verification) -> None:
+        super().__init__(runtime, plan)
+        self.memory_bytes //= 2  # each piece is there twice
+        self._client, self._found = dataclasses.replace(client, is_direct=True), found
 
-
-@dataclass
-class Verifier:
-    """Compares one archive with the source, and writes down in `found` what it finds."""
-
-    runtime: Runtime
-    client: S3Client  # the source's
-    repository: Repository
-    plan: Plan
-    found: Verification
-    current: str = ""  # the object that is being read
-    waits: bool = False  # for the source
-
-    def compare(self) -> None:
-        """Finds what the archive lacks, and what has changed since."""
-        found, is_old = self.found, not self.plan.has_manifest
-        before = (found.as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
-        values = {"old": is_old, "before": before}
-
-        def number(where: str) -> int:
-            return self.plan.execute(f"SELECT count(*) FROM {where}", values)[0][0]
-
-        def name(findings: Findings, where: str, reason: str = "''") -> None:
-            findings.count = number(where)
-            sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
-            findings.named = [(decode_key(key), text) for key, text in self.plan.execute(sql, values)]
-
-        for statement in (*VERIFICATION_TABLES, COMPARE_CONTENT):
-            self.plan.execute(statement)
-        name(found.changed, "content WHERE since = 'changed'")
-        name(found.deleted, "content WHERE since = 'deleted'")
-        older = f"{NOT_THEN} AND modified < :before"
+    def compare(self, as_of: datetime) -> None:
+        """Finds what the archive lacks of the source as of then, and what has changed since."""
+        plan, found, is_old = self.plan, self._found, not self.plan.has_manifest
+        before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        kinds = {
+            "changed": ("items WHERE fate = 'different'", "''"),
+            "deleted": ("items WHERE fate = 'write'", "''"),
+            "archived": (f"items WHERE {ARCHIVED}", "''"),
+            "listed": (LISTED, "''"),
+            "new": (f"{NOT_THEN} AND modified >= :before", "''"),
+        }
         if is_old:
-            name(found.missing, f"{older} AND is_shown", LOST_OR_LATE)
-            name(found.unarchivable, f"{older} AND NOT is_shown")
-            reasons = {
-                True: "it is hidden by objects below the same name",
-                False: "no file can have this name",
-            }
-            keys = [key for key, _ in found.unarchivable.named]
-            found.unarchivable.named = [(key, reasons[is_showable(key, 1)]) for key in keys]
+            kinds["missing"] = f"{OLDER} AND is_shown", LOST_OR_LATE
+            kinds["unarchivable"] = f"{OLDER} AND NOT is_shown", "''"
         else:
-            name(
-                found.missing, "items WHERE path IS NULL AND size > 0", "'its content is not in the archive'"
-            )
-            name(found.appeared, older, "'the source did not list it when the archive was made'")
-        found.archived, found.listed = number("content"), number(LISTED)
-        found.new = number(f"{NOT_THEN} AND modified >= :before")
+            lost = "'its content is not in the archive'"
+            kinds["missing"] = "items WHERE path IS NULL AND size > 0", lost
+            kinds["appeared"] = OLDER, "'the source did not list it when the archive was made'"
+        for statement in COMPARE_CONTENT:
+            plan.execute(statement)
+        values = {"old": is_old, "before": before}
+        for kind, (where, reason) in kinds.items():
+            [(found.counts[kind],)] = plan.execute(f"SELECT count(*) FROM {where}", values)
+            if kind in NAMED:
+                sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
+                found.named[kind] = [(decode_key(key), text) for key, text in plan.execute(sql, values)]
+        reasons = "no file can have this name", "it is hidden by objects below the same name"
+        unarchivable = found.named["unarchivable"]
+        unarchivable[:] = [(key, reasons[is_showable(key, 1)]) for key, _ in unarchivable]
 
-    def prove(self, sample: Sample, chosen: Path) -> None:
-        """Chooses a sample, and compares it; what borg is to export goes to a file `chosen` for it."""
-        [[files]] = self.plan.execute("SELECT count(*) FROM items WHERE " + IS_FILE)
-        self.plan.insert("sample", ((None, number) for number in sample.choose(files, self.found.seed)))
-        [[number]] = self.plan.execute("SELECT count(*) FROM sample")
-        self.runtime.console.info(self.repository.target.store.name, f"{count(number, 'object')} are proved")
-        if sample.share == 1.0:
-            self._prove_part(0, number, {})
-            return
-        for first in range(0, number, PATHS_AT_ONCE):
-            last = min(first + PATHS_AT_ONCE, number)
-            with chosen.open("w", encoding="ascii") as file:
-                file.writelines(f"{json.dumps(each.path)}\n" for each in self._chosen(first, last))
-            self._prove_part(first, last, {"S3BORGBACKUP_EXPORTED": str(chosen)})
+    def prove(self, sample: float) -> None:
+        """Chooses a sample, and compares it. Raises BackupError where borg finds damage."""
+        where = f"place IS NOT NULL AND {ARCHIVED}"
+        self.plan.choose(where, in_sample(sample, self.plan.sums(where)[0], self._found.seed))
+        number = self.plan.sums("is_chosen")[0]
+        self.console.info(self.plan.repository.target.store.name, f"{count(number, 'object')} are proved")
+        self.export("proved", "is_chosen", self._prove)
 
-    def _prove_part(self, first: int, last: int, own: Mapping[str, str]) -> None:
-        """Has borg export the objects of the sample behind number `first` up to `last`, or more of them.
+    def _prove(self, item: Item, content: IO[bytes], _: object) -> None:
+        """Compares an object; where the source has another version, borg's hashes say that it is good."""
+        judge, conclude = functools.partial(self._judge, item), functools.partial(self._conclude, item)
+        if item.fate is not Fate.KEEP:
+            drain(content)
+            conclude([("extracted", "")])
+        elif item.size_bytes <= FETCHED_BYTES:
+            conclude([judge(0, content.read())])
+        else:
+            self.in_pieces(item, content, FETCHED_BYTES, judge, conclude)
 
-        Raises BackupError where borg finds damage, or leaves out an object.
+    def _judge(self, item: Item, number: int, archived: bytes) -> tuple[str, str]:
+        """What a piece turns out to be, a kind of what is counted, and why.
+
+        Of one that is equal, which headers and tags of the object are not.
         """
-        borg, target, before = self.repository.borg, self.repository.target, self.found.sampled
-
+        key, first = f"{self._client.store.key_prefix}{item.key}", number * FETCHED_BYTES
         try:
-            borg.run(
-                borg_export(borg.repository, self.found.archive, Path("-")),
-                consume=lambda stream: self._prove_stream(stream, self._chosen(first, last)),
-                own=own,
-                waits=lambda: time.monotonic() if self.waits else 0.0,
-            )
-        except BackupError as error:
-            if self.current and not isinstance(error, Stopped):
-                error.message += f" (while {self.current!r} was read)"
-            raise
-        if (got := self.found.sampled - before) != last - first:
-            words = f"borg exported {got:,} of {count(last - first, 'object')}"
-            raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
-
-    def _chosen(self, first: int, last: int) -> Iterator[Chosen]:
-        while page := self.plan.execute(SAMPLED, (first, last, CATALOG_PAGE)):
-            for number, key, path, *rest, facts in page:
-                yield Chosen(number, decode_key(key), decode_key(path), *rest, json.loads(facts or "{}"))
-            first = page[-1][0]
-
-    def _fetch(self, chosen: Iterable[Chosen]) -> Iterator[tuple[Chosen, Fetched]]:
-        """Each object, with each piece of it where it is unchanged; others are fetched ahead."""
-        client = self.client
-
-        def ask(each: Chosen, first: int) -> Fetched:
-            key, last = (
-                f"{client.store.key_prefix}{each.key}",
-                min(first + FETCHED_BYTES, each.size_bytes) - 1,
-            )
-            if not each.is_unchanged:
-                return None
-            if not each.size_bytes:
-                return in_background(lambda: client.request("HEAD", key))
-            return in_background(lambda: client.get_span(key, first, last))
-
-        firsts = (
-            (each, range(0, each.size_bytes * each.is_unchanged or 1, FETCHED_BYTES)) for each in chosen
-        )
-        asked = ((each, ask(each, first)) for each, pieces in firsts for first in pieces)
-        ahead = deque(itertools.islice(asked, FETCHED_AHEAD))
-        while ahead:
-            yield ahead.popleft()
-            ahead.extend(itertools.islice(asked, 1))
-
-    def _prove_stream(self, stream: IO[bytes], chosen: Iterable[Chosen]) -> None:
-        """Takes borg's tar stream. Where that ends too early, borg tells why."""
-        found = self.found
-        try:
-            with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8") as tar:
-                for each, pieces in itertools.groupby(self._fetch(chosen), key=lambda piece: piece[0]):
-                    while (member := tar.next()) and not (member.name == each.path and member.isreg()):
-                        tar.members.clear()  # or it would keep them all
-                    if not member:
-                        break
-                    self.current, archived = each.key, tar.extractfile(member)
-                    verdict, reason = self._judge(each, archived, (fetched for _, fetched in pieces))
-                    drain(archived)  # so that all of it is verified
-                    found.sampled += 1
-                    found.sampled_bytes += member.size
-                    found.equal += verdict == "equal"
-                    found.extracted += verdict == "extracted"
-                    if reason:
-                        getattr(found, verdict).add(each.key, reason)
-                    self.current = ""
-            drain(stream)
-        except tarfile.ReadError:
-            pass
-
-    def _judge(self, each: Chosen, archived: IO[bytes], pieces: Iterable[Fetched]) -> tuple[str, str]:
-        """What an archived object turns out to be, which is a field of Verification, and why."""
-        offset = 0
-        for fetched in pieces:
-            if not fetched:
+            if archived:
+                answer = self._client.get_span(key, first, first + len(archived) - 1)
+            else:
+                answer = self._client.request("HEAD", key)
+        except S3Error as error:
+            if error.status in OTHER_NOW:
                 return "extracted", ""
-            try:
-                answer = self._wait(fetched)
-            except S3Error as error:
-                if error.status in OTHER_NOW:
-                    return "extracted", ""
-                if not error.status:  # the source does not answer at all
-                    raise
-                return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
-            ours = archived.read(len(answer.body))
-            if ours != answer.body:
-                modified = answer.time("Last-Modified")
-                if answer.etag != each.etag or not modified or int(modified.timestamp()) != each.modified:
-                    return "extracted", ""
-                unlike = map(int.__ne__, ours, answer.body)
-                place = next(itertools.compress(itertools.count(offset), unlike))
-                return "differing", f"its content differs from byte {place:,} on"
-            offset += len(ours)
-        self._compare_headers(each, answer)
-        return "equal", ""
+            if not error.status:  # the source does not answer at all
+                raise
+            return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
+        if archived == answer.body:
+            return "equal", "" if number else ", ".join(self._other_headers(item, key, answer))
+        modified = answer.time("Last-Modified")
+        if answer.etag != item.there_etag or not modified or int(modified.timestamp()) != item.there_modified:
+            return "extracted", ""
+        unlike = map(int.__ne__, archived, answer.body)
+        place = next(itertools.compress(itertools.count(first), unlike))
+        return "differing", f"its content differs from byte {place:,} on"
 
-    def _compare_headers(self, each: Chosen, answer: Answer) -> None:
-        """Compares what the archive has of an object's headers and tags, if it has them."""
-        if "headers" not in each.facts:
-            return
-        then, now = each.facts["headers"], headers_of(answer)
+    def _other_headers(self, item: Item, key: str, answer: Answer) -> list[str]:
+        """Those that are not as the archive has them, if it has them."""
+        if "headers" not in item.facts:
+            return []
+        then, now = item.facts["headers"], headers_of(answer)
         other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
         if answer.has_tags:
-            key = f"{self.client.store.key_prefix}{each.key}"
             with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
-                tags = self._wait(in_background(lambda: self.client.tags(key)))
-                other += [] if tags == each.facts.get("tags", {}) else ["tags"]
-        if other and each.is_same_time:
-            self.found.headers_changed.add(each.key, ", ".join(other))
-        elif other:
-            self.found.changed.add(each.key, f"its content is the same, but not: {', '.join(other)}")
+                other += [] if self._client.tags(key) == item.facts.get("tags", {}) else ["tags"]
+        return other
 
-    def _wait(self, asked: concurrent.futures.Future[Result]) -> Result:
-        """What the source answers. It has its own deadline, and borg waits meanwhile."""
-        self.waits = True
-        try:
-            return asked.result()
-        finally:
-            self.waits = False
+    def _conclude(self, item: Item, pieces: Sequence[tuple[str, str]]) -> None:
+        found = self._found
+        kind, reason = next((piece for piece in pieces if piece[0] != "equal"), pieces[0])
+        with self.lock:
+            found.counts.update({"sampled": 1, "sampled_bytes": item.size_bytes})
+            if kind in NAMED:
+                found.add(kind, item.key, reason)
+                return
+            found.counts[kind] += 1
+            if reason and item.there_modified == item.modified:
+                found.add("headers_changed", item.key, reason)
+            elif reason:
+                found.add("changed", item.key, f"its content is the same, but not: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
 
-# `backup.py mount` returns while its mount lives on. A keeper process, in a session of its own, is tigrisfs's
-# parent: it reads the log and sees the end. It holds a lock on its state file for as long as it lives, which,
-# unlike a process id, cannot be mistaken. There it notes as JSON whether the mount is `writable`, when it is
-# usable, and its exit `code`, at its end. Whoever tells a person of that empties the file.
+# `backup.py mount` returns while its mount lives on. A child of it, the keeper, is tigrisfs's parent: it
+# unmounts when it is asked to, and sees the end. It holds a lock for as long as it lives, which, unlike a
+# process id, cannot be mistaken. What it says once its mount is usable the command that unmounts prints.
 
-READY_LINE = "the mount is ready"
-REQUEST = ".upload"  # the suffix of the file that asks a keeper to upload all that the mount shows
-LOG = ".log"  # that of the file with what it prints when it is usable
-BUSY_TRIES = 5
 WRITE_AGAIN = "Mount it again, compare, and copy what is missing."
 MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
+IN_USE_SECONDS = 1  # for an unmount to be tried again: the keeper has a file open, too, for a moment
 
 
 def state_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"s3borgbackup-{os.getuid()}"
-
-
-def state_file(runtime: Runtime, store: Store) -> Path:
-    """Where the keeper of a store's mount says that it is there."""
-    folder = state_folder()
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise BackupError(f"{folder} belongs to somebody else", "Remove it, or set TMPDIR.")
-    digest = hashlib.sha256(str(runtime.settings.mount_point(store)).encode()).hexdigest()[:16]
-    return folder / f"{digest}.mount"
 
 
 def lock_file(path: Path) -> IO[str] | None:
@@ -8881,148 +7670,144 @@ def lock_file(path: Path) -> IO[str] | None:
     return stream
 
 
-def keeper_is_alive(runtime: Runtime, store: Store) -> bool:
-    """Whether a keeper holds the mount of `store`."""
-    stream = lock_file(state_file(runtime, store))
-    if stream:
-        stream.close()
-    return stream is None
+class Keeping:
+    """What the keeper of a store's mount and the commands that look for it share: four files.
 
+    The `state` is there from before it mounts until a person is told how it ended: whether its mount is
+    `writable` and `usable`, the `reason` why it could not be unmounted, and its exit `code`, at its end. The
+    `request` asks it to unmount, and is gone when it could not.
+    """
 
-def is_kept(runtime: Runtime, store: Store) -> bool:
-    """Whether a keeper holds the mount of `store`, or has ended and nobody was told how."""
-    return keeper_is_alive(runtime, store) or bool(read_state(state_file(runtime, store)))
+    def __init__(self, runtime: Runtime, store: Store) -> None:
+        folder = state_folder()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise BackupError(f"{folder} belongs to somebody else", "Remove it, or set TMPDIR.")
+        self.path = resolved(runtime.settings.mount_point(store))
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        self.lock, self.state = folder / f"{name}.lock", folder / f"{name}.mount"
+        self.output, self.request = folder / f"{name}.log", folder / f"{name}.umount"
 
+    def facts(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.state.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What a keeper has noted; nothing where it has not, or is just at it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_state(stream: IO[str], facts: Mapping[str, Any]) -> None:
-    stream.truncate(0)
-    stream.write(json.dumps(facts) if facts else "")
-    stream.flush()
+    def note(self, **facts: Any) -> None:
+        replace_file(self.state, json.dumps({**self.facts(), **facts}))
 
 
 def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
     """Mounts `store` so that it lives on after this command; returns when it is usable."""
-    if keeper_is_alive(runtime, store):
-        return await_other_mount(runtime, store, read_write)
-    if read_state(state_file(runtime, store)):
-        try:
-            tell_end(runtime, store)
-        except BackupError as error:
-            runtime.console.warning(store.name, f"the mount before this one: {error}")
-    ready, lines = threading.Event(), []
-
-    def show(line: str) -> None:
-        if READY_LINE in line:
-            ready.set()
-        elif not ready.is_set():
-            lines.append(line)
-            print(line, file=sys.stderr, flush=True)
-
-    words = [KEEP_COMMAND, store.name, *(["--read-write"] if read_write else [])]
-    argv = [sys.executable, os.path.abspath(__file__), *words]
-    keeper = Child(argv, runtime.environ, show, show, dies_with_us=False)
-    patience = runtime.settings.lease_wait_seconds or runtime.settings.lease_ttl_seconds * 2
-    deadline = time.monotonic() + patience + WARM_UP_SECONDS + 2 * MOUNT_SECONDS + SERVER_PATIENCE_SECONDS
-    while not ready.wait(POLL_SECONDS / 4):
-        if (code := keeper.wait(0)) is not None and not ready.wait(POLL_SECONDS):
-            if code == EXIT_BUSY and not lines:  # another one was quicker
-                return await_other_mount(runtime, store, read_write)
-            return code or EXIT_FAILURE
-        if runtime.stop.requested or time.monotonic() > deadline:
-            keeper.send(signal.SIGTERM)
-            keeper.wait(TERMINATE_SECONDS)
+    read_write = read_write or store.target is not None
+    reader, writer = os.pipe()
+    if not (keeper := os.fork()):  # there is no other thread yet
+        os.setsid()
+        for fd in map(int, os.listdir("/proc/self/fd")):  # somebody's locks and pipes
+            if fd > 2 and fd not in (reader, writer):
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        return keep_mounted(runtime, store, read_write, writer)
+    os.close(writer)
+    try:  # a byte comes when its mount is usable, and none when it has ended
+        told = in_background(lambda: os.read(reader, 1))
+        for _ in waiting(told):
             runtime.stop.check()
-            raise BackupError(f"{store.name}: cannot be mounted in time", TRY_AGAIN)
-    path = runtime.settings.mount_point(store)
+        is_usable = told.result()
+    except Stopped:
+        os.kill(keeper, signal.SIGTERM)
+        concurrent.futures.wait([in_background(lambda: os.waitpid(keeper, 0))], timeout=TERMINATE_SECONDS)
+        raise
+    if not is_usable:
+        code = os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+        return code if code >= 0 else 128 - code
+    path = shlex.quote(str(resolved(runtime.settings.mount_point(store))))
     runtime.console.plain(
         f"{store.name} ({store.location}) is mounted"
         f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
-        f"next:      {'borg list' if store.target else 'ls'} {shlex.quote(str(path))}\n"
+        f"next:      {'borg list' if store.target else 'ls'} {path}\n"
         f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
     )
     return EXIT_OK
 
 
-def await_other_mount(runtime: Runtime, store: Store, read_write: bool) -> int:
-    """Waits until what another command mounts is usable. Raises BackupError unless it is as asked for."""
-    path, state = runtime.settings.mount_point(store), state_file(runtime, store)
-    while "writable" not in (facts := read_state(state)):
-        runtime.stop.check()
-        time.sleep(POLL_SECONDS)
-        if not keeper_is_alive(runtime, store):
-            raise BackupError(f"{store.name}: another command could not mount it", TRY_AGAIN)
-    if facts["writable"] != read_write:
-        raise BackupError(
-            f"{store.name}: is mounted at {path} already, {'read-only' if read_write else 'for writing'}",
-            f"Unmount it first: backup.py umount {shlex.quote(store.name)}",
-        )
-    runtime.console.info(store.name, f"is mounted at {path} already")
-    return EXIT_OK
-
-
-def keep_mounted(runtime: Runtime, store: Store, read_write: bool) -> int:
-    """The keeper's life: mounts, says so, and waits until somebody unmounts or a stop signal comes."""
-    path = state_file(runtime, store)
-    deadline = time.monotonic() + BUSY_TRIES * POLL_SECONDS  # others look whether it is locked, for a moment
-    while (stream := lock_file(path)) is None:
-        if time.monotonic() > deadline:
-            return EXIT_BUSY  # without a word: whoever started us waits for the other one
-        time.sleep(POLL_SECONDS / 4)
-    with stream:
-        write_state(stream, {})
+def keep_mounted(runtime: Runtime, store: Store, read_write: bool, usable: int) -> int:
+    """The keeper's life, unless there is one already; `usable` is a pipe to the command that mounts."""
+    keeping, code = Keeping(runtime, store), EXIT_OK
+    while (lock := lock_file(keeping.lock)) is None:  # another command mounts it, or has, or unmounts it
+        facts = keeping.facts()
+        if facts.get("usable") and "code" not in facts:
+            if facts["writable"] != read_write:
+                raise BackupError(
+                    f"{store.name}: is mounted at {keeping.path} already,"
+                    f" {'read-only' if read_write else 'for writing'}",
+                    f"Unmount it first: backup.py umount {shlex.quote(store.name)}",
+                )
+            runtime.console.info(store.name, f"is mounted at {keeping.path} already")
+            return EXIT_OK
+        runtime.stop.wait(POLL_SECONDS)
+    with lock:
         try:
-            keep_store(runtime, store, read_write, stream)
-            code = EXIT_OK
+            if keeping.facts():
+                tell_end(runtime, store, keeping)
+        except BackupError as error:
+            runtime.console.warning(store.name, f"the mount before this one: {error}")
+        keeping.request.unlink(missing_ok=True)
+        replace_file(keeping.state, json.dumps({"writable": read_write}))
+        try:
+            keep_store(runtime, store, read_write, keeping, usable)
         except BackupError as error:
             runtime.console.error(store.name, str(error))
             code = error.exit_code
-        if facts := read_state(path):  # else whoever mounts it has seen what went wrong
-            write_state(stream, {**facts, "code": code})
+        if keeping.facts().get("usable"):
+            keeping.note(code=code)
+        else:  # whoever mounts it has seen what went wrong
+            keeping.state.unlink(missing_ok=True)
     return code
 
 
-def keep_store(runtime: Runtime, store: Store, read_write: bool, stream: IO[str]) -> None:
-    """Mounts, under the lease where it is a target, and waits for the end."""
+def keep_store(runtime: Runtime, store: Store, read_write: bool, keeping: Keeping, usable: int) -> None:
+    """Mounts, under the lease where it is a target; returns when somebody unmounts or a stop signal comes."""
     check = examine(S3Client(store, stop=runtime.stop), write=read_write)
     client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
-    request, log = (Path(stream.name).with_suffix(suffix) for suffix in (REQUEST, LOG))
-    for left_over in (request, log):
-        left_over.unlink(missing_ok=True)
     with contextlib.ExitStack() as undo:  # gives the lease back
         if store.target and check.repository_state(store) is RepositoryState.READY:
-            lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
-            if lease.enforced:
-                remove_leftovers(runtime, store, lease, find_leftovers(client))
+            lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
+            clear_leftovers(runtime, client, lease)
         with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
             wait_until_usable(runtime, mount)
             if store.target:
                 warm_up(runtime, mount)
             if store.target and not lease:
                 # `borg init` wants an empty folder: a listing from before the lease does not show that.
-                mount.lease = undo.enter_context(held(runtime, client, MANUAL_WORK))
+                mount.lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
                 mount.lease.add(mount.child)
-            write_state(stream, {"writable": read_write})
-            print(READY_LINE, flush=True)
-            log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            for fd in (1, 2):  # whoever reads our output sees its end
-                os.dup2(log_fd, fd)
-            os.close(log_fd)
             mount.is_by_hand = read_write
-            written, uploaded_at = {}, 0.0  # what a repository holds, and when all was uploaded that could be
+            with keeping.output.open("w") as output:
+                keeping.note(usable=True)
+                os.write(usable, b"1")
+                for fd in range(3):  # the terminal, or whoever reads what `backup.py mount` says
+                    os.dup2(output.fileno(), fd)
+            runtime.console.leave_standard_output()
+            # What a repository holds at the end; and when all was uploaded that could be.
+            written, uploaded_at = {}, COMPLAINT_SECONDS
             while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-                if request.exists():
-                    written = json.loads(request.read_text(encoding="utf-8"))
-                    upload(runtime, mount, client, written)
-                    uploaded_at = time.monotonic()
-                    request.unlink()
+                if not keeping.request.exists():
+                    continue
+                # It is compared with the bucket for as long as we have the lease.
+                written = repository_files(runtime, store, mount.path, mount) if store.target else {}
+                upload(runtime, mount, client, written)
+                uploaded_at = time.monotonic()
+                while reason := detach(runtime, mount.path, lazy=False):
+                    if time.monotonic() > uploaded_at + IN_USE_SECONDS:
+                        break
+                    time.sleep(POLL_SECONDS / 4)
+                if not reason:
+                    break
+                written = {}
+                keeping.note(reason=reason)
+                keeping.request.unlink()
         if written:
             audit_upload(runtime, client, written)
         elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
@@ -9055,67 +7840,63 @@ def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[st
             return upload_mistakes(written, listed_files(runtime, client))
         return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
 
-    settle(runtime, mount, mistakes)
-    mount.holds_nothing = False  # whoever works in it may go on
+    settle(runtime, mount, mistakes)  # whoever works in it may go on afterwards
 
 
-def detach_by_hand(runtime: Runtime, store: Store, path: Path) -> None:
-    """Detaches a mount. Raises BackupError where somebody uses it."""
-    for _ in range(BUSY_TRIES):  # the keeper has a file open, too, for a moment now and then
-        reason = detach(runtime, path, lazy=False)
-        if not reason or str(path) not in mount_table():
-            return
-        time.sleep(POLL_SECONDS)
-    raise BackupError(
-        f"{store.name}: cannot be unmounted: {reason}",
-        f"Leave {path} (cd /), close what is open there and repeat.",
-    )
+def umount_manually(runtime: Runtime, stores: Sequence[Store]) -> int:
+    """Unmounts what `mount_manually` mounted, by default all; returns when everything is uploaded."""
+    stores = stores or [store for store in runtime.settings.stores if Keeping(runtime, store).facts()]
+    if not stores:
+        runtime.console.info("umount", "nothing is mounted")
+    codes = [EXIT_OK]
+    for store in stores:
+        try:
+            codes.append(umount_one(runtime, store))
+        except Stopped:
+            raise
+        except BackupError as error:  # the others are unmounted all the same
+            runtime.console.error(store.name, str(error))
+            codes.append(error.exit_code)
+    return max(codes)
 
 
-def umount_manually(runtime: Runtime, store: Store) -> int:
-    """Unmounts what `mount_manually` mounted; returns when everything is uploaded.
-
-    Raises BackupError when that is not certain, and where another command has mounted it.
-    """
-    path = resolved(runtime.settings.mount_point(store))
-    request = state_file(runtime, store).with_suffix(REQUEST)
-
-    def wait_a_little() -> None:
+def umount_one(runtime: Runtime, store: Store) -> int:
+    """Asks the keeper to unmount, and returns its exit code. Raises BackupError as `tell_end` does."""
+    keeping, is_asked = Keeping(runtime, store), False
+    while (lock := lock_file(keeping.lock)) is None:  # the keeper sees to it that this ends
+        facts = keeping.facts()
+        if facts.get("usable") and not keeping.request.exists():
+            if is_asked and "reason" in facts:
+                raise BackupError(
+                    f"{store.name}: cannot be unmounted: {facts['reason']}",
+                    f"Leave {keeping.path} (cd /), close what is open there and repeat.",
+                )
+            keeping.request.touch()
+            is_asked = True
         runtime.stop.check()
         runtime.console.progress(store.name, "uploading what tigrisfs still holds")
         time.sleep(POLL_SECONDS / 4)
-
-    while keeper_is_alive(runtime, store):  # which sees to it that this ends
-        if str(path) in mount_table():  # at once, or when a keeper that has just begun has come so far
-            # The keeper compares what a repository holds with the bucket, as long as it has the lease.
-            written = repository_files(runtime, store, path) if store.target else {}
-            replace_file(request, json.dumps(written))
-            while request.exists() and keeper_is_alive(runtime, store):  # it may give up
-                wait_a_little()
-            if keeper_is_alive(runtime, store):
-                detach_by_hand(runtime, store, path)
-        wait_a_little()
-    return tell_end(runtime, store)
+    with lock:
+        return tell_end(runtime, store, keeping)
 
 
-def tell_end(runtime: Runtime, store: Store) -> int:
+def tell_end(runtime: Runtime, store: Store, keeping: Keeping) -> int:
     """Tells, once, how a keeper that has ended fared, and frees what it left; returns its exit code.
 
-    Raises BackupError where it was killed with a mount that was written to, or where it is not its mount.
+    Whoever calls holds the lock. Raises BackupError where the keeper was killed with a mount that was written
+    to, or where it is not its mount.
     """
-    path, state = resolved(runtime.settings.mount_point(store)), state_file(runtime, store)
-    facts, was_mounted = read_state(state), str(path) in mount_table()
-    if was_mounted and not remove_dead_mount(runtime, store, path):
+    path, facts = keeping.path, keeping.facts()
+    was_mounted = str(path) in mount_table()
+    if was_mounted and not remove_dead_mount(runtime, path):
         raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
-    if stream := lock_file(state):  # else the next keeper has begun
-        with stream:
-            write_state(stream, {})
-    if not facts:
+    keeping.state.unlink(missing_ok=True)
+    if not facts.get("usable"):
         if not was_mounted:
             runtime.console.info(store.name, f"is not mounted at {path}")
         return EXIT_OK
     with contextlib.suppress(OSError):
-        print(state.with_suffix(LOG).read_text("utf-8", "replace"), end="", file=sys.stderr)
+        print(keeping.output.read_text(errors="replace"), end="", file=sys.stderr)
     if "code" not in facts and facts["writable"]:
         raise BackupError(
             f"{store.name}: its mount at {path} was killed, and may have held what is not uploaded",
@@ -9129,39 +7910,28 @@ def tell_end(runtime: Runtime, store: Store) -> int:
 
 # --------------------------------------------------------------------------------------------- Command line
 
-KEEP_COMMAND = "_keep"
-SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
-DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
+
+def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
+    """The targets with these names (all without names). Raises ConfigurationError for unknown ones."""
+    known = {target.store.name: target for target in settings.targets}
+    known |= {target.name: target for target in settings.targets}
+    if unknown := [name for name in names if name not in known]:
+        targets = ", ".join(target.name for target in settings.targets)
+        raise ConfigurationError([f"there is no target {name!r}; known are {targets}" for name in unknown])
+    return list(dict.fromkeys(known[name] for name in names)) or list(settings.targets)
 
 
-NOTHING = (0, 0, "no names")
-A_STORE = (1, 1, "one name: source or target-<name>")
-STORES = (0, math.inf, "names: source or target-<name>")
-A_TARGET = (1, 1, "one name, that of a target")
-TARGETS = (0, math.inf, "names of targets")
-A_TARGET_AND_PATHS = (1, math.inf, "the name of a target, and keys or folders of keys")
-A_TARGET_AND_WORDS = (2, math.inf, "the name of a target and a command of borg")
+def chosen_store(settings: Settings, name: str) -> Store:
+    if name != "source":
+        return chosen_targets(settings, [name])[0].store
+    settings.require_source()
+    return settings.source
 
 
-def value_of(parse: Callable[[str], Result], hint: str) -> Callable[[str], Result]:
-    """The parser of an option's value, which may not be nothing: a script's variable that is not set, say."""
-
-    def parsed(text: str) -> Result:
-        value = parse(text)
-        if not value:
-            raise argparse.ArgumentTypeError(hint)
-        return value
-
-    return parsed
-
-
-def chosen_destination(settings: Settings, location: str) -> Destination:
-    """The bucket to restore into. Raises ConfigurationError."""
-    bucket, _, prefix = location.partition(":")
-    store = dataclasses.replace(settings.destination, bucket=bucket, prefix=prefix.strip("/"))
-    mistake = path_mistake(location)
-    mistakes = [f"--to-bucket: {mistake}"] if mistake else []
-    mistakes += missing_settings(store) if bucket else []
+def chosen_destination(settings: Settings, place: tuple[str, str]) -> Destination:
+    """The bucket, and the prefix in it, to restore into. Raises ConfigurationError."""
+    store = dataclasses.replace(settings.destination, bucket=place[0], prefix=place[1])
+    mistakes = store.missing()
     for target in settings.targets:
         mistakes += overlap_mistakes([target.store, store])
     if mistakes:
@@ -9169,338 +7939,195 @@ def chosen_destination(settings: Settings, location: str) -> Destination:
     return store
 
 
-def command_restore(runtime: Runtime, given: argparse.Namespace) -> int:
-    settings, (name, *paths) = runtime.settings, given.names
-    order = Order(
-        tuple(paths),
-        given.archive or "",
-        end_of_time(given.at) if given.at else None,
-        Path(given.to) if given.to else None,
-        chosen_destination(settings, given.to_bucket) if given.to_bucket is not None else None,
-        Path(given.metadata) if given.metadata else None,
-        given.overwrite,
-        given.dry_run,
-    )
-    return restore(runtime, chosen_target(settings, name), order)
-
-
-def command_mount(runtime: Runtime, given: argparse.Namespace) -> int:
-    """A mount that lives on; or, as its keeper, its life."""
-    store = chosen_store(runtime.settings, given.names[0])
-    work = keep_mounted if given.command == KEEP_COMMAND else mount_manually
-    return work(runtime, store, given.read_write or store.target is not None)
-
-
-def command_umount(runtime: Runtime, given: argparse.Namespace) -> int:
-    """The end of such mounts, of all without names."""
-    stores = [chosen_store(runtime.settings, name) for name in given.names]
-    if not stores:
-        stores = [store for store in runtime.settings.stores if is_kept(runtime, store)]
-    if not stores:
-        runtime.console.info("umount", "nothing is mounted")
-    codes = [EXIT_OK]
-    for store in stores:
-        try:
-            codes.append(umount_manually(runtime, store))
-        except Stopped:
-            raise
-        except BackupError as error:  # the others are unmounted all the same
-            runtime.console.error(store.name, str(error))
-            codes.append(error.exit_code)
-    return max(codes)
-
-
-def command_verify(runtime: Runtime, given: argparse.Namespace) -> int:
-    target = chosen_target(runtime.settings, given.names[0])
-    seed = secrets.randbelow(10**9) if given.seed is None else given.seed
-    return run_verify(
-        runtime, target, given.archive, given.sample or Sample.parse(DEFAULT_SAMPLE), seed, given.json
-    )
-
-
-def command_check(runtime: Runtime, given: argparse.Namespace) -> int:
-    target = chosen_target(runtime.settings, given.names[0])
-    with opened_for_writing(runtime, target, "`check`") as repository:
-        checked = check_repository(runtime, repository, CheckPlan(given.max_duration), given.verify_data)
-    expect_sound(repository, checked.record)
-    return EXIT_OK
-
-
-def command_key_export(runtime: Runtime, given: argparse.Namespace) -> int:
-    form = ["--paper"] if given.paper else ["--qr-html"] if given.qr_html else []
-    return export_key(runtime, chosen_target(runtime.settings, given.names[0]), form)
-
-
-PARSERS: dict[str, OptionParser] = {}  # of what follows a command's name
-OPTION_TYPES = {
-    "--archive": value_of(str, "needs a value; leave it out for the newest archive"),
-    "--at": value_of(str, "needs a value; leave it out for the newest archive"),
-    "--max-duration": value_of(parse_duration, "write a number and a unit (s, m, h), such as 30m"),
-    "--sample": value_of(Sample.parse, SAMPLE_HELP),
-    "--seed": int,
+# What a command line has as a name in the configuration, and what that stands for.
+CHOICES: Mapping[str, Callable[[Settings, Any], Any]] = {
+    "target": lambda settings, name: chosen_targets(settings, [name])[0],
+    "targets": chosen_targets,
+    "store": chosen_store,
+    "stores": lambda settings, names: [chosen_store(settings, name) for name in names],
+    "bucket": chosen_destination,
 }
 
 
-def command(
-    usage: str,
-    about: str,
-    takes: tuple[int, float, str],
-    run: Callable[[Runtime, argparse.Namespace], int],
-    options: Mapping[str, str] | None = None,
-    alternatives: bool = False,
-) -> None:
-    """Declares what can be typed, and what is done then.
-
-    `takes` is how many words that are no options, at least and at most, and what these are; `options` tell
-    what follows them, and their help; `alternatives` exclude each other.
-    """
-    parser, name = OptionParser(), usage.partition(" ")[0]
-    parser.prog, parser.usage, parser.description = name, usage, about
-    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
-    group = parser.add_mutually_exclusive_group() if alternatives else parser
-    known = []
-    for words, text in (options or {}).items():
-        word, _, value = words.partition(" ")
-        known.append(word)
-        if value:
-            group.add_argument(word, metavar=value, type=OPTION_TYPES.get(word), help=text)
-        else:
-            group.add_argument(word, action="store_true", help=text)
-    parser.set_defaults(command=name, takes=takes, run=run, known=known)
-    PARSERS[name] = parser
+def run_check(runtime: Runtime, target: Target, max_duration: int | None, verify_data: bool) -> int:
+    with opened_for_writing(runtime, target, "`check`") as repository:
+        record = check_repository(runtime, repository, CheckPlan(max_duration), verify_data)
+    expect_sound(repository, record)
+    return EXIT_OK
 
 
-JSON = {"--json": "print JSON, for programs"}
-READ_WRITE = {"--read-write": "so that objects can be restored into the source"}
-command(
-    "run [NAME...]",
-    "back up to all targets, or to the named ones (this is what no command at all does)",
-    TARGETS,
-    lambda runtime, given: run_backup(runtime, chosen_targets(runtime.settings, given.names)),
+def run_restore(runtime: Runtime, **given: Any) -> int:
+    return restore_archive(runtime, argparse.Namespace(**given))
+
+
+ARCHIVE = Value("an archive's name, or leave it out for the newest", matching(".+"))
+PATH = Value("an object's key or a folder of keys, or leave it out to restore all", matching(".*[^/].*"))
+FILE = Value("a path", matching(".+", Path))
+TIME = Value("a time such as 2025-01-31T03:00 or 2025-01-31", end_of_time)
+SPAN = Value(
+    "a number and a unit (s, m, h), such as 30m",
+    matching("[0-9]+[smh]", lambda text: parse_check(text).seconds),
 )
-command(
-    "check-config",
-    "check the configuration and ask every store whether it is usable; changes nothing",
-    NOTHING,
-    lambda runtime, _: check_config(runtime),
-)
-command(
-    "list [NAME...] [--json]",
-    "show the archives of all targets, or of the named ones",
-    TARGETS,
-    lambda runtime, given: list_archives(runtime, chosen_targets(runtime.settings, given.names), given.json),
-    JSON,
-)
-command(
-    "info [NAME...] [--json]",
-    "show size, last run, key and last check of all targets, or of the named ones",
-    TARGETS,
-    lambda runtime, given: show_info(runtime, chosen_targets(runtime.settings, given.names), given.json),
-    JSON,
-)
-command(
-    "maintain [NAME...]",
-    "prune, compact and check all targets, or the named ones; needs no source",
-    TARGETS,
-    lambda runtime, given: maintain(runtime, chosen_targets(runtime.settings, given.names)),
-)
-command(
-    "key-export NAME [--paper|--qr-html]",
-    "print the key of a repository: keep it, with the passphrase, elsewhere",
-    A_TARGET,
-    command_key_export,
-    {"--paper": "to print, and to type in again", "--qr-html": "as HTML with a QR code"},
-    alternatives=True,
-)
-command(
-    "verify NAME",
-    "compare an archive with the live bucket, and prove the content of a sample of it",
-    A_TARGET,
-    command_verify,
-    {
-        "--archive ARCHIVE": "which one; the newest of BACKUP_LABEL by default",
-        "--sample N": "how many objects are proved: a number, a share such as 1%%, or all"
-        f" (default {DEFAULT_SAMPLE})",
-        "--seed SEED": "choose the same sample as when this seed was printed",
-        "--json": "print the result as JSON",
-    },
-)
-command(
-    "check NAME",
-    "check a repository with `borg check`, whole or for some time; never repairs",
-    A_TARGET,
-    command_check,
-    {
-        "--max-duration TIME": "check for at most so long (such as 30m) from where the last such slice"
-        " stopped: segments only",
-        "--verify-data": "decrypt and verify each piece of data, too",
-    },
-)
-command(
-    "borg NAME ARGS...",
-    "run any borg command on a target's repository: borg first diff ARCHIVE1 ARCHIVE2",
-    A_TARGET_AND_WORDS,
-    lambda runtime, given: run_borg(
-        runtime, chosen_target(runtime.settings, given.names[0]), given.names[1:]
+SAMPLE = Value("a number of objects, a share such as 1%, or all", parse_sample)
+AT_HELP = "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone, +01:00 or Z"
+
+# What can follow a command, by its parameter: what a person writes, how that is read (None: it is there or
+# not), and what it is.
+ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
+    "target": ("NAME", str, "a target's name"),
+    "targets": ("NAME...", str, "targets' names; all targets without any"),
+    "store": ("NAME", str, "source, or target-<name>"),
+    "stores": ("NAME...", str, "source, or target-<name>; all without any"),
+    "paths": ("PATH...", PATH, "a key, or a folder of keys"),
+    "archive": ("--archive ARCHIVE", ARCHIVE, "this one, instead of the newest of BACKUP_LABEL"),
+    "until": ("--at TIME", TIME, AT_HELP),
+    "folder": ("--to DIR", FILE, "restore into this folder"),
+    "bucket": ("--to-bucket BUCKET[:PREFIX]", STORE["path"], "restore into this bucket"),
+    "metadata": ("--metadata FILE", FILE, "write the objects' headers and tags there, a JSON object a line"),
+    "overwrite": ("--overwrite", None, "what is there with other content, headers or tags, too"),
+    "dry_run": ("--dry-run", None, "only tell what would be done"),
+    "as_json": ("--json", None, "print JSON, for programs"),
+    "sample": (
+        "--sample N",
+        SAMPLE,
+        "how many objects are proved, a share such as 1%%, or all (%(default)s)",
     ),
-)
-command(
-    "restore NAME [PATH...]",
-    "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
-    A_TARGET_AND_PATHS,
-    command_restore,
-    {
-        "--archive NAME": "this one, instead of the newest",
-        "--at TIME": "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone,"
-        " +01:00 or Z",
-        "--to DIR": "restore into this folder",
-        "--to-bucket BUCKET[:PREFIX]": "restore into this bucket",
-        "--metadata FILE": "write the objects' headers and tags there, a JSON object a line",
-        "--overwrite": "what is there with other content, headers or tags, too",
-        "--dry-run": "only tell what would be done",
-    },
-)
-command(
-    "mount NAME",
-    "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
-    A_STORE,
-    command_mount,
-    READ_WRITE,
-)
-command("umount [NAME...]", "unmount it, or all; returns when everything is uploaded", STORES, command_umount)
-COMMANDS = dict(PARSERS)  # those that a person types
-command(f"{KEEP_COMMAND} NAME", "", A_STORE, command_mount, READ_WRITE)
+    "seed": ("--seed SEED", int, "choose the same sample as when this seed was printed"),
+    "max_duration": ("--max-duration TIME", SPAN, "at most so long, from where the last such slice stopped"),
+    "verify_data": ("--verify-data", None, "decrypt and verify each piece of data, too"),
+    "read_write": ("--read-write", None, "so that objects can be restored into it"),
+}
 
+# What does it, and its parameters: `a|b` exclude each other, and in brackets one of them is needed.
+COMMANDS: Mapping[str, tuple[Callable[..., int], str, str]] = {
+    "run": (run_backup, "targets", "back up to all targets, or to the named ones; so does no command at all"),
+    "check-config": (check_config, "", "check the configuration and ask each store; changes nothing"),
+    "list": (
+        functools.partial(show, ask=archives_shown, header=ARCHIVE_COLUMNS),
+        "targets as_json",
+        "show the archives of all targets, or of the named ones",
+    ),
+    "info": (
+        functools.partial(show, ask=repository_shown),
+        "targets as_json",
+        "show size, last run, key and last check of all targets, or the named",
+    ),
+    "maintain": (maintain, "targets", "prune, compact and check all or the named targets; needs no source"),
+    "key-export": (export_key, "target", "print a repository's key, to be kept elsewhere"),
+    "borg": (run_borg, "target", "run any borg command on a repository: borg first diff ARCHIVE1 ARCHIVE2"),
+    "verify": (
+        run_verify,
+        "target archive sample seed as_json",
+        "compare an archive with the live bucket, and prove the content of a sample of it",
+    ),
+    "check": (
+        run_check,
+        "target max_duration|verify_data",
+        "check a repository with `borg check`, whole or for some time; never repairs",
+    ),
+    "restore": (
+        run_restore,
+        "target paths archive|until (folder|bucket) metadata overwrite dry_run",
+        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
+    ),
+    "mount": (
+        mount_manually,
+        "store read_write",
+        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
+    ),
+    "umount": (umount_manually, "stores", "unmount it, or all; returns when everything is uploaded"),
+}
+SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
+DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
 
-def usage_mistake(given: argparse.Namespace) -> str:
-    """What is wrong with a command line as a whole; empty where nothing is."""
-    if given.command == "mount" and given.read_write and given.names != ["source"]:
-        return "`--read-write` goes with `mount source`"  # targets are always mounted so
-    if given.command == "check" and given.max_duration and given.verify_data:
-        return "`--verify-data` looks at everything: leave out `--max-duration`"
-    if given.command != "restore":
-        return ""
-    if (given.to is None) == (given.to_bucket is None):
-        return "`restore` takes either --to DIR or --to-bucket BUCKET[:PREFIX]"
-    if given.archive and given.at:
-        return "`restore` takes --archive NAME or --at TIME, not both"
-    if given.to == "":
-        return "--to: name a folder"
-    if any(not path.strip("/") for path in given.names[1:]):
-        return "`restore`: a PATH is an object's key or a folder of keys; leave it out to restore everything"
-    try:
-        end_of_time(given.at or "2025-01-31")
-    except (ValueError, OverflowError):
-        return f"--at: {given.at!r} is no time; write such as 2025-01-31T03:00 or 2025-01-31"
-    return ""
+EPILOG = """\
+Configuration comes from environment variables; example.env and README.md explain each:
+{variables}
 
+Any other word that is a program is run in our place: `docker run -it ... s3borgbackup ash` gives a shell.
 
+exit codes:
+  0 all well   1 finished with warnings   2 something failed   75 another run works on the repository
+  78 wrong configuration or usage   128+N stopped by signal N   `borg NAME`: borg's own
+"""
 GREETING = """\
 s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
 Environment variables configure it, and none of them is set. (Was `--env-file .env` forgotten?) Three steps:
 
   1. cp example.env .env     and put in your buckets, keys and passphrases
   2. docker run --rm --env-file .env s3borgbackup check-config
-  3. docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
-         --security-opt apparmor:unconfined -v s3borgbackup-cache:/cache -v s3borgbackup-config:/config \\
-         s3borgbackup
+  3. the backup, with the other flags that README.md has in "Quick start"
 
-README.md, beside example.env, explains everything; `backup.py --help` shows all commands. What is missing:
+`backup.py --help` shows all commands. What is missing:
 """
 
-HELP = """\
-Backs up an S3 bucket to one or more S3 buckets with BorgBackup.
 
-commands (NAME is a target's name; `COMMAND --help` tells more):
-{commands}
+class Parser(argparse.ArgumentParser):
+    """Of a command line; raises ConfigurationError where argparse would end the program."""
 
-options:
-  mount source --read-write   mount the source so that objects can be restored into it
-  -h, --help                  this text
-  --version                   the version
-
-Configuration comes from environment variables; example.env and README.md explain each.
-Any other word that is a program is run in our place: `docker run -it ... s3borgbackup ash` gives a shell.
-
-examples:
-  docker run --rm --env-file .env --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN \\
-      --security-opt apparmor:unconfined s3borgbackup check-config
-  backup.py restore first photos/2025 --to /restored      (a folder of the machine, mounted there)
-  backup.py mount target-first && borg list /data/target-first && backup.py umount target-first
-
-exit codes:
-  0 all well   1 finished with warnings   2 something failed   75 another run works on the repository
-  78 wrong configuration or usage   128+N stopped by signal N   `borg NAME`: borg's own
-"""
-USAGE_COLUMNS = 22  # of a command and what follows it, in the help
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError([f"`{self.prog}`: {message} (see `{self.prog} --help`)"])
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line's meaning. Raises ConfigurationError with what is wrong."""
+def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """That of the whole command line, and those of the commands."""
+    variables = "\n".join(f"  {name:26}{row.help}" for name, row in VARIABLES.items())
+    parser = Parser(
+        "backup.py",
+        description="Backs up an S3 bucket to one or more S3 buckets with BorgBackup.",
+        epilog=EPILOG.format(variables=variables),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"s3borgbackup {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (_, usage, about) in COMMANDS.items():
+        command = commands.add_parser(name, prog=name, allow_abbrev=False, help=about, description=about)
+        for words in usage.split():
+            is_needed = words.startswith("(")
+            group = command.add_mutually_exclusive_group(required=is_needed) if "|" in words else command
+            for word in words.strip("()").split("|"):
+                written, parse, what = ARGUMENTS[word]
+                *option, metavar = written.split() if parse else (written, "")
+                how = {"type": parse, "metavar": metavar.rstrip(".")} if parse else {"action": "store_true"}
+                if metavar.endswith("..."):
+                    how["nargs"] = "*"
+                group.add_argument(*option, dest=word, help=what, **how)
+    commands.choices["verify"].set_defaults(sample=DEFAULT_SAMPLE, seed=secrets.randbelow(10**9))
+    commands.choices["borg"].usage = "borg NAME COMMAND..."
+    return parser, commands.choices
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and its parameters. Raises ConfigurationError, and SystemExit after help was asked for."""
     name, *words = argv or ["run"]
-    if name not in PARSERS:
+    parser, commands = make_parser()
+    if name in ("help", "-h", "--help", "--version"):
+        parser.parse_args(["--version" if name == "--version" else "--help"])
+    if name not in COMMANDS:
         raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
-    try:
-        given, unknown = PARSERS[name].parse_known_intermixed_args([] if name == "borg" else words)
-    except ValueError as error:
-        raise ConfigurationError([f"`{name}`: {error} (see `{name} --help`)"]) from None
-    if unknown:
-        hint = near(unknown[0].partition("=")[0], given.known) if given.known else f"`{name}` has none"
-        raise ConfigurationError([f"unknown option {unknown[0]!r}; {hint} (see `{name} --help`)"])
-    if name == "borg":  # whose words are for borg to judge
-        given.names = words
-    least, most, what = given.takes
-    if not least <= len(given.names) <= most:
-        raise ConfigurationError([f"`{name}` takes {what} (see --help)"])
-    if mistake := usage_mistake(given):
-        raise ConfigurationError([mistake])
-    return given
-
-
-def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
-    """The targets with these names (all without names). Raises ConfigurationError for unknown ones."""
-    known = {target.store.name: target for target in settings.targets}
-    known.update({target.name: target for target in settings.targets})
-    if unknown := [name for name in names if name not in known]:
-        near_ones = [target.name for target in settings.targets]
-        raise ConfigurationError(
-            [f"there is no target {name!r}; {near(name, near_ones)}" for name in unknown]
-        )
-    chosen = {known[name].name: known[name] for name in names}
-    return list(chosen.values()) if names else list(settings.targets)
-
-
-def chosen_target(settings: Settings, name: str) -> Target:
-    return chosen_targets(settings, [name])[0]
-
-
-def chosen_store(settings: Settings, name: str) -> Store:
-    """The store called `source`, `target-NAME` or just `NAME`. Raises ConfigurationError for other names."""
-    known = {target.name: target.store for target in settings.targets}
-    known.update({store.name: store for store in settings.stores})
-    if name not in known:
-        near_ones = [store.name for store in settings.stores]
-        raise ConfigurationError([f"there is no store {name!r}; {near(name, near_ones)}"])
-    if name == "source":
-        settings.require_source()
-    return known[name]
-
-
-def is_ours(argv: Sequence[str]) -> bool:
-    """Whether a command line is for us. `borg` is, unless one of borg's own commands or an option follows."""
-    if argv[:1] == ["borg"]:
-        return len(argv) > 1 and argv[1] not in BORG_COMMANDS and not argv[1].startswith("-")
-    return not argv or argv[0].startswith("-") or argv[0] in PARSERS
+    if name != "borg":
+        return name, vars(commands[name].parse_intermixed_args(words))
+    given = vars(commands[name].parse_args(words[:1]))
+    if not words[1:]:
+        commands[name].error("a command of borg has to follow the target's name")
+    return name, {**given, "arguments": words[1:]}  # which are for borg to judge
 
 
 def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The program that `argv` names, such as a shell; nothing where it is a command of ours or not there."""
-    return "" if is_ours(argv) else shutil.which(argv[0], path=environ.get("PATH")) or ""
+    """The program that `argv` names, such as a shell; nothing where it is a command of ours or not there.
+
+    `borg` is ours, unless one of borg's own commands or an option follows.
+    """
+    name, *words = argv or ["run"]
+    is_borgs = name == "borg" and (not words or words[0] in BORG_COMMANDS or words[0].startswith("-"))
+    if name.startswith("-") or (name in COMMANDS and not is_borgs):
+        return ""
+    return shutil.which(name, path=environ.get("PATH")) or ""
 
 
 # What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25. Its arguments: the
-# child's process id, the numbers of the signals to pass on, the folder of the keepers' state files, and, if
-# anything, what to run when the child leaves keepers behind, or something that they have to tell.
+# child's process id, the numbers of the signals to pass on, the folder of the keepers' states, and, if
+# anything, what to run when the child leaves a state: of a keeper that lives, or has something to tell.
 INIT = """\
 import os, signal, sys
 
@@ -9521,30 +8148,16 @@ def end():
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
 
-def look(path):
-    try:
-        with open(path, "rb") as stream:
-            return stream.read()
-    except OSError:
-        return b""
-
-def is_kept():
-    for name in os.listdir("/proc"):
-        if name.isdigit() and b"\\0KEEP_COMMAND\\0" in look(f"/proc/{name}/cmdline"):
-            return True
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return any(look(f"{folder}/{name}") for name in names if name.endswith(".mount"))
-
 for number in numbers:
     signal.signal(int(number), pass_on)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 code = end()
-if umount and is_kept():
+if umount and os.path.isdir(folder) and any(name.endswith(".mount") for name in os.listdir(folder)):
     child = os.posix_spawn(umount[0], umount, os.environ)
     last = end()
     code = code or last
 sys.exit(code)
-""".replace("KEEP_COMMAND", KEEP_COMMAND)
+"""
 
 
 def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
@@ -9572,57 +8185,41 @@ def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *words], dict(environ))
 
 
-def told_at_once(argv: Sequence[str]) -> str:
-    """The answer to what needs no configuration: help and version; nothing where something else is asked."""
-    if argv[:1] == ["--version"]:
-        return f"s3borgbackup {VERSION}\n"
-    if argv and argv[0] in COMMANDS and argv[0] != "borg" and {"-h", "--help"} & set(argv):
-        return COMMANDS[argv[0]].format_help()
-    if argv[:1] not in (["-h"], ["--help"], ["help"]):
-        return ""
-    lines = []
-    for parser in COMMANDS.values():
-        usage = parser.usage if len(parser.usage) < USAGE_COLUMNS else ""
-        lines += [] if usage else [f"  {parser.usage}"]
-        lines.append(f"  {usage:{USAGE_COLUMNS}}{parser.description}")
-    return HELP.format(commands="\n".join(lines))
-
-
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs the command line `argv`; prints errors, one a line, and returns the exit code."""
-    if told := told_at_once(argv):
-        print(told, end="")
-        return EXIT_OK
     if os.getpid() == 1:
         return be_init(argv, environ)
     if program := other_program(argv, environ):
         os.execve(program, list(argv), dict(environ))
-    mistakes: list[str] = []
-    values = read_variables(environ, mistakes)
-    reporting = parse_reporting(values, [])
-    report = Report(secrets.token_hex(6), label_for_reports(values), datetime.now(UTC))
-    report.command = argv[0] if argv else "run"
-    console = Console(False, reporting.as_json, report.run_id, environ)
-    console.secrets = secrets_in(values)
+    configuration = Configuration(environ)
+    command = argv[0] if argv else "run"
+    report = Report(secrets.token_hex(6), configuration.label, datetime.now(UTC), command=command)
+    console = Console(False, configuration.reporting.as_json, report.run_id)
+    console.secrets = configuration.secrets
     threading.excepthook = lambda hook: console.defect("thread", hook.exc_value)
     stop = Stop()
     stop.install()
-    reporter = Reporter(reporting, console, stop, report)
+    reporter = Reporter(configuration.reporting, console, stop, report)
     name = "s3borgbackup"
     try:
-        given = parse_arguments(argv)
-        name = given.command
+        name, arguments = parse_arguments(argv)
+        run = COMMANDS[name][0]
         if name in DATA_COMMANDS:
             console.leave_standard_output()
-        if not any(name in environ or f"{name}_FILE" in environ for name in VARIABLES):
+        if not any(environ.get(variable) or environ.get(f"{variable}_FILE") for variable in VARIABLES):
             console.plain(GREETING)
-        settings = checked_settings(values, mistakes, name in SOURCE_COMMANDS)
+        settings = configuration.settings(name in SOURCE_COMMANDS)
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
+        for key, choose in CHOICES.items():
+            if arguments.get(key) is not None:
+                arguments[key] = choose(settings, arguments[key])
         memory_mb = settings.memory_limit_mb or container_memory_mb()
         if name in TOLD_COMMANDS:
             reporter.start()
-        code = given.run(Runtime(settings, environ, console, stop, memory_mb, report), given)
+        code = run(Runtime(settings, environ, console, stop, memory_mb, report), **arguments)
+    except SystemExit as end:  # argparse has printed what was asked for: the help, or the version
+        return int(end.code or EXIT_OK)
     except ConfigurationError as error:
         for mistake in error.mistakes:
             console.error("configuration", mistake)
@@ -9633,18 +8230,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
         console.defect(name, error)
         code = EXIT_FAILURE
-    if report.command in TOLD_COMMANDS:
+    if command in TOLD_COMMANDS:
         reporter.end(code)
     return code
-
-
-def secrets_in(values: Mapping[str, str]) -> list[str]:
-    """All that is secret in our variables' values; key ids, too."""
-    found = [value for name, value in values.items() if name.endswith(("_KEY_ID", "_ACCESS_KEY", "_URL"))]
-    with contextlib.suppress(ValueError, AttributeError):  # a mistake, which is told without quoting it
-        for fields in json.loads(values.get("TARGET_SECRETS", "{}")).values():
-            found += [value for value in fields.values() if isinstance(value, str)]
-    return found
 
 
 def redacted(text: str, secrets: Iterable[str]) -> str:
@@ -9653,12 +8241,6 @@ def redacted(text: str, secrets: Iterable[str]) -> str:
     for form in sorted(forms - {""}, key=len, reverse=True):
         text = text.replace(form, "***")
     return re.sub(r"(Credential|Signature)=[^\s,'\"]+", r"\1=***", text)
-
-
-def label_for_reports(values: Mapping[str, str]) -> str:
-    """What a run is called towards others, also where the configuration is wrong."""
-    label = values.get("BACKUP_LABEL", DEFAULT_LABEL)
-    return DEFAULT_LABEL if label == UNREADABLE else label
 
 
 if __name__ == "__main__":

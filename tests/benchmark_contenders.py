@@ -175,6 +175,7 @@ def _run_s3borgbackup(place: Place, processes: Processes, phase: str, program: s
         "RESTORE_ENDPOINT": place.endpoint,
         "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
         "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
+        "PYTHONDEVMODE": "",
     }
     environment = settings(
         place.server, place.folder, place.source, targets, SOURCE_ENDPOINT=place.endpoint, **restore

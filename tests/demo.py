@@ -217,7 +217,9 @@ def demonstrate(server: SeaweedFS, folder: Path) -> None:
         "RESTORE_ACCESS_KEY_ID": WRITER.access_key_id,
         "RESTORE_SECRET_ACCESS_KEY": WRITER.secret_access_key,
     }
-    environment = settings(server, folder, source.name, targets, BACKUP_LABEL="demo", **keys)
+    environment = settings(
+        server, folder, source.name, targets, BACKUP_LABEL="demo", PYTHONDEVMODE="", **keys
+    )
     show_settings(environment)
     say("The source's key may only read. Is every store usable?")
     run(environment, "backup.py", "check-config")

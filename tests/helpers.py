@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,9 @@ PASSPHRASE = "correct horse battery staple"
 POLL_SECONDS = 0.02
 THREADS = 16
 
+# What Python says in development mode: of a socket that nobody closed, for instance.
+PYTHONS_WARNING = re.compile(r"\.py:[0-9]+: \w*Warning: |^Exception ignored in")
+
 Answer = TypeVar("Answer")
 
 SEALED_PREFIXES = ("AWS_", "BORG_", "WEED_", "SOURCE_", "TARGET", "BACKUP_", "DATA_DIR", "LOG_LEVEL")
@@ -45,6 +49,17 @@ def seal_environment() -> None:
             del os.environ[variable]
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
     os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
+
+
+def first_short(variants: Sequence[Any]) -> list[Any]:
+    """Variants for `parametrize`: the first is part of every run, the others of `tests/run long`."""
+    return [
+        variants[0],
+        *(
+            pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.long)
+            for each in variants[1:]
+        ),
+    ]
 
 
 NO_SKIP = "S3BORGBACKUP_NO_SKIP"
@@ -549,6 +564,7 @@ def settings(
         "XDG_CACHE_HOME": str(folder / "cache"),
         "TMPDIR": str(folder / "tmp"),
         "DATA_DIR": str(folder / "data"),
+        "PYTHONDEVMODE": "1",  # see Backup.wait
         "SOURCE_ENDPOINT": server.endpoint,
         "SOURCE_PATH": source,
         "SOURCE_ACCESS_KEY_ID": source_identity.access_key_id,
@@ -680,7 +696,10 @@ class Backup:
         os.killpg(self.process.pid, number)
 
     def wait(self, timeout_seconds: float = 120) -> Result:
-        """Wait for the end; AssertionError with the output, and backup.py killed, when it does not come."""
+        """Wait for the end; AssertionError with the output, and backup.py killed, when it does not come.
+
+        A warning of Python's is one, too: `settings` has it run in development mode.
+        """
         try:
             exit_code = self.process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -692,6 +711,8 @@ class Backup:
         exit_code = 128 - exit_code if exit_code < 0 else exit_code
         duration_seconds = time.monotonic() - self._started
         self._output.finish(5)
+        warnings = [line for line in self.lines if PYTHONS_WARNING.search(line)]
+        assert not warnings, f"Python warns: {warnings}"
         return Result(exit_code, self.lines, duration_seconds)
 
     def close(self) -> None:

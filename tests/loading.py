@@ -7,5 +7,4 @@ import backup
 
 def load_settings(environ: Mapping[str, str], needs_source: bool = True) -> backup.Settings:
     """The settings that `environ` and the files it points to describe; raises ConfigurationError."""
-    mistakes: list[str] = []
-    return backup.checked_settings(backup.read_variables(environ, mistakes), mistakes, needs_source)
+    return backup.Configuration(environ).settings(needs_source)

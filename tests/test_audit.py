@@ -1,6 +1,8 @@
 """Audit: a run succeeds only when the bucket holds what borg wrote."""
 
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,10 +28,19 @@ def test_every_difference_is_named(
     assert backup.upload_mistakes(expected, listed) == mistakes
 
 
-def test_the_lease_and_what_others_try_at_their_start_are_not_borgs() -> None:
+def test_the_lease_and_what_others_try_at_their_start_are_not_borgs(tmp_path: Path) -> None:
     """Another run that begins writes a probe and removes it; the mount may show it to the end."""
     sizes = {"config": 5, ".s3borgbackup-lease": 80, ".s3borgbackup-probe-b8d174fc5ef0": 1, "data/0/1": 17}
-    assert backup.borgs_own(sizes) == {"config": 5, "data/0/1": 17}
+    for name, size_bytes in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size_bytes))
+    store = backup.Store("first", "http://localhost:1", "bucket", "a/b", "KEY-ID", "KEY-SECRET")
+    runtime = SimpleNamespace(stop=backup.Stop(), settings=SimpleNamespace(stall_seconds=900))
+    assert backup.repository_files(runtime, store, tmp_path) == {"config": 5, "data/0/1": 17}
+    listed = [backup.S3Object(f"a/b/{name}", size, datetime.now(UTC), "") for name, size in sizes.items()]
+    listed += [backup.S3Object(f"a/b/{name}", 0, datetime.now(UTC), "") for name in ("", "data/", "data/0/")]
+    client = SimpleNamespace(store=store, list_objects=lambda prefix: listed)
+    assert backup.listed_files(runtime, client) == {"config": 5, "data/0/1": 17}
 
 
 @pytest.mark.usefixtures("needs_fuse")
@@ -48,6 +59,7 @@ def test_a_segment_that_did_not_reach_the_bucket_fails_the_target(
     assert "data/0/1 is missing" in result.output
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 def test_what_was_not_removed_fails_the_target(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path

@@ -3,7 +3,8 @@
 import fnmatch
 import json
 import subprocess
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,6 @@ STORE = backup.Store("first", "http://127.0.0.1:1", "bucket", "", "key-id", "key
 TARGET = backup.Target("first", STORE, "pass-phrase", "repokey-blake2", False, "lz4", ("--keep-daily=7",), 10)
 REPOSITORY = Path("/data/target-first")
 COMMANDS = {
-    "init": backup.borg_init(TARGET, REPOSITORY),
-    "list": backup.borg_newest(REPOSITORY, bypass_lock=True),
     "create": backup.borg_create(TARGET, "label", REPOSITORY),
     "prune": backup.borg_prune(TARGET, "label", REPOSITORY),
     "compact": backup.borg_compact(TARGET, REPOSITORY),
@@ -98,13 +97,13 @@ def test_what_borg_could_not_read_is_no_warning_where_our_own_client_tries_next(
     capsys: pytest.CaptureFixture[str], text: str, msgid: str
 ) -> None:
     """That is, where borg is fed; elsewhere nobody else would tell of it."""
-    assert log_of(message("WARNING", text, msgid)).warnings == 1
+    assert log_of(message("WARNING", text, msgid)).warnings.count == 1
     assert "data/source/x" in capsys.readouterr().err
     told = []
     log = backup.BorgLog("target-first", backup.Console(debug=False), backup.Stop(), told.append)
     log.feed(json.dumps(message("WARNING", text, msgid)))
     log.feed('{"type": "fed_status", "number": 7, "status": "E"}')
-    assert log.warnings == 0
+    assert log.warnings.count == 0
     assert capsys.readouterr().err == ""
     assert told == [{"type": "fed_status", "number": 7, "status": "E"}]
 
@@ -113,7 +112,7 @@ def test_the_hard_link_note_is_explained_and_is_no_warning(capsys: pytest.Captur
     note = (
         "Failed to securely erase old repository config file (hardlinks not supported). Old repokey data, ..."
     )
-    assert log_of(message("WARNING", note)).warnings == 0
+    assert log_of(message("WARNING", note)).warnings.count == 0
     output = capsys.readouterr()
     assert "harmless" in output.out
     assert output.err == ""
@@ -195,14 +194,20 @@ def test_a_passphrase_of_any_length_reaches_borg_whole(tmp_path: Path) -> None:
 def test_what_lies_where_a_repository_is_expected(
     names: list[str], complete: bool, state: backup.RepositoryState
 ) -> None:
-    assert backup.repository_state(dict.fromkeys(names, 100), complete) is state
+    assert repository_state(dict.fromkeys(names, 100), complete) is state
+
+
+def repository_state(sizes: Mapping[str, int], complete: bool) -> backup.RepositoryState:
+    """What a preflight says of a place with these objects below its prefix."""
+    now, following = datetime.now(UTC), None if complete else ("start-after", "x")
+    keys = tuple(backup.S3Object(f"borg/{name}", size, now) for name, size in sizes.items())
+    store = backup.Store("first", "http://127.0.0.1:1", "bucket", "borg", "id", "secret")
+    return backup.Preflight("", keys, following, now).repository_state(store)
 
 
 def test_much_data_is_never_taken_for_an_interrupted_init() -> None:
-    assert (
-        backup.repository_state({"README": 80, "config": 700, "data/0/0": 10**9}, True)
-        is backup.RepositoryState.READY
-    )
+    sizes = {"README": 80, "config": 700, "data/0/0": 10**9}
+    assert repository_state(sizes, complete=True) is backup.RepositoryState.READY
 
 
 @pytest.mark.parametrize(

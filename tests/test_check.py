@@ -4,17 +4,23 @@ import json
 import os
 import re
 import signal
+import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pexpect
 import pytest
 
 import backup
 from faults.proxy import Action, FaultProxy
-from helpers import Backup, Bucket, Repository, run_backup, settings, wait_until, with_target
+from helpers import BACKUP, Backup, Bucket, Repository, run_backup, settings, wait_until, with_target
 from loading import load_settings
+from readme import README
 from servers import SeaweedFS
 
 RECORD = ".s3borgbackup-checked"
@@ -32,7 +38,6 @@ def day(number: float) -> datetime:
 @pytest.mark.parametrize(
     ("text", "plan"),
     [
-        ("", None),
         ("30m", backup.CheckPlan(1800)),
         ("90s", backup.CheckPlan(90)),
         ("2h/day", backup.CheckPlan(7200, "day")),
@@ -41,8 +46,8 @@ def day(number: float) -> datetime:
         ("full/month", backup.CheckPlan(None, "month")),
     ],
 )
-def test_what_check_means(text: str, plan: backup.CheckPlan | None) -> None:
-    assert backup.parse_check(text) == plan
+def test_what_check_means(text: str, plan: backup.CheckPlan) -> None:
+    assert backup.TARGET["check"](text) == plan
 
 
 @pytest.mark.parametrize(
@@ -64,8 +69,10 @@ def test_what_check_means(text: str, plan: backup.CheckPlan | None) -> None:
     ],
 )
 def test_what_check_cannot_mean_is_a_mistake_that_says_what_to_write(text: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(repr(text))} is not understood; write such as 30m"):
-        backup.parse_check(text)
+    with pytest.raises(
+        ArgumentTypeError, match=f"^{re.escape(repr(text))} is not understood; write such as 30m"
+    ):
+        backup.TARGET["check"](text)
 
 
 @pytest.mark.parametrize("value", ["never", 30, True, ["30m"]])
@@ -136,9 +143,8 @@ def record(**fields: Any) -> backup.CheckRecord:
 def test_since_when_the_oldest_unchecked_data_is_so(
     known: backup.CheckRecord, written: dict[int, int], since: int | None
 ) -> None:
-    segments = {number: backup.Segment(1, day(when)) for number, when in written.items()}
-    found = backup.unchecked_since(known, segments)
-    assert found == (None if since is None else day(since))
+    segments = {number: (1, day(when)) for number, when in written.items()}
+    assert known.unchecked_since(segments) == (None if since is None else day(since))
 
 
 @pytest.mark.parametrize(
@@ -156,10 +162,10 @@ def test_since_when_the_oldest_unchecked_data_is_so(
         (record(), 8, record(pass_began=day(9))),
     ],
 )
-def test_where_a_slice_goes_on(
+def test_where_a_check_goes_on(
     known: backup.CheckRecord, position: int, expected: backup.CheckRecord
 ) -> None:
-    assert backup.before_slice(known, position, day(9)) == expected
+    assert backup.before_check(known, position, day(9)) == expected
 
 
 DAMAGED = {"damage": "bad", "damaged": day(3), "kind": "segments"}
@@ -217,18 +223,42 @@ def test_what_is_known_after_a_check(
     assert backup.after_check(known, position, damage, kind, day(9)) == expected
 
 
+class Notes:
+    """Of an S3 client what reads and writes notes, with one note."""
+
+    store = SimpleNamespace(key_prefix="")
+
+    def __init__(self, body: bytes = b"") -> None:
+        self.body = body
+
+    def find(self, _key: str) -> "Notes":
+        return self
+
+    def put(self, _key: str, body: bytes) -> None:
+        self.body = body
+
+
+def last_check(notes: Notes, identity: str) -> backup.CheckRecord:
+    """What these notes say of the repository with this id."""
+    return backup.last_check(SimpleNamespace(client=notes, identity=identity))
+
+
 def test_the_record_is_kept_as_json_and_counts_for_its_repository_only() -> None:
     known = record(checked=day(1), checked_from=day(0), pass_began=day(2), segment=7, began=day(3), **DAMAGED)
-    assert json.loads(known.body())["checked"] == "2026-01-02T00:00:00+00:00"
-    assert backup.CheckRecord.parse(known.body(), ID) == known
-    assert backup.CheckRecord.parse(known.body(), "1" * 64) == backup.CheckRecord("1" * 64)
+    notes = Notes()
+    for each in (record(), known):
+        backup.write_note(notes, RECORD, asdict(each))
+        assert last_check(notes, ID) == each
+        assert last_check(notes, "1" * 64) == backup.CheckRecord("1" * 64)
+    assert json.loads(notes.body)["checked"] == "2026-01-02T00:00:00+00:00"
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{}", b"\xff", json.dumps({"repository": ID, "segment": "x"}).encode()]
+    "body",
+    [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, json.dumps({"repository": ID, "segment": "x"}).encode()],
 )
 def test_a_record_that_cannot_be_read_is_none(body: bytes) -> None:
-    assert backup.CheckRecord.parse(body, ID) == record()
+    assert last_check(Notes(body), ID) == record()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +311,7 @@ def largest_segment(target: Bucket) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [[], ["--verify-data"], ["--max-duration", "1m"]])
 def test_a_sound_repository_is_found_sound_and_stays_as_it_is(
     environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path, options: list[str]
@@ -300,6 +331,7 @@ def test_a_sound_repository_is_found_sound_and_stays_as_it_is(
     assert len(copy.archives()) == 2
 
 
+@pytest.mark.long
 def test_a_pass_goes_on_from_slice_to_slice_until_everything_is_checked(
     many_segments: dict[str, str], target: Bucket
 ) -> None:
@@ -320,6 +352,7 @@ def test_a_pass_goes_on_from_slice_to_slice_until_everything_is_checked(
     assert (done["segment"], done["pass_began"]) == (-1, None)
 
 
+@pytest.mark.long
 def test_a_slice_sets_borg_back_to_where_we_know_that_all_was_well(
     many_segments: dict[str, str], target: Bucket
 ) -> None:
@@ -337,6 +370,7 @@ def test_a_slice_sets_borg_back_to_where_we_know_that_all_was_well(
     assert (known_later["kind"], known_later["checked"]) == ("segments", None)
 
 
+@pytest.mark.long
 def test_a_stopped_check_goes_on_with_the_next(many_segments: dict[str, str], target: Bucket) -> None:
     with Backup(many_segments, "check", "first", "--max-duration", "1h") as running:
         running.wait_for_line("borg check begins")
@@ -380,6 +414,7 @@ def test_a_corrupted_segment_is_a_failure_until_it_is_sound_again(
     run_backup(nightly).expect(0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [[], ["--max-duration", "1m"]])
 def test_a_segment_that_is_missing_is_a_failure(
     environment: dict[str, str], target: Bucket, options: list[str]
@@ -391,6 +426,34 @@ def test_a_segment_that_is_missing_is_a_failure(
     assert "the repository is damaged: " in result.output
     if options:
         assert f"1 segment with data missing from the bucket: {key.rpartition('/')[2]}" in result.output
+
+
+@pytest.mark.long
+def test_what_is_lost_is_repaired_as_the_readme_says_and_the_next_backup_stores_it_anew(
+    environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """borg wants to be told YES, and names what lost a part; the next archive is whole."""
+    source.put({"later": os.urandom(1000)})
+    run_backup(environment).expect(0)
+    target.delete(largest_segment(target))
+    run_backup(environment, "check", "first").expect(2)
+    words = ["borg", "first", "check", "--repair"]
+    assert f"`s3bb {' '.join(words)}`" in README
+    command = [str(BACKUP), *words]
+    with pexpect.spawn(sys.executable, command, env=environment, encoding="utf-8", timeout=60) as terminal:
+        terminal.expect("Type 'YES' if you understand")
+        terminal.sendline("YES")
+        terminal.expect(pexpect.EOF)
+    assert terminal.exitstatus == 0, terminal.before
+    assert "source/folder/" in terminal.before
+    assert "source/later" not in terminal.before
+    run_backup(environment, "check", "first").expect(0)
+    run_backup(environment).expect(0)
+    copy = Repository.download(target, tmp_path / "copy")
+    copy.check()
+    newest = copy.archives()[-1]
+    mounted_at = Path(environment["DATA_DIR"]).resolve() / "source"
+    assert copy.contents(newest, mounted_at, tmp_path / "newest") == source.contents()
 
 
 def test_a_run_checks_as_its_target_says(environment: dict[str, str], target: Bucket) -> None:
@@ -413,7 +476,10 @@ def test_a_run_checks_as_its_target_says(environment: dict[str, str], target: Bu
 def test_wrong_options_are_told(environment: dict[str, str]) -> None:
     for options, told in (
         (["--max-duration", "30"], "write a number and a unit (s, m, h), such as 30m"),
-        (["--max-duration", "30m", "--verify-data"], "leave out `--max-duration`"),
-        (["--repair"], "unknown option '--repair'"),
+        (
+            ["--max-duration", "30m", "--verify-data"],
+            "--verify-data: not allowed with argument --max-duration",
+        ),
+        (["--repair"], "unrecognized arguments: --repair"),
     ):
         assert told in run_backup(environment, "check", "first", *options).expect(78).output

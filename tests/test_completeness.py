@@ -218,6 +218,7 @@ def test_objects_that_no_mount_shows_are_archived_byte_for_byte_like_all_others(
         assert archive_of(target, tmp_path / time, environment) == digests({**SHOWN, **UNSHOWN})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
     server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
@@ -240,6 +241,7 @@ def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
         assert archive_of(bucket, tmp_path / f"copy-{bucket.name}", environment) == expected
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 def test_an_object_that_was_deleted_before_it_was_read_is_a_note(
     server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
@@ -265,6 +267,7 @@ def test_an_object_that_was_deleted_before_it_was_read_is_a_note(
         assert repository.manifest(repository.archives()[-1]).keys() == kept.keys()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 def test_what_is_created_after_the_run_began_is_nothing_to_warn_of(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
@@ -292,15 +295,16 @@ def borg_is_in_the_middle(running: Backup) -> bool:
 
 
 @pytest.mark.usefixtures("needs_fuse")
+@pytest.mark.parametrize("headers", ["on", "off"])
 def test_what_is_overwritten_in_mid_run_is_named(
-    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, headers: str
 ) -> None:
     """borg lists a folder, and reads its objects one by one; all but the first few change meanwhile."""
     fillers = {f"0-{number}": os.urandom(FILLER_BYTES) for number in range(2)}
     before = {"longer": b"l" * 3_000, "alike": b"a" * 5_000, "large": b"L" * 2_000_000}
     source.put({**fillers, **before})
     let_age(source)
-    environment = settings(server, tmp_path, source.name, {"first": target.name})
+    environment = settings(server, tmp_path, source.name, {"first": target.name}, HEADERS=headers)
     with Backup(with_target(environment, "first", compression=SLOW)) as running:
         running.wait_for_line("borg create begins")
         wait_until(lambda: borg_is_in_the_middle(running), 60, "borg has listed the bucket")
@@ -315,6 +319,7 @@ def test_what_is_overwritten_in_mid_run_is_named(
     assert archive_of(target, tmp_path / "copy", environment) == digests({**fillers, **after})
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 @pytest.mark.parametrize(
     ("variables", "lists"), [({}, 2), ({"HEADERS": "off"}, 4), ({"HEADERS": "off", "AUDIT": "off"}, 2)]
@@ -392,6 +397,7 @@ def is_of_the_mount(request: Request) -> bool:
     return "user-agent" in request.headers
 
 
+@pytest.mark.long
 def test_what_the_mount_does_not_show_comes_through_our_own_client(site: Site) -> None:
     """TigrisFS cannot list a folder; with over 1,000 objects it asks for each folder's listing."""
     site.source.put({f"m/{number}": b"" for number in range(1_010)})
@@ -413,6 +419,7 @@ def is_get_of_z(request: Request) -> bool:
     return request.kind == "GET" and request.key == "z/object"
 
 
+@pytest.mark.long
 def test_an_object_that_the_mount_cannot_read_comes_through_our_own_client(site: Site) -> None:
     """TigrisFS repeats nothing after 400."""
     refused = site.proxy.add(
@@ -426,6 +433,7 @@ def test_an_object_that_the_mount_cannot_read_comes_through_our_own_client(site:
     assert archive_of(site.target, site.folder / "copy", site.environment) == digests(site.source.contents())
 
 
+@pytest.mark.long
 def test_an_object_whose_reading_fails_is_a_failure_after_the_archive_was_recorded_and_compared(
     site: Site,
 ) -> None:
@@ -459,6 +467,7 @@ def test_an_object_that_s3_refuses_is_a_warning_by_name_and_all_others_are_archi
     assert archive_of(site.target, site.folder / "copy", site.environment) == digests(rest)
 
 
+@pytest.mark.long
 def test_of_many_objects_that_s3_refuses_the_first_100_are_named_and_the_rest_counted(site: Site) -> None:
     """And not asked for one by one."""
     keys = [f"n/{number:03}" for number in range(300)]
@@ -472,6 +481,7 @@ def test_of_many_objects_that_s3_refuses_the_first_100_are_named_and_the_rest_co
     assert 100 <= sum(request.kind == "GET" and request.key in keys for request in asked) < 150
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("headers", ["on", "off"])
 def test_an_archive_that_cannot_be_compared_is_a_failure_and_nothing_is_pruned(
     site: Site, headers: str

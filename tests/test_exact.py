@@ -176,6 +176,7 @@ def test_a_bucket_comes_back_with_every_key_byte_header_and_tag(moto_site: Site)
     assert f"{len(things)} were there already" in again.output
 
 
+@pytest.mark.long
 def test_other_headers_are_overwritten_only_when_asked_and_by_a_copy(site: Site) -> None:
     """The bytes are there already, and are not sent again."""
     things = {
@@ -213,6 +214,7 @@ def test_other_headers_are_overwritten_only_when_asked_and_by_a_copy(site: Site)
     assert "restored 0 objects" in site.restore().expect(0).output
 
 
+@pytest.mark.long
 def test_content_is_recognised_though_the_manifest_does_not_know_its_etag(site: Site) -> None:
     things = {"large": Thing(os.urandom(17_000_000), {"content-type": "text/css"}), "b": Thing(b"1")}
     site.archive(things)
@@ -222,6 +224,7 @@ def test_content_is_recognised_though_the_manifest_does_not_know_its_etag(site: 
     assert "'b' is there with other content" in site.restore().expect(2).output
 
 
+@pytest.mark.long
 def test_what_the_archive_lacks_is_named(site: Site) -> None:
     site.archive({"here": Thing(b"1"), "gone": Thing(b"2", is_lost=True), "empty": Thing(b"", is_lost=True)})
     result = site.restore().expect(1)
@@ -229,6 +232,7 @@ def test_what_the_archive_lacks_is_named(site: Site) -> None:
     assert site.destination.sizes() == {"here": 1, "empty": 0}
 
 
+@pytest.mark.long
 def test_headers_that_a_server_does_not_keep_are_told(site: Site) -> None:
     """And are no reason to write these objects again. SeaweedFS drops where a website redirects to."""
     site.archive({"page": Thing(b"1", {"content-type": "text/css", **REDIRECT})})
@@ -258,6 +262,7 @@ def test_a_key_that_the_server_refuses_hinders_no_other(moto_site: Site) -> None
     assert moto_site.destination.sizes() == {"fine": 1}
 
 
+@pytest.mark.long
 def test_a_folder_gets_what_its_disk_can_hold_and_what_was_known_of_it(site: Site) -> None:
     """A key never leads out of it."""
     things = {**every_kind(), "line\nend": Thing(b"1", is_odd=True)}
@@ -348,6 +353,7 @@ def prove_that_it_comes_back(
         assert (key, found.body, found.headers, found.tags) == (key, thing.body, thing.headers, thing.tags)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["moto", "seaweedfs"])
 def test_the_restored_bucket_is_the_bucket(
     server: SeaweedFS,

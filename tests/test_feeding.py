@@ -61,6 +61,7 @@ def newest(target: Bucket, folder: Path) -> tuple[Repository, str]:
     return repository, repository.archives()[-1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 @pytest.mark.parametrize("extra", [(), ("\x01top", "line\rend")], ids=["", "unlistable-root"])
 @pytest.mark.parametrize("threads", ["32", "0"])

@@ -7,9 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,20 +53,65 @@ def lease_body(**fields: Any) -> bytes:
     return json.dumps({**FIELDS, "write": 1, **fields}).encode()
 
 
+def holder_of(body: bytes, age_seconds: int = 0) -> backup.Holder:
+    """Who holds a lease whose object was written so long before somebody looks."""
+    now = datetime.now(UTC)
+    times = {"date": now, "last-modified": now - timedelta(seconds=age_seconds)}
+    headers = {name: format_datetime(when, usegmt=True) for name, when in times.items()}
+    return backup.Holder.parse(backup.Answer(200, {**headers, "etag": '"e"'}, body))
+
+
+class Notes:
+    """A dead man's switch that only notes for when it was armed, and when."""
+
+    def __init__(self) -> None:
+        self.armed: list[tuple[float, float]] = []
+
+    def arm(self, at_boot_seconds: float) -> None:
+        if at_boot_seconds:
+            self.armed.append((at_boot_seconds, backup.boot_seconds()))
+
+    def close(self) -> None:
+        pass
+
+    def assert_harmless(self) -> None:
+        """It was armed, and never for a moment that had passed."""
+        assert self.armed
+        assert [until for until, now in self.armed if until <= now] == []
+
+
+def runtime_with(ttl_seconds: int) -> Any:
+    """What a lease needs to know of a run."""
+    settings = SimpleNamespace(lease_ttl_seconds=ttl_seconds, lease_wait_seconds=0, stall_seconds=60)
+    return SimpleNamespace(run_id="x", settings=settings, console=backup.Console(debug=False))
+
+
 # -------------------------------------------------------------------------------------------- What is decided
 
 
 def test_a_lease_names_who_holds_it() -> None:
-    holder = backup.Holder.parse(lease_body())
-    assert (holder.run_id, holder.ttl_seconds) == ("a1", 10)
+    holder = holder_of(lease_body())
+    assert (holder.run_id, holder.ttl_seconds, holder.etag) == ("a1", 10, '"e"')
     assert str(holder) == "a backup on nas, since 2026-01-02T03:04:05Z"
-    assert backup.Holder.parse(holder.body(7)) == holder
 
 
-def test_no_two_writes_of_a_lease_are_alike() -> None:
+def test_no_two_writes_of_a_lease_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server's ETag is a digest of the content: equal content would hide that somebody wrote in between."""
-    holder = backup.Holder.parse(lease_body())
-    assert len({holder.body(number) for number in range(10)}) == 10
+    bodies: list[bytes] = []
+
+    def put(_: backup.S3Client, _key: str, body: bytes, condition: Mapping[str, str]) -> backup.Answer:
+        bodies.append(body)
+        if len(bodies) > 1:  # then it is tried out whether the server heeds conditions
+            raise backup.S3Error(f"{condition} is not met", "", 412, "PreconditionFailed")
+        return backup.Answer(200, {"etag": '"e"'}, b"", backup.boot_seconds())
+
+    monkeypatch.setattr(backup.S3Client, "put", put)
+    monkeypatch.setattr(backup.S3Client, "find", lambda *_: None)
+    monkeypatch.setattr(backup.S3Client, "delete", lambda *_: None)
+    client = backup.S3Client(backup.Store("t", "http://s3.test", "bucket"))
+    with backup.Lease(runtime_with(60), client, "a test", only_reads=True) as lease:
+        assert lease.enforced
+    assert len(set(bodies)) == len(bodies) == 3
 
 
 @pytest.mark.parametrize(
@@ -86,7 +131,7 @@ def test_no_two_writes_of_a_lease_are_alike() -> None:
     ids=lambda body: repr(body[:40]),
 )
 def test_a_lease_that_nobody_can_read_has_an_unknown_holder_and_expires_all_the_same(body: bytes) -> None:
-    holder = backup.Holder.parse(body)
+    holder = holder_of(body)
     assert holder.run_id == ""
     assert "unknown" in str(holder)
     assert 0 < holder.ttl_seconds <= 3600
@@ -94,12 +139,15 @@ def test_a_lease_that_nobody_can_read_has_an_unknown_holder_and_expires_all_the_
 
 @pytest.mark.parametrize(
     ("age_seconds", "expired"),
-    [(0, False), (-3600, False), (10, False), (12, False), (12.5, True), (13, True), (1e9, True)],
+    [(0, False), (-3600, False), (10, False), (12, False), (13, True), (10**9, True)],
 )
-def test_a_lease_expires_when_it_was_not_renewed_for_its_lifetime(age_seconds: float, expired: bool) -> None:
+def test_a_lease_expires_when_it_was_not_renewed_for_its_lifetime(age_seconds: int, expired: bool) -> None:
     """With two seconds more, as HTTP's dates have whole seconds; a clock that went back expires nothing."""
-    holder = replace(backup.Holder.parse(lease_body()), age_seconds=age_seconds)
-    assert holder.has_expired == expired
+    assert holder_of(lease_body(), age_seconds).has_expired == expired
+
+
+def test_a_lease_whose_age_the_server_does_not_tell_does_not_expire() -> None:
+    assert not backup.Holder.parse(backup.Answer(200, {}, lease_body())).has_expired
 
 
 @pytest.mark.parametrize(
@@ -135,11 +183,9 @@ def test_since_when_a_lease_is_held_is_told_by_the_servers_clock(
     store = backup.Store(
         "x", server.endpoint, target.name, "", WRITER.access_key_id, WRITER.secret_access_key
     )
-    settings = SimpleNamespace(lease_ttl_seconds=60, lease_wait_seconds=0, stall_seconds=60)
-    console = backup.Console(debug=False)
-    runtime = SimpleNamespace(run_id="x", settings=settings, console=console, stop=backup.Stop())
     monkeypatch.setattr(backup, "datetime", Fast)
-    with backup.held(runtime, backup.S3Client(store), "a backup", switch=backup.NoSwitch()):
+    monkeypatch.setattr(backup, "DeadMansSwitch", Notes)
+    with backup.Lease(runtime_with(60), backup.S3Client(store), "a backup"):
         since = datetime.fromisoformat(json.loads(target.get(LEASE))["since"])
     assert abs((datetime.now(UTC) - since).total_seconds()) < 60
 
@@ -185,40 +231,24 @@ def test_the_kernel_kills_a_process_that_does_not_put_off_its_end(program: str, 
 SHORT_TTL_SECONDS = 3
 
 
-class Notes(backup.NoSwitch):
-    """A dead man's switch that only notes for when it was armed, and when."""
-
-    def __init__(self) -> None:
-        self.armed: list[tuple[float, float]] = []
-
-    def arm(self, at_boot_seconds: float) -> None:
-        if at_boot_seconds:
-            self.armed.append((at_boot_seconds, backup.boot_seconds()))
-
-    def assert_harmless(self) -> None:
-        """It was armed, and never for a moment that had passed."""
-        assert self.armed
-        assert [until for until, now in self.armed if until <= now] == []
-
-
 @pytest.fixture
 def proxy(server: SeaweedFS) -> Iterator[FaultProxy]:
     with FaultProxy(server.endpoint) as running:
         yield running
 
 
-@contextmanager
-def short_lease(proxy: FaultProxy, target: Bucket, switch: backup.DeadMansSwitch) -> Iterator[backup.Lease]:
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
+    made = Notes()
+    monkeypatch.setattr(backup, "DeadMansSwitch", lambda: made)
+    return made
+
+
+def short_lease(proxy: FaultProxy, target: Bucket) -> backup.Lease:
     """A lease of three seconds on a bucket behind the proxy."""
     store = backup.Store("t", proxy.endpoint, target.name, "", ADMIN.access_key_id, ADMIN.secret_access_key)
-    holder = backup.Holder("run", "here", "a test", "now", SHORT_TTL_SECONDS)
     client = backup.S3Client(store, patience=backup.PROVEN)
-    lease = backup.Lease(client, holder, 60, print, time.sleep, switch)
-    try:
-        lease.acquire(0)
-        yield lease
-    finally:
-        lease.release()
+    return backup.Lease(runtime_with(SHORT_TTL_SECONDS), client, "a test")
 
 
 def is_trial(request: Request) -> bool:
@@ -230,18 +260,18 @@ def is_put(request: Request) -> bool:
     return request.kind == "PUT"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("matches", [is_put, is_trial], ids=["taken", "tried"])
 def test_a_lease_that_takes_longer_to_take_than_it_lasts_kills_nobody(
-    proxy: FaultProxy, target: Bucket, matches: Callable[[Request], bool]
+    proxy: FaultProxy, target: Bucket, notes: Notes, matches: Callable[[Request], bool]
 ) -> None:
     """The tries that failed do not count, and while it is found out what the server can do it is renewed."""
-    notes = Notes()
     storm = proxy.add(matches, Action.REFUSE, status=503, code="SlowDown")
     end = threading.Timer(SHORT_TTL_SECONDS + 2, proxy.remove, [storm])
     end.start()
-    with short_lease(proxy, target, notes) as lease:
+    with short_lease(proxy, target) as lease:
         assert storm.removed.is_set()
-        lease.write(lambda client: client.put("written", b""))
+        lease.write(backup.S3Client.put, "written", b"")
         assert not lease.lost
     notes.assert_harmless()
     assert target.sizes() == {"written": 0}
@@ -249,17 +279,17 @@ def test_a_lease_that_takes_longer_to_take_than_it_lasts_kills_nobody(
 
 @pytest.mark.parametrize("first", [True, False], ids=["taken", "renewed"])
 def test_a_write_whose_answer_was_lost_lengthens_no_lease(
-    proxy: FaultProxy, target: Bucket, first: bool
+    proxy: FaultProxy, target: Bucket, notes: Notes, first: bool
 ) -> None:
     """The holder never believes in more than what an answered write has given it."""
-    notes, clocks_apart = Notes(), backup.boot_seconds() - time.monotonic()
+    clocks_apart = backup.boot_seconds() - time.monotonic()
     lost = proxy.add(
         lambda request: is_put(request) and (request.headers.get("if-none-match") == "*") == first,
         Action.LOSE_ANSWER,
         after=0 if first else 1,
         times=1,
     )
-    with short_lease(proxy, target, notes) as lease:
+    with short_lease(proxy, target) as lease:
         wait_until(lambda: lost.hit and len(notes.armed) > 2, 30, "it is renewed after that")
         assert not lease.lost
     written = [
@@ -309,6 +339,7 @@ def elsewhere(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     return {**environment, **{variable: str(folder / name) for variable, name in own.items()}}
 
 
+@pytest.mark.long
 def test_a_run_names_who_works_on_the_repository_and_says_so_by_its_exit_code(
     site: Site, tmp_path: Path
 ) -> None:
@@ -339,10 +370,35 @@ def test_a_run_that_shall_not_wait_does_not(site: Site) -> None:
 
 def test_a_run_leaves_no_lease_behind(site: Site) -> None:
     """Not when it succeeds, nor when it fails."""
-    run_backup(site.environment).expect(0)
+    assert "conditional writes" not in run_backup(site.environment).expect(0).output
     assert LEASE not in site.target.sizes()
     run_backup(with_target_secrets(site.environment, "first", borg_passphrase="wrong")).expect(2)
     assert LEASE not in site.target.sizes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("action", "details"),
+    [(Action.IGNORE_CONDITIONS, {}), (Action.REFUSE, {"status": 501, "code": "NotImplemented"})],
+    ids=["ignored", "501"],
+)
+def test_a_server_without_conditional_writes_is_warned_of_by_each_run_and_serves_all_the_same(
+    site: Site, tmp_path: Path, action: Action, details: Mapping[str, Any]
+) -> None:
+    with FaultProxy(site.target.server.endpoint) as proxy:
+        fault = proxy.add(
+            lambda request: not {"if-match", "if-none-match"}.isdisjoint(request.headers), action, **details
+        )
+        environment = with_target(site.environment, "first", endpoint=proxy.endpoint)
+        result = run_backup(environment).expect(0)
+        [warning] = [line for line in result.lines if "conditional writes" in line]
+        assert "[target-first] warning: " in warning
+        assert "see to it that only one works on the repository at a time" in warning
+    assert fault.hit
+    assert LEASE not in site.target.sizes()
+    repository = Repository.download(site.target, tmp_path / "copy")
+    repository.check()
+    assert len(repository.archives()) == 1
 
 
 def test_an_expired_lease_is_taken_over_at_once(site: Site) -> None:
@@ -359,6 +415,7 @@ def test_an_expired_lease_is_taken_over_at_once(site: Site) -> None:
     assert LEASE not in site.target.sizes()
 
 
+@pytest.mark.long
 def test_the_lease_of_a_run_that_crashed_is_waited_for_and_taken_over(site: Site) -> None:
     site.target.put({LEASE: lease_body()})
     result = run_backup(site.environment).expect(0)
@@ -388,6 +445,7 @@ def test_the_lease_of_a_prefix_lies_below_the_prefix(site: Site) -> None:
     assert [key for key in site.target.sizes() if key.endswith(LEASE)] == [LEASE, f"some/{LEASE}"]
 
 
+@pytest.mark.long
 def test_a_repository_in_use_does_not_keep_the_other_targets_from_success(
     site: Site, server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:
@@ -412,6 +470,7 @@ def test_a_repository_in_use_does_not_keep_the_other_targets_from_success(
 # ---------------------------------------------------------------------------- Two places, one repository's id
 
 
+@pytest.mark.long
 def test_a_copy_of_another_targets_repository_is_told_before_anything_is_written(
     site: Site, server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:
@@ -442,6 +501,7 @@ def folder(site: Site) -> Iterator[Path]:
     run_backup(site.environment, "umount", "target-first")
 
 
+@pytest.mark.long
 def test_a_mount_holds_the_lease_until_it_is_unmounted(site: Site, folder: Path, tmp_path: Path) -> None:
     """Also for longer than the lease lasts; a run says that it is a mount that it would have to wait for."""
     other = elsewhere(site.environment, tmp_path / "two")
@@ -467,6 +527,7 @@ def test_a_repository_in_use_is_not_mounted(site: Site, folder: Path) -> None:
     site.target.delete(LEASE)
 
 
+@pytest.mark.long
 def test_an_empty_target_is_mounted_as_an_empty_folder_so_that_borg_can_make_a_repository_there(
     site: Site, folder: Path, tmp_path: Path
 ) -> None:

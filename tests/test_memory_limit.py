@@ -4,12 +4,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import backup
 from helpers import Backup, Bucket, children, command_line, run_backup, settings
-from loading import load_settings
 from servers import SeaweedFS
 
 MACHINE_MB = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000
@@ -81,11 +81,10 @@ def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
     assert backup.container_memory_mb(tmp_path) == MACHINE_MB
 
 
-@pytest.fixture
-def stores(server: SeaweedFS, tmp_path: Path) -> tuple[backup.Store, backup.Store]:
-    """The source and a target of a configuration."""
-    loaded = load_settings(settings(server, tmp_path, "source", {"first": "target"}))
-    return loaded.source, loaded.targets[0].store
+def caches(memory_mb: int, targets: int = 1, parallel: int = 4) -> tuple[int, int]:
+    """What may be cached of the source, and of each target."""
+    plan = backup.memory_plan(SimpleNamespace(targets=range(targets), parallel_targets=parallel), memory_mb)
+    return plan.source_cache_mb, plan.target_cache_mb
 
 
 @pytest.mark.parametrize(
@@ -102,20 +101,35 @@ def stores(server: SeaweedFS, tmp_path: Path) -> tuple[backup.Store, backup.Stor
         (64_000, 1_000, 128),
     ],
 )
-def test_the_caches_follow_the_memory(
-    stores: tuple[backup.Store, backup.Store], memory_mb: int, source_mb: int, target_mb: int
-) -> None:
-    assert tuple(backup.data_cache_mb(memory_mb, store) for store in stores) == (source_mb, target_mb)
+def test_the_caches_follow_the_memory(memory_mb: int, source_mb: int, target_mb: int) -> None:
+    assert caches(memory_mb) == (source_mb, target_mb)
 
 
 @pytest.mark.parametrize("memory_mb", [256, 300, 511, 512, 513, 1_023, 1_025, 3_999, 4_001, 1_000_000])
-def test_the_caches_take_at_most_half_of_the_memory(
-    stores: tuple[backup.Store, backup.Store], memory_mb: int
-) -> None:
+def test_the_caches_take_at_most_half_of_the_memory(memory_mb: int) -> None:
     """And none is so small that TigrisFS's read-ahead does not fit it."""
-    sizes = [backup.data_cache_mb(memory_mb, store) for store in stores]
-    assert sum(sizes) * 2 <= memory_mb
-    assert min(sizes) >= backup.SMALLEST_CACHE_MB
+    assert sum(caches(memory_mb)) * 2 <= memory_mb
+    assert min(caches(memory_mb)) >= backup.SMALLEST_CACHE_MB
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "targets", "parallel", "at_once"),
+    [
+        (256, 4, 4, 1),
+        (512, 4, 4, 1),
+        (1_000, 4, 4, 2),
+        (2_000, 4, 4, 4),
+        (2_000, 3, 4, 3),
+        (2_000, 4, 2, 2),
+        (2_000, 4, 1, 1),
+        (8_000, 10, 8, 8),
+    ],
+)
+def test_as_many_targets_as_asked_for_are_backed_up_side_by_side_and_fewer_where_memory_is_short(
+    memory_mb: int, targets: int, parallel: int, at_once: int
+) -> None:
+    wanted = SimpleNamespace(targets=range(targets), parallel_targets=parallel)
+    assert backup.memory_plan(wanted, memory_mb).targets_at_once == at_once
 
 
 @pytest.mark.parametrize("text", ["255", "0", "-1", "1.5", "512M", "lots"])
@@ -128,6 +142,7 @@ def test_a_limit_that_is_too_small_to_be_safe_or_no_number_is_refused(
     assert target.sizes() == {}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse")
 @pytest.mark.parametrize(("text", "source_mb", "target_mb"), [("256", 48, 48), ("800", 200, 100)])
 def test_the_given_limit_sizes_the_caches_of_a_run(

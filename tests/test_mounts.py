@@ -44,6 +44,7 @@ from loading import load_settings
 from servers import WRITER, SeaweedFS
 
 needs_fuse = pytest.mark.usefixtures("needs_fuse")
+PLAN = backup.memory_plan(SimpleNamespace(targets=[1], parallel_targets=1), 1000)
 
 
 def test_a_folder_in_which_something_is_still_mounted_is_not_emptied(tmp_path: Path) -> None:
@@ -90,14 +91,12 @@ def test_mount_points_are_read_from_the_table_as_they_are(
 @pytest.mark.parametrize("prefix", ["", "some/prefix"])
 def test_keys_reach_tigrisfs_by_its_environment_only(read_only: bool, prefix: str) -> None:
     store = backup.Store("first", "http://localhost:1", "bucket", prefix, "KEY-ID", "KEY-SECRET")
-    command = backup.tigrisfs_command(
-        store, "eu-1", Path("/data/target-first"), read_only, ["--memory-limit", "128"]
-    )
+    command = backup.tigrisfs_command(store, "eu-1", Path("/data/target-first"), read_only, PLAN)
     assert not [word for word in command if "KEY-" in word]
     assert command[-2:] == [f"bucket:{prefix}" if prefix else "bucket", "/data/target-first"]
     assert ("ro" in command) == read_only
     given = {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
-    environment = backup.tigrisfs_environment(store, given, 128)
+    environment = backup.tigrisfs_environment(store, given, PLAN)
     assert environment["AWS_ACCESS_KEY_ID"] == "KEY-ID"
     assert environment["AWS_SECRET_ACCESS_KEY"] == "KEY-SECRET"
     assert "no" not in environment.values()
@@ -127,6 +126,7 @@ def mounted_by_hand(environment: Mapping[str, str], *arguments: str) -> Iterator
     run_backup(environment, "umount", arguments[0]).expect(0)
 
 
+@pytest.mark.long
 @needs_fuse
 def test_a_repository_is_made_by_hand_as_in_the_manual(
     environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
@@ -176,12 +176,26 @@ def test_mounting_and_unmounting_twice_is_said_and_harmless(environment: dict[st
 
 @needs_fuse
 def test_the_output_of_mount_ends_when_it_returns(environment: dict[str, str]) -> None:
-    """A shell's `$(backup.py mount …)` waits for the pipe's end, not for the process."""
+    """A shell's `$(backup.py mount …)` waits for the pipe's end, not for the process.
+
+    Nor is anything else kept open that a shell has, such as the file of a `flock`.
+    """
     command = [sys.executable, str(BACKUP), "mount", "source"]
+    reader, writer = os.pipe()
     done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        pass_fds=[writer],
     )
     assert done.returncode == 0, done.stderr
+    os.close(writer)
+    os.set_blocking(reader, False)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
     assert "umount source" in done.stdout
     folder = Path(environment["DATA_DIR"]) / "source"
     assert mounts_below(folder) == [folder]
@@ -290,6 +304,7 @@ def test_what_a_shell_left_mounted_is_unmounted_before_the_container_ends(
     assert target.contents() == {"file": b"by hand\n"}, "and the lease is given back"
 
 
+@pytest.mark.long
 @needs_fuse
 def test_what_could_not_be_uploaded_then_is_an_error_of_the_container(
     environment: dict[str, str], target: Bucket
@@ -328,9 +343,10 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
     store = backup.Store("first", "http://localhost:1", "bucket", "", "KEY-ID", "KEY-SECRET")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
-    assert list(backup.walk_files(store, tmp_path)) == [tmp_path / "folder" / "file"]
+    runtime = SimpleNamespace(stop=backup.Stop(), settings=SimpleNamespace(stall_seconds=900))
+    assert list(backup.mounted_files(runtime, store, tmp_path)) == ["folder/file"]
     with pytest.raises(backup.BackupError, match=r"listing .*file: Not a directory"):
-        list(backup.walk_files(store, tmp_path / "folder" / "file"))
+        backup.mounted_files(runtime, store, tmp_path / "folder" / "file")
 
 
 # --------------------------------------------------------------------------------------- Mounts that are dead
@@ -386,15 +402,14 @@ def test_a_mount_that_s3_refuses_or_fails_is_not_dead(
     environment: dict[str, str], target: Bucket, tmp_path: Path, status: int, number: int
 ) -> None:
     """Somebody serves it, and may have something to upload: it stays."""
-    runtime = runtime_of(environment)
-    store, path = runtime.settings.targets[0].store, tmp_path / "theirs"
+    runtime, path = runtime_of(environment), tmp_path / "theirs"
     with FaultProxy(target.server.endpoint) as proxy:
         behind = SimpleNamespace(server=proxy, name=target.name)
         with mounted(behind, path):
             proxy.add(lambda request: request.kind == "LIST", Action.REFUSE, status=status, code="No")
             with pytest.raises(OSError, match=os.strerror(number)):
                 list(path.iterdir())
-            assert not backup.remove_dead_mount(runtime, store, path)
+            assert not backup.remove_dead_mount(runtime, path)
             assert mounts_below(path) == [path]
             proxy.clear()
 
@@ -411,10 +426,11 @@ def test_the_next_command_removes_temporary_mounts_of_whatever_was_killed(
     elsewhere = tmp_path / "mine" / "source"
     for folder in (dead, elsewhere):
         folder.mkdir(parents=True)
-        command = backup.tigrisfs_command(store, "us-east-1", folder, True, ["--memory-limit", "128"])
-        child = backup.Child(command, backup.tigrisfs_environment(store, environment, 128), print, print)
+        command = backup.tigrisfs_command(store, "us-east-1", folder, True, PLAN)
+        child = backup.Child(command, backup.tigrisfs_environment(store, environment, PLAN), print, print)
         wait_until(lambda folder=folder: mounts_below(folder), 20, "it is mounted")
-        assert child.kill()
+        child.kill()
+        assert child.wait(0) is not None
     with mounted(source, alive), backup.mounted(runtime, store, "us-east-1", read_only=True) as mount:
         backup.wait_until_usable(runtime, mount)
         assert not dead.parent.exists()
@@ -430,8 +446,7 @@ def test_a_mount_that_cannot_be_detached_does_not_outlive_its_lease(
     """Unmounting it hangs, and somebody has a file open: tigrisfs is killed, and the lease is to expire."""
     runtime = runtime_of({**environment, "STALL_TIMEOUT": "5"})
     store = runtime.settings.targets[0].store
-    holder = backup.Holder("run", "here", "a test", "now", 60)
-    lease = backup.Lease(backup.S3Client(store), holder, 60, print, time.sleep, backup.NoSwitch())
+    lease = backup.Lease(runtime, backup.S3Client(store), "a test", only_reads=True)
     with (
         pytest.raises(backup.BackupError),
         backup.mounted(runtime, store, "us-east-1", False, lease) as mount,

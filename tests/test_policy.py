@@ -30,6 +30,7 @@ def outside(bucket: Bucket) -> Callable[[Request], bool]:
     return matches
 
 
+@pytest.mark.long
 def test_keys_for_a_prefix_are_enough(
     server: SeaweedFS, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:

@@ -54,6 +54,13 @@ def state(child: backup.Child) -> str:
     return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def settings_with(threads: int, stall_seconds: int) -> SimpleNamespace:
+    """What reading ahead asks of a configuration."""
+    return SimpleNamespace(
+        targets=[1], parallel_targets=1, read_ahead_threads=threads, stall_seconds=stall_seconds
+    )
+
+
 Readers = Callable[..., tuple[backup.ReadAhead, list[backup.Reader]]]
 
 
@@ -64,9 +71,7 @@ def readers(tmp_path: Path) -> Iterator[Readers]:
     made: list[backup.ReadAhead] = []
 
     def make(sizes: Sequence[int], stall_seconds: int = 900, threads: int = 2) -> Any:
-        settings = SimpleNamespace(
-            source=SimpleNamespace(target=None), read_ahead_threads=threads, stall_seconds=stall_seconds
-        )
+        settings = settings_with(threads, stall_seconds)
         items = []
         for number, size in enumerate(sizes, 1):
             path = tmp_path / f"{number}"
@@ -175,7 +180,7 @@ def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(re
         yield backup.Upcoming("/dev/null", 0)
         raise ValueError("this is not caught")
 
-    settings = SimpleNamespace(source=SimpleNamespace(target=None), read_ahead_threads=2, stall_seconds=900)
+    settings = settings_with(threads=2, stall_seconds=900)
     reader = backup.Reader()
     ahead = backup.ReadAhead(SimpleNamespace(settings=settings, memory_mb=300), items(), [reader])
     ahead.began(reader, -math.inf, SimpleNamespace(pid=os.getpid(), is_held=lambda why: False))
@@ -190,14 +195,10 @@ def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(re
 def test_what_is_read_ahead_fits_in_a_quarter_of_the_cache(
     memory_mb: int, window_mib: float, piece_mib: float
 ) -> None:
-    source = backup.Store(
-        target=None, endpoint="http://x", bucket="b", prefix="", access_key_id="k", secret_access_key="s"
-    )
-    cache_mb = backup.data_cache_mb(memory_mb, source)
-    window = backup.read_ahead_bytes(cache_mb)
-    assert window == window_mib * MEBIBYTE
-    assert 4 * window <= cache_mb * MEBIBYTE
-    assert backup.piece_bytes(window) == piece_mib * MEBIBYTE
+    plan = backup.memory_plan(settings_with(threads=2, stall_seconds=900), memory_mb)
+    assert plan.window_bytes == window_mib * MEBIBYTE
+    assert 4 * plan.window_bytes <= plan.source_cache_mb * MEBIBYTE
+    assert plan.piece_bytes == piece_mib * MEBIBYTE
 
 
 def test_the_names_of_key_types_are_borgs_own() -> None:
@@ -279,6 +280,7 @@ def most_at_a_time(read: Sequence[Request]) -> int:
 LARGE = {f"large/{number}": bytes([number]) * (11 * MEBIBYTE + number) for number in range(4)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("memory_mb", ["256", "2048"])
 def test_each_byte_is_fetched_once_whatever_the_memory(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path, memory_mb: str
@@ -292,6 +294,7 @@ def test_each_byte_is_fetched_once_whatever_the_memory(
     assert newest_contents(target, tmp_path, made) == objects
 
 
+@pytest.mark.long
 def test_an_object_larger_than_the_window_is_read_ahead_to_its_end(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
 ) -> None:
@@ -303,6 +306,7 @@ def test_an_object_larger_than_the_window_is_read_ahead_to_its_end(
     assert most_at_a_time(late) > 1
 
 
+@pytest.mark.long
 def test_verify_reads_ahead_within_an_object_that_is_larger_than_the_window(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
 ) -> None:
@@ -324,6 +328,7 @@ def test_verify_reads_ahead_within_an_object_that_is_larger_than_the_window(
     assert most_at_a_time(last) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("threads", "at_once"), [("16", range(8, 100)), ("0", range(1, 3))])
 def test_objects_are_read_side_by_side_and_without_threads_one_by_one(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, threads: str, at_once: range
@@ -336,6 +341,7 @@ def test_objects_are_read_side_by_side_and_without_threads_one_by_one(
     assert most_at_a_time(reads(proxy)) in at_once
 
 
+@pytest.mark.long
 def test_of_an_unchanged_bucket_nothing_is_read_and_of_a_changed_one_what_has_changed(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
@@ -368,6 +374,7 @@ def test_what_may_yet_be_overwritten_with_the_same_time_is_read_again(
     assert read_keys(proxy, first) == {"young"}
 
 
+@pytest.mark.long
 def test_without_borgs_cache_all_is_read_again_and_the_run_says_how_to_keep_it(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
@@ -391,6 +398,7 @@ def is_head(request: Request) -> bool:
     return request.kind == "HEAD" and "user-agent" not in request.headers
 
 
+@pytest.mark.long
 def test_headers_are_asked_for_side_by_side_once_for_each_new_or_changed_object(
     environment: Make, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket], proxy: FaultProxy
 ) -> None:
@@ -465,6 +473,7 @@ def test_two_targets_cost_one_read(
         assert newest_contents(bucket, tmp_path, made) == objects
 
 
+@pytest.mark.long
 def test_a_new_target_beside_one_that_knows_all_costs_one_read(
     environment: Make,
     source: Bucket,
@@ -485,6 +494,7 @@ def test_a_new_target_beside_one_that_knows_all_costs_one_read(
     assert newest_contents(second, tmp_path, made) == objects
 
 
+@pytest.mark.long
 def test_targets_run_one_after_the_other_on_demand(
     environment: Make, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket]
 ) -> None:
@@ -500,6 +510,7 @@ def is_tigrisfs_write(request: Request) -> bool:
     return request.is_write and "user-agent" in request.headers
 
 
+@pytest.mark.long
 @pytest.mark.leaves_lock
 def test_a_target_that_hangs_neither_stops_nor_holds_up_another(
     environment: Make,

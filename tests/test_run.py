@@ -1,7 +1,9 @@
 """A whole run: what is in the buckets afterwards, what is said, and with which exit code it ends."""
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import backup
+from faults.proxy import FaultProxy
 from helpers import (
     BACKUP,
     PASSPHRASE,
@@ -28,6 +31,7 @@ from helpers import (
     run_backup,
     sample_objects,
     settings,
+    skip_or_fail,
     tree,
     wait_until,
     with_target,
@@ -117,6 +121,67 @@ def test_only_what_lies_below_the_prefixes_is_read_and_written(
     assert {key: target.get(key) for key in target.sizes() if not key.startswith("borg/here/")} == others
 
 
+@pytest.mark.parametrize(("encryption", "can_be_read"), [(None, False), ("authenticated", True)])
+def test_neither_content_nor_names_can_be_read_in_the_target_unless_that_was_asked_for(
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    encryption: str | None,
+    can_be_read: bool,
+) -> None:
+    """Not compressed, so that each would be found; the default is to encrypt."""
+    name, content = "what nobody may know.txt", b"and what it says"
+    source.put({name: content})
+    environment = settings(server, tmp_path, source.name, {"first": target.name})
+    run_backup(with_target(environment, "first", encryption=encryption, compression="none")).expect(0)
+    stored = b"".join(target.contents().values())
+    assert [text in stored for text in (name.encode(), content)] == [can_be_read] * 2
+
+
+def test_the_default_compression_is_what_the_readme_says(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    source.put({"text": b"text " * 10_000, "random": os.urandom(50_000)})
+    environment = settings(server, tmp_path, source.name, {"first": target.name})
+    run_backup(with_target(environment, "first", compression=None)).expect(0)
+    repository = Repository.download(target, tmp_path / "copy")
+    [archive] = json.loads(repository.borg("info", "--json", "--last", "1", str(repository.folder)))[
+        "archives"
+    ]
+    assert "--compression auto,zstd,22 " in " ".join(archive["command_line"])
+    assert archive["stats"]["compressed_size"] < 60_000
+    assert newest_contents(repository, environment) == source.contents()
+
+
+def test_proxies_in_the_environment_are_not_used(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """Neither by this program nor by TigrisFS, which would use none for a server called localhost anyway."""
+    source.put({"a": b"a"})
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        skip_or_fail(f"the machine's own name {host} cannot be resolved: {error}")
+    names = [f"{scheme}_proxy" for scheme in ("http", "https", "all")]
+    variables = dict.fromkeys([*names, *map(str.upper, names)], "http://127.0.0.1:1")
+    with FaultProxy(server.endpoint, address=address) as relay:
+        endpoint = relay.endpoint.replace(f"//{address}:", f"//{host}:")
+        environment = settings(
+            server,
+            tmp_path,
+            source.name,
+            {"first": {"path": target.name, "endpoint": endpoint}},
+            SOURCE_ENDPOINT=endpoint,
+            STALL_TIMEOUT="20",
+            **variables,
+        )
+        run_backup(environment).expect(0)
+        assert relay.count(lambda request: "user-agent" in request.headers), "TigrisFS came this way"
+
+
+@pytest.mark.long
 def test_prune_leaves_the_archives_of_another_label_alone(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:
@@ -135,6 +200,7 @@ def test_prune_leaves_the_archives_of_another_label_alone(
     assert summary_row(result, "first")[-1] in archives
 
 
+@pytest.mark.long
 def test_compact_gives_back_the_space_of_pruned_archives_unless_told_not_to(
     server: SeaweedFS, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
@@ -216,6 +282,7 @@ def test_a_repository_made_by_plain_borg_is_continued(
     assert newest_contents(repository, environment) == {"new": b"new"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("left", ["README|config", r"README|config|nonce|data/0/\d+"])
 def test_what_an_interrupted_init_left_is_made_anew(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, left: str
@@ -278,6 +345,7 @@ def locked_by_somebody_else(bucket: Bucket, folder: Path) -> Iterator[None]:
             holder.wait(60)
 
 
+@pytest.mark.long
 def test_a_lock_of_somebody_else_is_respected_and_its_owner_named(
     server: SeaweedFS, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
@@ -320,6 +388,7 @@ def test_an_unusable_source_is_told_in_seconds_and_in_s3s_words(
     assert target.sizes() == {}
 
 
+@pytest.mark.long
 def test_one_broken_target_of_three_does_not_stop_the_others(
     server: SeaweedFS, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
@@ -348,12 +417,12 @@ def test_a_target_that_may_only_be_read_is_refused_before_anything_is_mounted(
 
 BROKEN = """
 import sys, backup
-whole = backup.record_archive
-def broken(runtime, outcome, *others):
-    if outcome.target.name == "one":
+whole = backup.TargetRun.judge_archive
+def broken(run, *others):
+    if run.target.name == "one":
         raise ValueError("as if it had a mistake")
-    return whole(runtime, outcome, *others)
-backup.record_archive = broken
+    return whole(run, *others)
+backup.TargetRun.judge_archive = broken
 sys.exit(backup.main(["run"], backup.os.environ))
 """
 
@@ -382,11 +451,11 @@ def test_a_mistake_in_the_program_is_the_failure_of_its_target_only(
 def test_a_mistake_in_a_maintenance_is_the_failure_of_its_target_only(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: object, outcome: backup.Outcome) -> None:
-        if outcome.target.name == "one":
+    def broken(run: backup.TargetRun) -> None:
+        if run.target.name == "one":
             raise ValueError("as if it had a mistake")
 
-    monkeypatch.setattr(backup, "maintain_target", broken)
+    monkeypatch.setattr(backup.TargetRun, "maintain", broken)
     store = backup.Store("one", "https://s3.example", "bucket", "", "id", "secret")
     targets = [
         backup.Target(name, replace(store, target=name), "", "none", False, "lz4", (), None)
@@ -402,6 +471,7 @@ def test_a_mistake_in_a_maintenance_is_the_failure_of_its_target_only(
 # --------------------------------------------------------------------------------- Sources that are not whole
 
 
+@pytest.mark.long
 def test_an_empty_source_is_a_warning_and_nothing_is_pruned(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:

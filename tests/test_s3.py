@@ -199,11 +199,23 @@ def test_a_kept_connection_that_the_server_has_closed_is_no_failure() -> None:
     """It is opened anew, once, also for who has no patience: a lease must not fail by that."""
     listing = closing(answer(200, EMPTY_LISTING))
     with scripted_server(listing, listing, hang_up) as (url, seen):
-        client = client_of(url).with_patience(IMPATIENT)
+        client = replace(client_of(url), patience=IMPATIENT)
         assert client.list_page("") == client.list_page("") == ([], None)
         with pytest.raises(backup.S3Error, match="NoAnswer"):
             client.list_page("")
         assert len(seen) == 3
+
+
+def test_connections_are_closed_when_the_last_client_that_shares_them_is_gone() -> None:
+    with scripted_server(answer(200, EMPTY_LISTING)) as (url, _):
+        client = replace(client_of(url), is_direct=True)
+        client.list_page("")
+        twin = replace(client, is_direct=False)
+        connections = [connection.sock for connection in client.idle]
+        del client
+        assert [connection.fileno() > 0 for connection in connections] == [True]
+        del twin
+        assert [connection.fileno() for connection in connections] == [-1]
 
 
 @contextmanager
@@ -232,13 +244,13 @@ def test_connecting_takes_no_longer_for_a_name_with_many_dead_addresses(
     """What must end before a lease does ends; one address that lives is enough."""
     with dead_address() as dead, scripted_server(answer(200, EMPTY_LISTING)) as (url, _):
         alive = ("127.0.0.1", int(url.rpartition(":")[2]))
-        client = client_of("http://many.example").with_patience(IMPATIENT)
+        client = replace(client_of("http://many.example"), patience=IMPATIENT)
         resolve_to([dead] * 7 + [alive], monkeypatch)
         assert client.list_page("") == ([], None)
         resolve_to([dead] * 8, monkeypatch)
         start = time.monotonic()
         with pytest.raises(backup.S3Error, match="timed out"):
-            client_of("http://many.example").with_patience(IMPATIENT).list_page("")
+            replace(client_of("http://many.example"), patience=IMPATIENT).list_page("")
         assert time.monotonic() - start < 4 * IMPATIENT.answer_seconds
 
 
@@ -246,7 +258,7 @@ def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.M
     over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(30) or [])
     with pytest.raises(backup.S3Error, match=r"looking up many\.example timed out"):
-        client_of("http://many.example").with_patience(IMPATIENT).list_page("")
+        replace(client_of("http://many.example"), patience=IMPATIENT).list_page("")
     over.set()
 
 
@@ -400,7 +412,8 @@ def test_an_ipv6_address_may_have_a_port_or_not(endpoint: str) -> None:
     """For S3 and for those who are told of a run; the Host header has the brackets, too."""
     with scripted_server(answer(200, EMPTY_LISTING), host="::1") as (_, seen):
         client_of(endpoint).list_page("")
-        backup.send_once(backup.Message("NOTIFY_URL", "POST", f"{endpoint}/hook", b"x"), 10)
+        message = backup.Message("NOTIFY_URL", "POST", f"{endpoint}/hook", b"x")
+        message.send(backup.time.monotonic() + 10, backup.threading.Event())
     assert [words.split(" /")[0] for words in seen] == [endpoint.removeprefix("http://"), "[::1]"]
 
 

@@ -83,7 +83,8 @@ def test_each_process_of_a_run_sees_the_secrets_that_it_needs_and_no_others(
 ) -> None:
     """No secret in any command line; tigrisfs sees its own store's keys only, borg none and no passphrase.
 
-    Nothing secret is printed either, even where LOG_LEVEL=debug prints most.
+    Only the source is mounted read-only, whatever its key may do. Nothing secret is printed either, even
+    where LOG_LEVEL=debug prints most.
     """
     environment = two_targets(server, new_bucket, tmp_path, second_writer)
     seen: dict[int, Sample] = {}
@@ -100,6 +101,8 @@ def test_each_process_of_a_run_sees_the_secrets_that_it_needs_and_no_others(
     }
     borgs = {line: variables for line, variables in seen.values() if " --log-json " in line}
     assert mounts.keys() == own_keys.keys()
+    read_only = {line.split()[-1] for line, _ in seen.values() if " -o ro " in line}
+    assert read_only == {f"{environment['DATA_DIR']}/source"}
     for command in (" init ", " create ", " prune ", " compact "):
         assert any(command in line for line in borgs), f"no borg{command}was seen"
 
@@ -122,6 +125,7 @@ def assert_none_of(secrets: set[str], variables: Mapping[str, str]) -> None:
     assert not found, f"secrets in {found}"
 
 
+@pytest.mark.long
 def test_nothing_secret_is_printed_when_things_go_wrong(
     server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, second_writer: Identity
 ) -> None:

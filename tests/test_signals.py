@@ -97,6 +97,7 @@ def stop_at(
     return result, time.monotonic() - start
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "number"),
     [
@@ -116,6 +117,7 @@ def test_a_first_run_stopped_in_any_phase_leaves_nothing_and_can_be_repeated(
     assert_next_run_succeeds(site)
 
 
+@pytest.mark.long
 def test_a_later_run_stopped_in_any_phase_keeps_the_archives_that_were_there(site: Site) -> None:
     """While the repository is looked at, pruned, compacted and unmounted."""
     run_backup(site.environment).expect(0)
@@ -133,6 +135,7 @@ def test_a_later_run_stopped_in_any_phase_keeps_the_archives_that_were_there(sit
     assert_next_run_succeeds(site)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_stopped_while_borg_works_ends_in_time_with_its_lock_released(
     site: Site, number: signal.Signals
@@ -283,7 +286,8 @@ def test_a_mount_made_by_hand_ends_in_order_when_its_keeper_is_stopped(site: Sit
     run_backup(site.environment, "mount", "target-first").expect(0)
     folder = Path(site.environment["DATA_DIR"]) / "target-first"
     (folder / "file").write_bytes(b"x")
-    keeper = next(pid for pid in processes_with(str(site.folder)) if "_keep" in command_line(pid))
+    running = processes_with(str(site.folder))
+    keeper = next(pid for pid in running if "mount target-first" in command_line(pid))
     os.kill(keeper, signal.SIGTERM)
     wait_until(lambda: not leftovers(site.folder), DOCKER_STOP_SECONDS, "unmounted, and the keeper gone")
     assert site.target.contents() == {"file": b"x"}

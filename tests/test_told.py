@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
+from readme import README
 from servers import READER, WRITER, SeaweedFS
 
 DOCKER_STOP_SECONDS = 10
@@ -247,8 +249,8 @@ def test_what_is_too_long_is_cut_between_characters() -> None:
     ],
 )
 def test_the_exit_code_decides_who_is_told_what(code: int, signal_name: str, notified_on: set[str]) -> None:
-    assert backup.end_signal(code) == signal_name
-    assert {on for on in backup.NOTIFY_ON if backup.is_to_be_notified(code, on)} == notified_on
+    assert backup.ending(code).signal_name == signal_name
+    assert set(backup.ending(code).notify_on) == notified_on
 
 
 @pytest.mark.parametrize(
@@ -278,8 +280,7 @@ def test_a_url_is_sent_as_it_is_but_for_what_http_cannot_have(url: str, target: 
 )
 @pytest.mark.parametrize("name", ["HEALTHCHECK_URL", "NOTIFY_URL"])
 def test_a_wrong_url_is_a_mistake_that_does_not_quote_it(name: str, url: str) -> None:
-    mistakes: list[str] = []
-    backup.parse_reporting({name: url}, mistakes)
+    mistakes = backup.Configuration({name: url}).mistakes
     assert len(mistakes) == 1
     assert mistakes[0].startswith(f"{name}: is not an http(s) URL")
     assert "secret-path" not in mistakes[0]
@@ -287,13 +288,12 @@ def test_a_wrong_url_is_a_mistake_that_does_not_quote_it(name: str, url: str) ->
 
 def test_one_wrong_address_does_not_silence_the_other() -> None:
     values = {"HEALTHCHECK_URL": "nonsense", "NOTIFY_URL": "https://host/x", "METRICS_FILE": "relative"}
-    reporting = backup.parse_reporting(values, mistakes := [])
-    assert [mistake.partition(":")[0] for mistake in mistakes] == ["METRICS_FILE", "HEALTHCHECK_URL"]
-    assert (reporting.healthcheck_url, reporting.notify_url, reporting.metrics_file) == (
-        "",
-        "https://host/x",
-        "",
-    )
+    configuration = backup.Configuration(values)
+    reporting, mistakes = configuration.reporting, configuration.mistakes
+    assert {mistake.partition(":")[0] for mistake in mistakes} == {"METRICS_FILE", "HEALTHCHECK_URL"}
+    assert reporting.notify_url == "https://host/x"
+    assert not reporting.healthcheck_url
+    assert not reporting.metrics_file
 
 
 # ---------------------------------------------------------------------------------- Sending, and trying again
@@ -302,7 +302,7 @@ def test_one_wrong_address_does_not_silence_the_other() -> None:
 def deliver(url: str, seconds: float = 10) -> None:
     """Delivers a small message."""
     message = backup.Message("NOTIFY_URL", "POST", url, b"body")
-    backup.deliver(message, time.monotonic() + seconds, threading.Event())
+    message.send(time.monotonic() + seconds, threading.Event())
 
 
 def test_what_may_pass_is_tried_again(receiver: Receiver) -> None:
@@ -390,7 +390,14 @@ def test_a_run_that_goes_well_is_told_at_its_start_and_its_end(site: Site) -> No
     document = heard_by(site, "/hook").json
     assert document["label"] == "backup"
     assert (document["exit_code"], document["result"], document["errors"]) == (0, "ok", [])
+    assert (document["command"], document["host"]) == ("run", os.uname().nodename)
+    assert "all well" in document["text"]
     (target,) = document["targets"]
+    told = README.partition("- **`NOTIFY_URL`** ")[2].partition("\n- ")[0].partition(" It has ")[2]
+    of_run, _, of_targets = (re.findall(r"`(\w+)`", part) for part in told.partition(" with their "))
+    assert {*of_run, of_targets.pop()} <= document.keys()
+    assert {*of_targets} <= target.keys()
+    assert len(of_run) + len(of_targets) == 17
     assert (target["name"], target["result"], target["reason"]) == ("first", "ok", "")
     assert (target["objects"], target["bytes"]) == (10, 1000)
     assert target["archive"] in result.output
@@ -398,6 +405,23 @@ def test_a_run_that_goes_well_is_told_at_its_start_and_its_end(site: Site) -> No
     assert 0 < target["seconds"] <= document["seconds"]
     assert document["version"] == backup.VERSION
     assert datetime.fromisoformat(document["started"]) <= datetime.fromisoformat(document["finished"])
+
+
+@pytest.mark.long
+def test_a_maintenance_is_told_and_does_not_pass_for_a_backup(site: Site) -> None:
+    site.run().expect(0)
+    metrics = site.metrics_file.read_text(encoding="utf-8")
+    site.receiver.heard.clear()
+    site.run("maintain").expect(0)
+    assert site.receiver.requests[0] == "POST /ping/uuid/start?create=1"
+    assert b"exit code 0" in heard_by(site, "/ping/uuid?create=1").body
+    document = heard_by(site, "/hook").json
+    assert (document["command"], document["exit_code"]) == ("maintain", 0)
+    assert [target["name"] for target in document["targets"]] == ["first"]
+    site.receiver.heard.clear()
+    run_backup(with_target(site.environment, "first", path="no-such-bucket"), "maintain").expect(2)
+    assert "NoSuchBucket" in heard_by(site, "/ping/uuid/fail?create=1").body.decode()
+    assert site.metrics_file.read_text(encoding="utf-8") == metrics
 
 
 def test_a_text_run_prints_what_it_always_did(site: Site) -> None:
@@ -411,6 +435,7 @@ def test_a_text_run_prints_what_it_always_did(site: Site) -> None:
     assert "hc" not in result.output
 
 
+@pytest.mark.long
 def test_a_failure_is_told_with_the_reason_and_no_secret(site: Site) -> None:
     site.run(NOTIFY_ON="failure").expect(0)
     assert "POST /hook" not in site.receiver.requests
@@ -446,8 +471,8 @@ def test_a_source_that_is_not_there_is_told(site: Site) -> None:
             {"SHRINK_WARNING": "100", "LOG_LEVEL": "loud"},
             "SHRINK_WARNING: write a whole number from 0 to 99",
         ),
-        (("run", "frist"), {}, "did you mean first?"),
-        (("run", "--fast"), {}, "unknown option"),
+        (("run", "frist"), {}, "known are first"),
+        (("run", "--fast"), {}, "unrecognized arguments: --fast"),
     ],
 )
 def test_a_wrong_configuration_is_told(
@@ -460,6 +485,7 @@ def test_a_wrong_configuration_is_told(
     assert any(words in error for error in document["errors"])
 
 
+@pytest.mark.long
 def test_uptime_kuma_is_told_up_and_down(site: Site) -> None:
     url = site.receiver.url("/api/push/token?status=up&msg=OK&ping=")
     site.run(HEALTHCHECK_URL=url, NOTIFY_ON="failure").expect(0)
@@ -524,6 +550,7 @@ def test_nobody_who_answers_does_not_hold_a_stopped_run(site: Site) -> None:
     assert "HEALTHCHECK_URL (http://127.0.0.1): no answer" in result.output
 
 
+@pytest.mark.long
 def test_nobody_who_answers_does_not_hold_a_run_for_long_or_make_it_fail(site: Site) -> None:
     usual = site.run().duration_seconds
     site.receiver.silent = True
@@ -533,6 +560,7 @@ def test_nobody_who_answers_does_not_hold_a_run_for_long_or_make_it_fail(site: S
         assert any("warning" in line and variable in line for line in result.lines)
 
 
+@pytest.mark.long
 def test_a_start_is_not_told_after_the_end(site: Site) -> None:
     """A check that hears of a start after the end waits for an end that never comes, and raises the alarm."""
     start, end = "/ping/uuid/start?create=1", "/ping/uuid?create=1"
@@ -557,20 +585,25 @@ def test_a_start_that_is_under_way_at_the_end_is_waited_for(receiver: Receiver) 
 def test_an_error_stands_once_in_the_text_for_people() -> None:
     """It is the reason of a target, or the end of that reason; what is no reason stands there, too."""
     store = backup.Store("first", "https://s3.example", "bucket", "", "id", "secret")
-    outcomes = [
-        backup.Outcome(backup.Target(name, store, "", "none", False, "lz4", (), None))
-        for name in ("first", "second")
+    runtime = SimpleNamespace(console=backup.Console(debug=False))
+    reasons = {
+        "first": "target-first: refused. Correct it.",
+        "second": "it is stored, but target-second: the repository is damaged",
+    }
+    runs = [
+        backup.TargetRun(
+            runtime, backup.Target(name, store, "", "none", False, "lz4", (), None), reason=reason
+        )
+        for name, reason in reasons.items()
     ]
-    outcomes[0].fail(backup.BackupError("target-first: refused", "Correct it."))
-    outcomes[1].failures.append("it is stored, but target-second: the repository is damaged")
-    outcomes[1].finish()
-    troubles = backup.Troubles()
-    troubles.add("error", "target-first", "target-first: refused. Correct it.")
-    troubles.add("error", "target-second", "target-second: the repository is damaged")
-    troubles.add("warning", "source", "slow")
-    troubles.more = 3
-    targets = [outcome.as_json() for outcome in outcomes]
-    told = backup.Report("id", "backup", datetime.now(UTC), targets, backup.summary(outcomes))
+    troubles = runtime.console.troubles
+    troubles["error"].add("target-first", "target-first: refused. Correct it.")
+    troubles["error"].add("target-second", "target-second: the repository is damaged")
+    troubles["warning"].add("source", "slow")
+    troubles["error"].count += 1
+    troubles["warning"].count += 2
+    targets, table = [run.as_json() for run in runs], backup.summary(runs, backup.RUN_COLUMNS)
+    told = backup.Report("id", "backup", datetime.now(UTC), targets, table)
     text = backup.run_text(told, 2, troubles)
     assert text.count("refused") == text.count("damaged") == 1
     assert text.endswith("[source] warning: slow\n3 more")
@@ -582,6 +615,7 @@ def test_a_receiver_that_is_down_for_a_moment_hears_of_it_all_the_same(site: Sit
     assert {"POST /hook", "POST /ping/uuid?create=1"} <= set(site.receiver.requests)
 
 
+@pytest.mark.long
 def test_nothing_of_the_addresses_but_scheme_and_host_is_ever_printed(site: Site) -> None:
     """A server that refuses, one that is not there, and a wrong URL, with all that debugging shows."""
     site.receiver.statuses += [404] * 10
@@ -673,29 +707,25 @@ def test_a_wrong_log_format_is_told_as_text(site: Site) -> None:
     )
 
 
-def test_json_holds_only_characters_that_every_reader_takes() -> None:
-    line = backup.json_line(datetime.now(UTC), "info", "1", "target-x", "message", "a\n\udcff\x1b", {"n": 1})
-    assert json.loads(line)["message"] == "a\n\\udcff\x1b"
-    assert "\n" not in line
-    assert json.loads(line)["n"] == 1
+def test_json_holds_only_characters_that_every_reader_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    backup.Console(False, True, "1").info("target-x", "a\n\udcff\x1b", n=1)
+    [line] = capsys.readouterr().out.splitlines()
+    entry = json.loads(line)
+    assert entry["message"] == "a\n\\udcff\x1b"
+    assert [entry[name] for name in ("level", "run_id", "about", "target", "n")] == [
+        "info",
+        "1",
+        "target-x",
+        "x",
+        1,
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"])
 
 
-@pytest.mark.parametrize(
-    ("environment", "as_json", "coloured"),
-    [
-        ({}, False, True),
-        ({"NO_COLOR": "1"}, False, False),
-        ({"NO_COLOR": ""}, False, True),
-        ({"TERM": "dumb"}, False, False),
-        ({}, True, False),
-    ],
-)
-def test_on_a_terminal_the_words_warning_and_error_are_coloured_unless_unwanted(
-    environment: Mapping[str, str], as_json: bool, coloured: bool
-) -> None:
+def test_json_on_a_terminal_is_json_and_nothing_else() -> None:
     script = (
         "import backup\n"
-        f"console = backup.Console(False, {as_json}, 'run', {environment!r})\n"
+        "console = backup.Console(False, True, 'run')\n"
         "console.progress('a', 'far')\n"
         "console.info('a', 'well')\n"
         "console.warning('a', 'hm')\n"
@@ -709,11 +739,7 @@ def test_on_a_terminal_the_words_warning_and_error_are_coloured_unless_unwanted(
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
     os.close(ours)
-    assert ("[a] \033[33mwarning:\033[0m hm" in shown) == coloured
-    assert ("[a] \033[31merror:\033[0m no" in shown) == coloured
-    assert ("[a] warning: hm" in shown) == (not coloured and not as_json)
-    if as_json:
-        assert [json.loads(line)["level"] for line in shown.splitlines()] == ["info", "warning", "error"]
+    assert [json.loads(line)["level"] for line in shown.splitlines()] == ["info", "warning", "error"]
 
 
 # ---------------------------------------------------------------------------------------------------- Metrics
@@ -820,18 +846,12 @@ def result_of(name: str, **changes: Any) -> dict[str, Any]:
     return {"name": name, "result": "ok", "reason": "", "archive": "a", **numbers, **changes}
 
 
-def as_old(text: str, folder: Path) -> dict[str, str]:
-    """What the next run reads of these metrics."""
-    (folder / "old.prom").write_text(text, encoding="utf-8")
-    return backup.read_metrics(folder / "old.prom")
-
-
-def test_metrics_keep_targets_that_were_not_their_turn_and_forget_those_that_are_gone(tmp_path: Path) -> None:
+def test_metrics_keep_targets_that_were_not_their_turn_and_forget_those_that_are_gone() -> None:
     now = datetime.now(UTC)
     names = ("one", "two", "gone")
-    text = backup.metrics_text(report(*map(result_of, names), configured=names), 0, now, {})
+    text = backup.metrics_text(report(*map(result_of, names), configured=names), 0, now, "")
     again = report(result_of("two", result="failed", archive="", objects=0), configured=("one", "two"))
-    text = backup.metrics_text(again, 2, now, as_old(text, tmp_path))
+    text = backup.metrics_text(again, 2, now, text)
     assert target_values(text, target="one")["last_run_exit_code"] == 0
     assert target_values(text, target="two")["last_run_exit_code"] == 2
     assert target_values(text, target="two")["last_archive_objects"] == 1
@@ -839,19 +859,23 @@ def test_metrics_keep_targets_that_were_not_their_turn_and_forget_those_that_are
 
 
 @pytest.mark.parametrize("name", ['quote"', "back\\slash", "line\nfeed", 'all\\"\n} 5', "ü", "a,b={}"])
-def test_metrics_take_any_name_and_find_it_again(tmp_path: Path, name: str) -> None:
+def test_metrics_take_any_name_and_find_it_again(name: str) -> None:
     now = datetime.now(UTC)
-    text = backup.metrics_text(report(result_of(name), label=name, configured=(name,)), 0, now, {})
+    text = backup.metrics_text(report(result_of(name), label=name, configured=(name,)), 0, now, "")
     good = target_values(text, name, name)
     assert good["last_archive_bytes"] == 2
     failed = report(result_of(name, result="failed", archive=""), label=name, configured=(name,))
-    text = backup.metrics_text(failed, 2, now, as_old(text, tmp_path))
+    text = backup.metrics_text(failed, 2, now, text)
     assert target_values(text, name, name) == {**good, "last_run_exit_code": 2}
 
 
 def test_a_file_of_somebody_else_does_no_harm(tmp_path: Path) -> None:
-    for text in ("", "nonsense\n\xff", 's3borgbackup_run_exit_code{label="backup"} NaN\n'):
-        assert as_old(text, tmp_path) == {}
+    now, path = datetime.now(UTC), tmp_path / "x.prom"
+    told = report(configured=())
+    for content in (b"", b"nonsense\n\xff", b's3borgbackup_run_exit_code{label="other"} NaN\n'):
+        path.write_bytes(content)
+        backup.write_metrics(path, told, 0, now)
+        assert path.read_text(encoding="utf-8") == backup.metrics_text(told, 0, now, "")
 
 
 def test_who_reads_the_metrics_finds_the_old_or_the_new_ones_whole(tmp_path: Path) -> None:
@@ -911,6 +935,7 @@ def forget_count(site: Site) -> None:
     shutil.rmtree(site.folder / "cache" / "s3borgbackup")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("forget", [None, forget_cache, forget_count])
 def test_an_archive_that_lost_most_objects_warns_once_and_pushes_none_out(
     site: Site, forget: Callable[[Site], None] | None
@@ -934,6 +959,7 @@ def test_an_archive_that_lost_most_objects_warns_once_and_pushes_none_out(
     assert len(Repository.download(site.target, site.folder / "one").archives()) == 1
 
 
+@pytest.mark.long
 def test_the_warning_comes_again_when_the_run_that_gave_it_did_not_reach_its_end(site: Site) -> None:
     site.run(LEASE_TTL="10").expect(0)
     site.source.delete(*(f"folder/{number}" for number in range(6)))
@@ -944,6 +970,7 @@ def test_the_warning_comes_again_when_the_run_that_gave_it_did_not_reach_its_end
     assert "the one before it 10" in site.run(LEASE_TTL="10").expect(1).output
 
 
+@pytest.mark.long
 def test_the_comparison_can_be_turned_off_and_is_by_label(site: Site) -> None:
     site.run().expect(0)
     site.source.delete(*(f"folder/{number}" for number in range(6)))

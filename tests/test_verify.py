@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,29 +42,35 @@ from servers import READER, WRITER, SeaweedFS
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("300", backup.Sample(number=300)),
-        ("1%", backup.Sample(share=0.01)),
-        ("0.5%", backup.Sample(share=0.005)),
-        ("100%", backup.Sample(share=1.0)),
-        ("all", backup.Sample(share=1.0)),
+        ("300", 300),
+        ("1", 1),
+        ("1%", 0.01),
+        ("0.5%", 0.005),
+        ("100%", 1.0),
+        ("all", 1.0),
         *[(text, None) for text in ("", "0", "0%", "101%", "-1", "1.5", "half", "1 %", "%", "²")],
     ],
 )
-def test_a_sample_is_a_number_a_share_or_all(text: str, expected: backup.Sample | None) -> None:
-    assert backup.Sample.parse(text) == expected
+def test_a_sample_is_a_number_a_share_or_all(text: str, expected: float | None) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            backup.parse_sample(text)
+    else:
+        sample = backup.parse_sample(text)
+        assert (sample, type(sample)) == (expected, type(expected)), "1 is an object, and 1.0 are all"
 
 
 def choose(sample: str, seed: int, count: int) -> list[int]:
     """Which of `count` objects are chosen."""
-    wanted = backup.Sample.parse(sample)
-    assert wanted
-    return list(wanted.choose(count, seed))
+    chosen = list(backup.in_sample(backup.parse_sample(sample), count, seed))
+    assert len(chosen) == count
+    return [number for number, is_chosen in enumerate(chosen, 1) if is_chosen]
 
 
 @pytest.mark.parametrize("sample", ["7", "10%", "all", "1000"])
 def test_the_same_seed_chooses_the_same_and_another_one_others(sample: str) -> None:
     first, again, other = (choose(sample, seed, 500) for seed in (1, 1, 2))
-    assert first == again == sorted(set(first)), "in the archive's order, none twice"
+    assert first == again
     assert (first == other) == (sample in ("all", "1000"))
 
 
@@ -75,6 +82,12 @@ def test_as_many_are_chosen_as_were_asked_for(sample: str, expected: int) -> Non
     assert len(chosen) == expected
     assert {*chosen} <= {*range(1, 501)}
     assert choose(sample, 3, 0) == []
+
+
+def test_the_default_sample_finds_a_damage_of_1_percent_with_a_chance_of_95() -> None:
+    sample = backup.parse_arguments(["verify", "first"])[1]["sample"]
+    assert sample == 300
+    assert round(1 - 0.99**sample, 2) == 0.95
 
 
 @pytest.mark.parametrize(("sample", "least", "most"), [("5", 350, 650), ("10%", 130, 290)])
@@ -100,7 +113,9 @@ def test_each_object_has_the_same_chance(sample: str, least: int, most: int) -> 
 )
 def test_an_archive_says_as_of_when_it_has_the_source(comment: str, expected: datetime) -> None:
     """Where it does not, its start counts, less what a clock that S3 accepts may be wrong."""
-    assert backup.source_as_of(comment, "2026-01-31T04:15:00.000000") == expected
+    entry = {"name": "x", "time": "2026-01-31T04:15:00.000000", "comment": comment}
+    as_of = backup.Archive.parse(entry).as_of
+    assert (as_of, as_of.tzname()) == (expected, "UTC"), "as which it is printed"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +133,7 @@ def test_an_archive_says_as_of_when_it_has_the_source(comment: str, expected: da
 )
 def test_what_changed_since_is_no_fault_of_the_archive(kind: str, verdict: backup.Verdict) -> None:
     found = backup.Verification("first", 1)
-    getattr(found, kind).add("a\nkey", "why")
+    found.add(kind, "a\nkey", "why")
     assert found.verdict is verdict
     assert json.loads(found.as_json())["result"] == verdict.value
     assert "a\\nkey" in found.as_text()
@@ -190,6 +205,7 @@ def names(findings: dict[str, Any]) -> list[str]:
     return sorted(entry["key"] for entry in findings["objects"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sample", ["all", "60"])
 def test_a_good_archive_equals_the_source_whatever_the_names(
     environment: dict[str, str], source: Bucket, target: Bucket, sample: str
@@ -209,6 +225,7 @@ def test_a_good_archive_equals_the_source_whatever_the_names(
     assert target.contents() == before
 
 
+@pytest.mark.long
 def test_of_an_archive_only_the_sample_is_read(
     environment: dict[str, str], source: Bucket, target: Bucket
 ) -> None:
@@ -221,6 +238,7 @@ def test_of_an_archive_only_the_sample_is_read(
     assert (found["sample"]["sampled_bytes"], found["sample"]["equal"]) == (5, 1)
 
 
+@pytest.mark.long
 def test_what_changed_in_the_source_since_is_told_and_is_no_fault(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -236,6 +254,7 @@ def test_what_changed_in_the_source_since_is_told_and_is_no_fault(
     assert "changed: 'folder/1'" in text.output
 
 
+@pytest.mark.long
 def test_an_older_archive_can_be_chosen_and_a_seed_repeats_a_sample(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -254,6 +273,7 @@ def test_an_older_archive_can_be_chosen_and_a_seed_repeats_a_sample(
     assert newest["archived"] == 31
 
 
+@pytest.mark.long
 def test_an_archive_without_a_manifest_is_compared_by_size_and_time(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -272,6 +292,7 @@ def test_an_archive_without_a_manifest_is_compared_by_size_and_time(
     assert (found["sample"]["equal"], found["sample"]["extracted"]) == (2, 2)
 
 
+@pytest.mark.long
 def test_an_object_that_the_archive_lacks_is_a_failure(environment: dict[str, str], source: Bucket) -> None:
     put_before(source, {f"folder/{number}": os.urandom(1000) for number in range(10)})
     run_backup(environment).expect(0)
@@ -291,6 +312,7 @@ def let_appear(source: Bucket, key: str, work: Callable[[], object]) -> None:
     source.client.delete_object(Bucket=source.name, Key=key, VersionId=marker)
 
 
+@pytest.mark.long
 def test_an_object_that_appears_with_an_older_time_may_be_a_loss_where_no_manifest_tells(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -322,6 +344,7 @@ def lie_about(environment: dict[str, str], source: Bucket, key: str, content: by
     import_archive(environment, {f"{environment['DATA_DIR']}/source/{key}": (content, modified)})
 
 
+@pytest.mark.long
 def test_content_that_differs_under_the_same_size_and_time_is_a_failure(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -334,6 +357,7 @@ def test_content_that_differs_under_the_same_size_and_time_is_a_failure(
     assert "from byte 7 on" in found["sample"]["differing"]["objects"][0]["reason"]
 
 
+@pytest.mark.long
 def test_what_is_overwritten_or_deleted_meanwhile_is_no_damage(
     environment: dict[str, str], source: Bucket
 ) -> None:
@@ -358,6 +382,7 @@ def test_what_is_overwritten_or_deleted_meanwhile_is_no_damage(
     assert sample["equal"] + sample["extracted"] == 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("limit", "exit_code", "told"),
     [("900", 143, "stopped by SIGTERM"), ("6", 2, "NoAnswer")],
@@ -451,6 +476,7 @@ def test_an_archive_equals_the_source_with_all_keys_and_headers(made: Made) -> N
         assert found["sample"]["headers_changed"]["count"] == 0
 
 
+@pytest.mark.long
 def test_what_the_manifest_names_and_the_archive_lacks_is_a_failure(made: Made) -> None:
     """Of an empty object the manifest says all that there is."""
     del made.contents["a"], made.contents["plain"], made.contents["folder/"]
@@ -460,6 +486,7 @@ def test_what_the_manifest_names_and_the_archive_lacks_is_a_failure(made: Made) 
     assert (found["archived"], found["new"], found["appeared"]["count"]) == (5, 0, 0)
 
 
+@pytest.mark.long
 def test_what_a_mount_could_not_read_is_found_apart(made: Made) -> None:
     """Also where borg has stored a part of it before."""
     made.odd.add("plain")
@@ -467,6 +494,7 @@ def test_what_a_mount_could_not_read_is_found_apart(made: Made) -> None:
     assert verify(made.environment, 0)[0]["sample"]["equal"] == 6
 
 
+@pytest.mark.long
 def test_the_manifest_tells_what_appeared_later_with_an_older_time(made: Made) -> None:
 
     def store() -> None:
@@ -479,6 +507,7 @@ def test_the_manifest_tells_what_appeared_later_with_an_older_time(made: Made) -
     assert (names(found["appeared"]), found["missing"]["count"], found["new"]) == (["hidden"], 0, 1)
 
 
+@pytest.mark.long
 def test_the_etag_tells_what_has_changed_and_what_was_only_written_again(made: Made) -> None:
     """With the same size and in the same second, and with another time."""
     made.lines["plain"]["etag"] = "0" * 32
@@ -491,6 +520,7 @@ def test_the_etag_tells_what_has_changed_and_what_was_only_written_again(made: M
     assert (found["sample"]["equal"], found["sample"]["extracted"]) == (4, 2)
 
 
+@pytest.mark.long
 def test_headers_and_tags_are_compared(made: Made) -> None:
     """Other ones since are normal, under the same time no next backup would notice."""
     made.lines["plain"]["headers"]["content-type"] = "text/plain"
@@ -514,6 +544,7 @@ def test_headers_and_tags_are_compared(made: Made) -> None:
     assert found["sample"]["equal"] == 6
 
 
+@pytest.mark.long
 def test_content_that_differs_under_the_same_etag_is_a_failure(made: Made) -> None:
     large = bytearray(made.contents["large"])
     large[7_000_000] ^= 1
@@ -525,6 +556,7 @@ def test_content_that_differs_under_the_same_etag_is_a_failure(made: Made) -> No
     assert sorted(reasons) == [f"its content differs from byte {place} on" for place in ("11", "7,000,000")]
 
 
+@pytest.mark.long
 def test_a_damaged_manifest_is_told(made: Made) -> None:
     made.lines["plain"] = {"key": "plain"}
     made.contents.pop("plain")
@@ -533,6 +565,7 @@ def test_a_damaged_manifest_is_told(made: Made) -> None:
     assert f"the manifest of {NEWEST} cannot be read" in error
 
 
+@pytest.mark.long
 def test_where_there_is_no_archive_it_says_so(environment: dict[str, str], source: Bucket) -> None:
     source.put({"a": b"a"})
     assert "holds no repository yet" in verify(environment, 2)[0]["error"]
@@ -549,7 +582,7 @@ def test_where_there_is_no_archive_it_says_so(environment: dict[str, str], sourc
     [
         (["--sample", "some"], "write a number of objects, a share such as 1%, or all"),
         (["--seed", "x"], "--seed"),
-        (["--samples", "1"], "did you mean --sample?"),
+        (["--samples", "1"], "unrecognized arguments: --samples"),
     ],
 )
 def test_wrong_options_are_told(options: list[str], told: str, new_environment: Callable[..., Any]) -> None:

@@ -104,6 +104,7 @@ def be_too_new(catalog: Path) -> None:
     database.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fault",
     [damage, cut_off, empty, be_no_database, be_another_programs, be_too_new],
@@ -136,6 +137,7 @@ def test_a_catalog_that_somebody_has_locked_is_read_all_the_same(site: Site) -> 
     assert heads == 0
 
 
+@pytest.mark.long
 def test_a_full_disk_below_the_catalog_is_told_and_the_run_goes_on_without_it(
     site: Site, table: Table
 ) -> None:
@@ -160,6 +162,7 @@ def test_a_full_disk_below_the_catalog_is_told_and_the_run_goes_on_without_it(
         prove_intact(site.environment, site.source, site.target, site.folder)
 
 
+@pytest.mark.long
 def test_two_runs_at_once_with_one_cache_lose_nothing(
     site: Site, new_bucket: Callable[..., Bucket], table: Table
 ) -> None:
@@ -189,6 +192,7 @@ def noted_archives(catalog: Path) -> int:
     return number
 
 
+@pytest.mark.long
 def test_what_a_killed_run_has_left_beside_the_catalog_is_removed_when_it_is_old(site: Site) -> None:
     with Backup(site.environment) as running:
         running.wait_for_line("lists ")
@@ -203,6 +207,7 @@ def test_what_a_killed_run_has_left_beside_the_catalog_is_removed_when_it_is_old
     assert not left.exists()
 
 
+@pytest.mark.long
 def test_a_lost_catalog_costs_requests_only(site: Site) -> None:
     shutil.rmtree(site.catalogs)
     result, heads = site.run()

@@ -18,6 +18,7 @@ from helpers import (
     BACKUP,
     Bucket,
     descendants,
+    first_short,
     kill_all,
     run_backup,
     settings,
@@ -95,6 +96,7 @@ def kill_in_check(environment: Mapping[str, str], site: Site, seconds: float) ->
     assert check.wait(10) == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_check_that_is_killed_again_and_again_comes_to_its_end(site: Site, table: Table) -> None:
     """It does not begin anew, and the config that holds the key is whole."""
     began, places = set(), []
@@ -111,8 +113,8 @@ def test_a_check_that_is_killed_again_and_again_comes_to_its_end(site: Site, tab
     prove_intact(site.environment, site.source, site.target, site.folder)
 
 
-@pytest.mark.parametrize("plan", ["1h", "full"])
-@pytest.mark.parametrize("damage", ["a flipped bit in a segment", "a missing segment"])
+@pytest.mark.parametrize("plan", first_short(["1h", "full"]))
+@pytest.mark.parametrize("damage", first_short(["a flipped bit in a segment", "a missing segment"]))
 def test_damage_that_a_run_finds_does_not_keep_its_archive_from_being_stored(
     site: Site, table: Table, damage: str, plan: str
 ) -> None:
@@ -134,7 +136,8 @@ def test_damage_that_a_run_finds_does_not_keep_its_archive_from_being_stored(
         prove_intact(site.environment, site.source, site.target, site.folder)
 
 
-@pytest.mark.parametrize("fault", ["refused", "not answered"])
+@pytest.mark.long
+@pytest.mark.parametrize("fault", first_short(["refused", "not answered"]))
 def test_a_check_that_cannot_read_fails_and_is_not_taken_for_damage(
     site: Site, table: Table, fault: str
 ) -> None:

@@ -27,6 +27,7 @@ def is_own_head(request: Request) -> bool:
     return request.kind == "HEAD" and "user-agent" not in request.headers
 
 
+@pytest.mark.long
 def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -46,6 +47,7 @@ def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
         assert not any("headers" in entry for entry in manifest.values())
 
 
+@pytest.mark.long
 def test_an_object_that_is_archived_without_its_headers_is_named(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -103,6 +105,7 @@ os._exit(backup.main(sys.argv[1:], os.environ))
 """
 
 
+@pytest.mark.long
 def test_a_manifest_does_not_take_what_a_late_target_reads_for_what_others_have_read(
     server: SeaweedFS,
     source: Bucket,

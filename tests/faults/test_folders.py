@@ -48,6 +48,7 @@ def test_an_s3_that_is_away_while_borg_takes_its_lock_holds_nobody_up(
         assert target.locks() == []
 
 
+@pytest.mark.long
 def test_an_index_is_deleted_only_when_the_next_one_is_in_the_bucket(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -70,6 +71,7 @@ def test_an_index_is_deleted_only_when_the_next_one_is_in_the_bucket(
         prove_intact(environment, source, target, tmp_path)
 
 
+@pytest.mark.long
 def test_a_lock_of_which_tigrisfs_does_not_know_that_it_is_in_the_bucket_is_no_failure(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:

@@ -135,6 +135,7 @@ def spread(worker: int, count: int, chance: random.Random) -> list[float]:
     return [(step + chance.random()) / (WORKERS * count) for step in steps]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_run_killed_at_any_moment_is_repeated_without_help_and_nothing_is_lost(
     server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
@@ -158,3 +159,12 @@ def test_a_run_killed_at_any_moment_is_repeated_without_help_and_nothing_is_lost
     # A worker's thread lives as long as what it starts: children are told when the starting thread ends.
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(work, range(WORKERS)))
+
+
+def test_a_run_killed_now_and_then_is_repeated_without_help(
+    server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
+) -> None:
+    """Once while a new repository is made, and twice later; the test above has many more moments."""
+    site = make_site(0, server, new_bucket, tmp_path, 1)
+    kill_in_init(site, table, [0.5])
+    kill_later(site, table, [0.3, 0.7])

@@ -7,11 +7,23 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import backup
-from helpers import BACKUP, Backup, Bucket, Repository, Result, run_backup, sample_objects, settings, tree
+from helpers import (
+    BACKUP,
+    Backup,
+    Bucket,
+    Repository,
+    Result,
+    first_short,
+    run_backup,
+    sample_objects,
+    settings,
+    tree,
+)
 from proof import Table, prove_intact
 from proxy import Action, FaultProxy
 from servers import WRITER, SeaweedFS
@@ -80,13 +92,15 @@ def test_a_roster_that_vanishes_while_it_is_looked_at_is_none(target: Bucket) ->
         store = backup.Store(
             "first", proxy.endpoint, target.name, "", WRITER.access_key_id, WRITER.secret_access_key
         )
-        assert backup.find_leftovers(backup.S3Client(store)).owners
+        client, lease = backup.S3Client(store), SimpleNamespace(enforced=True)
+        assert backup.clear_leftovers(None, client, lease)
         proxy.add(lambda request: request.kind == "GET", Action.REFUSE, status=404, code="NoSuchKey")
-        assert not backup.find_leftovers(backup.S3Client(store)).owners
+        assert not backup.clear_leftovers(None, client, lease)
     target.delete("lock.roster")
 
 
-@pytest.mark.parametrize("left", OUR_LEFTOVERS)
+@pytest.mark.long
+@pytest.mark.parametrize("left", first_short(list(OUR_LEFTOVERS)))
 def test_a_lock_that_a_crashed_run_left_holds_nobody_up(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table, left: str
 ) -> None:
@@ -98,6 +112,7 @@ def test_a_lock_that_a_crashed_run_left_holds_nobody_up(
         assert [key for key in target.sizes() if key.startswith("lock.exclusive")] == []
 
 
+@pytest.mark.long
 def test_a_lock_that_a_crashed_run_left_in_borgs_cache_holds_nobody_up(
     environment: Mapping[str, str],
     source: Bucket,
@@ -115,6 +130,7 @@ def test_a_lock_that_a_crashed_run_left_in_borgs_cache_holds_nobody_up(
         assert [path for path in cache.glob("lock.*") if path.name != "lock.roster"] == []
 
 
+@pytest.mark.long
 def test_a_lock_in_borgs_cache_lives_as_long_as_the_run_that_took_it(
     environment: Mapping[str, str], target: Bucket, cache: Path
 ) -> None:
@@ -123,7 +139,8 @@ def test_a_lock_in_borgs_cache_lives_as_long_as_the_run_that_took_it(
     lock.parent.mkdir()
     lock.touch()
     before = target.contents()
-    with backup.cache_reserved(backup.Store("copy", "", "", "", "", ""), cache):
+    copy, lease = backup.Store("copy", "", "", "", "", ""), SimpleNamespace(enforced=False)
+    with backup.cache_reserved(None, copy, lease, cache):
         result = run_backup(environment).expect(2)
     assert (
         "target-first: a run on another repository with the same id (a copy) uses borg's cache"
@@ -133,6 +150,7 @@ def test_a_lock_in_borgs_cache_lives_as_long_as_the_run_that_took_it(
     assert target.contents() == before
 
 
+@pytest.mark.long
 def test_a_lock_of_somebody_else_in_borgs_cache_is_named_and_the_advice_that_is_given_helps(
     environment: Mapping[str, str],
     source: Bucket,
@@ -171,8 +189,9 @@ def type_what_it_says(result: Result, environment: Mapping[str, str], folder: Pa
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.leaves_lock
-@pytest.mark.parametrize("kind", ["exclusive", "shared"])
+@pytest.mark.parametrize("kind", first_short(["exclusive", "shared"]))
 def test_a_lock_of_somebody_else_is_named_and_the_advice_that_is_given_helps(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table, kind: str
 ) -> None:
@@ -192,8 +211,10 @@ def test_a_lock_of_somebody_else_is_named_and_the_advice_that_is_given_helps(
 INDEX_FILES = ("hints.", "index.", "integrity.")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("missing", "older"), [("hints.", True), ("index.", True), ("integrity.", True), ("hints.", False)]
+    ("missing", "older"),
+    first_short([("hints.", True), ("index.", True), ("integrity.", True), ("hints.", False)]),
 )
 def test_an_index_that_reached_the_bucket_in_part_is_rebuilt(
     environment: dict[str, str],
@@ -218,6 +239,7 @@ def test_an_index_that_reached_the_bucket_in_part_is_rebuilt(
         prove_intact(environment, source, target, tmp_path)
 
 
+@pytest.mark.long
 def test_an_interrupted_init_is_made_anew(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -240,6 +262,7 @@ def small_repository(environment: Mapping[str, str], source: Bucket, target: Buc
     assert sum(target.sizes().values()) < backup.UNFINISHED_MAX_BYTES
 
 
+@pytest.mark.long
 def test_a_small_repository_that_lost_its_index_keeps_its_archives(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -250,6 +273,7 @@ def test_a_small_repository_that_lost_its_index_keeps_its_archives(
         assert len(Repository.download(target, tmp_path / "two").archives()) == 2
 
 
+@pytest.mark.long
 def test_a_small_repository_without_its_config_is_not_removed(
     environment: Mapping[str, str], source: Bucket, target: Bucket, table: Table
 ) -> None:
@@ -262,6 +286,7 @@ def test_a_small_repository_without_its_config_is_not_removed(
         assert target.contents("data/") == before
 
 
+@pytest.mark.long
 def test_a_repository_that_was_deleted_in_a_hurry_is_not_taken_for_an_interrupted_init(
     environment: Mapping[str, str], target: Bucket, table: Table
 ) -> None:
@@ -278,6 +303,7 @@ def test_a_repository_that_was_deleted_in_a_hurry_is_not_taken_for_an_interrupte
 # ---------------------------------------------------------------------------------------- Beside the catalog
 
 
+@pytest.mark.long
 def test_what_a_killed_run_left_beside_the_catalog_goes_when_nobody_can_be_at_work_there_any_more(
     environment: Mapping[str, str], source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:

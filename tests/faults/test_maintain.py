@@ -11,6 +11,7 @@ from helpers import (
     Backup,
     Bucket,
     descendants,
+    first_short,
     kill_all,
     run_backup,
     settings,
@@ -69,6 +70,7 @@ def site(server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path) -> I
         yield made
 
 
+@pytest.mark.long
 def test_a_maintenance_that_is_killed_is_repeated_without_help(site: Site, table: Table) -> None:
     """While it prunes, compacts, and uploads."""
     for phase in ("borg prune", "borg compact", "compaction freed"):
@@ -80,7 +82,7 @@ def test_a_maintenance_that_is_killed_is_repeated_without_help(site: Site, table
             site.prove_intact()
 
 
-@pytest.mark.parametrize("first", [4, 12, 20, 28, 36])
+@pytest.mark.parametrize("first", first_short([4, 12, 20, 28, 36]))
 def test_a_maintenance_whose_writes_are_refused_never_says_that_it_is_done(
     site: Site, table: Table, first: int
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_maintenance_whose_writes_are_refused_never_says_that_it_is_done(
         site.prove_intact()
 
 
+@pytest.mark.long
 def test_a_maintenance_beside_a_backup_waits_for_its_turn(site: Site, table: Table) -> None:
     """And so does a backup beside a maintenance; each says who is at work."""
     with table.attempt("a maintenance during a backup"):

@@ -197,6 +197,7 @@ def run_in(group: MemoryGroup, environment: Mapping[str, str], watch: Watch) -> 
         return backup.wait(1)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)  # alone it takes a fifth of this
 def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
     server: SeaweedFS,
@@ -213,7 +214,7 @@ def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
         name: {"path": bucket.name, "prune": "--keep-last=1", "compact": 0}
         for name, bucket in targets.items()
     }
-    environment = settings(server, tmp_path, source.name, entries)
+    environment = settings(server, tmp_path, source.name, entries, PYTHONDEVMODE="")
     watch = Watch(small_group)
     with table.attempt("512 MB of memory, 2 GB of objects, two targets"):
         for once in (1, 2):
@@ -233,7 +234,7 @@ def test_a_run_with_512_mb_backs_up_2_gb_to_two_targets_without_a_warning(
 def test_a_container_with_too_little_memory_is_told_so(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, small_group: MemoryGroup
 ) -> None:
-    environment = settings(server, tmp_path, source.name, {"first": target.name})
+    environment = settings(server, tmp_path, source.name, {"first": target.name}, PYTHONDEVMODE="")
     result = run_backup(environment, *small_group.command()).expect(2)
     assert "there are only 209 MB of memory" in result.output
     assert "--memory" in result.output

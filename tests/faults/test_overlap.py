@@ -27,6 +27,7 @@ from helpers import (
     Result,
     command_line,
     descendants,
+    first_short,
     is_running,
     settings,
     wait_until,
@@ -182,6 +183,7 @@ def both(site: Site) -> list[Result]:
         return [one.wait(), two.wait()]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_of_two_runs_at_once_one_succeeds_and_the_other_leaves_it_alone_or_waits(
     make_site: Callable[..., Site], table: Table
@@ -201,6 +203,7 @@ def test_of_two_runs_at_once_one_succeeds_and_the_other_leaves_it_alone_or_waits
         site.prove_intact()
 
 
+@pytest.mark.long
 def test_a_run_that_is_told_to_wait_has_its_turn_when_the_other_is_done(
     make_site: Callable[..., Site], table: Table
 ) -> None:
@@ -240,7 +243,7 @@ def bytes_read(pid: int) -> int:
     return int(words[words.index("rchar:") + 1])
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["the whole tree", "backup.py alone"])
+@pytest.mark.parametrize("whole", first_short([True, False]), ids=["the whole tree", "backup.py alone"])
 def test_a_run_frozen_for_longer_than_its_lease_writes_no_more_when_it_goes_on(
     make_site: Callable[..., Site], table: Table, whole: bool
 ) -> None:
@@ -325,7 +328,7 @@ def visitor() -> bytes:
     return json.dumps(fields).encode()
 
 
-@pytest.mark.parametrize("deleted", [False, True], ids=["overwritten", "deleted"])
+@pytest.mark.parametrize("deleted", first_short([False, True]), ids=["overwritten", "deleted"])
 def test_a_run_whose_lease_somebody_else_touched_stops_at_once(
     make_site: Callable[..., Site], table: Table, deleted: bool
 ) -> None:

@@ -16,6 +16,7 @@ from helpers import (
     Bucket,
     Result,
     descendants,
+    first_short,
     full,
     is_running,
     mounts_below,
@@ -119,6 +120,7 @@ def wait_for_the_moment(running: Backup, written: Callable[[], set[str]], moment
     wait_until(lambda: has_come() or running.process.poll() is not None, 60, f"{moment} is written")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("to_bucket", [True, False])
 def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
@@ -151,6 +153,7 @@ def test_a_restore_killed_at_any_moment_is_ended_by_its_repetition(
     assert interrupted >= len(KILLED_WITH) // 2, "moments that came too late"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_restore_that_is_stopped_ends_in_order_and_goes_on_later(site: Site, table: Table) -> None:
     slow = site.proxy.add(writes, Action.DELAY, seconds=0.3)
@@ -169,7 +172,7 @@ def test_a_restore_that_is_stopped_ends_in_order_and_goes_on_later(site: Site, t
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", ["503", "reset"])
+@pytest.mark.parametrize("fault", first_short(["503", "reset"]))
 def test_a_destination_that_fails_for_a_while_is_waited_for(site: Site, table: Table, fault: str) -> None:
     storms = {
         "503": {"action": Action.REFUSE, "status": 503, "code": "SlowDown"},
@@ -187,6 +190,7 @@ def test_a_destination_that_fails_for_a_while_is_waited_for(site: Site, table: T
         assert site.destination.contents() == site.objects
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("action", "probability"), [(Action.REFUSE, 0.33), (Action.LOSE_ANSWER, 0.05), (Action.RESET, 0.2)]
@@ -205,7 +209,7 @@ def test_requests_that_fail_at_random_lose_nothing(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("after", [0, 10, 200, 400 + 3 + 3 * 5 - 1])
+@pytest.mark.parametrize("after", first_short([0, 10, 200, 400 + 3 + 3 * 5 - 1]))
 def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Table, after: int) -> None:
     """From the first on, in the middle, and the last alone."""
     with table.attempt("writes to the destination are refused (403)"):
@@ -219,6 +223,7 @@ def test_a_destination_that_refuses_writes_is_never_done(site: Site, table: Tabl
         site.prove()
 
 
+@pytest.mark.long
 def test_an_upload_is_ended_when_nobody_goes_on_with_it(site: Site, table: Table) -> None:
     """At once when a restore is stopped or refused, by the next one when it was killed; nobody else's is."""
     site.destination.client.create_multipart_upload(Bucket=site.destination.name, Key="large/foreign")
@@ -254,6 +259,25 @@ def test_an_upload_is_ended_when_nobody_goes_on_with_it(site: Site, table: Table
         assert site.destination.contents() == site.objects
 
 
+@pytest.mark.long
+def test_an_upload_whose_first_answer_was_lost_is_ended(site: Site, table: Table) -> None:
+    """It is begun once more, within the same second, and the first one was begun by nobody else."""
+    keys: set[str] = set()
+
+    def is_first(request: Request) -> bool:
+        is_new = request.kind == "INITIATE" and request.key not in keys
+        keys.update({request.key} if is_new else ())
+        return is_new
+
+    with table.attempt("the first answer to each upload that begins is lost"):
+        lost = site.proxy.add(is_first, Action.LOSE_ANSWER)
+        site.restore().expect(0)
+        assert lost.hit == 3
+        assert site.uploads() == []
+        assert site.destination.contents() == site.objects
+
+
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_restores_at_once_leave_each_other_alone(site: Site, table: Table, tmp_path: Path) -> None:
     """The second does not take the uploads of the first, which are slow, for those of a dead one."""
@@ -269,6 +293,7 @@ def test_two_restores_at_once_leave_each_other_alone(site: Site, table: Table, t
         assert site.uploads() == []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_full_disk_is_told(site: Site, table: Table, tmp_path: Path) -> None:
     """Before anything is written, where the sizes tell; else when it is full."""
@@ -302,6 +327,7 @@ def test_a_full_disk_is_told(site: Site, table: Table, tmp_path: Path) -> None:
         assert kept > 500
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_repository_that_changes_meanwhile_is_named_as_the_cause(site: Site, table: Table) -> None:
     """As when it is compacted by somebody whom no lease stops."""

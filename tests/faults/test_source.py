@@ -18,6 +18,7 @@ from helpers import (
     Result,
     command_line,
     descendants,
+    first_short,
     full,
     run_backup,
     settings,
@@ -68,12 +69,14 @@ def wait_for_the_middle(backup: Backup, target: str) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "at_once", "twice"),
-    [
-        ("source", 1, ["first"]),
-        ("source", 2, ["first", "second"]),
-        ("target-first", 1, ["first"]),
-        ("target-first", 2, ["first"]),
-    ],
+    first_short(
+        [
+            ("source", 1, ["first"]),
+            ("source", 2, ["first", "second"]),
+            ("target-first", 1, ["first"]),
+            ("target-first", 2, ["first"]),
+        ]
+    ),
 )
 def test_after_a_tigrisfs_has_died_who_used_it_is_tried_once_more(
     server: SeaweedFS,
@@ -155,7 +158,8 @@ def delete_the_bucket(source: Bucket) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"), [(revoke_the_key, "SignatureDoesNotMatch"), (delete_the_bucket, "NoSuchBucket")]
+    ("fault", "code"),
+    first_short([(revoke_the_key, "SignatureDoesNotMatch"), (delete_the_bucket, "NoSuchBucket")]),
 )
 def test_a_source_that_goes_away_in_mid_run_is_a_failure_that_names_it_and_nothing_is_pruned(
     own_server: SeaweedFS,
@@ -190,7 +194,8 @@ def test_a_source_that_goes_away_in_mid_run_is_a_failure_that_names_it_and_nothi
 # ------------------------------------------------------------------------------------------------- Full disks
 
 
-@pytest.mark.parametrize("which", ["cache", "config"])
+@pytest.mark.long
+@pytest.mark.parametrize("which", first_short(["cache", "config"]))
 def test_a_full_disk_is_named_and_the_run_after_there_is_room_again_succeeds(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table, which: str
 ) -> None:

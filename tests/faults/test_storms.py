@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers import Backup, Bucket, run_backup, sample_objects, settings
+from helpers import Backup, Bucket, first_short, run_backup, sample_objects, settings
 from proof import Table, newest_contents, prove_intact
 from proxy import Action, FaultProxy
 from servers import WRITER, SeaweedFS
@@ -52,6 +52,7 @@ def weather_the_storm(
         prove_intact(environment, source, target, folder)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_storms_of_minutes_on_either_side_lose_nothing(
     server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path, table: Table
@@ -67,7 +68,7 @@ def test_storms_of_minutes_on_either_side_lose_nothing(
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("action", "probability"), [(Action.REFUSE, 0.33), (Action.CUT, 0.33), (Action.RESET, 0.03)]
+    ("action", "probability"), first_short([(Action.REFUSE, 0.33), (Action.CUT, 0.33), (Action.RESET, 0.03)])
 )
 def test_requests_that_fail_at_random_lose_nothing(
     server: SeaweedFS,
@@ -106,6 +107,7 @@ def test_requests_that_fail_at_random_lose_nothing(
         prove_intact(environment, source, target, tmp_path)
 
 
+@pytest.mark.long
 def test_a_last_deletion_that_fails_for_longer_than_tigrisfs_is_silent_is_waited_for(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
@@ -127,13 +129,15 @@ def test_a_last_deletion_that_fails_for_longer_than_tigrisfs_is_silent_is_waited
         prove_intact(environment, source, target, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["source", "target-first"])
+@pytest.mark.parametrize("name", first_short(["source", "target-first"]))
 @pytest.mark.parametrize(
     ("fault", "exit_code"),
-    [
-        ({"status": 503, "code": "SlowDown", "times": SDK_TRIES + 2}, 0),
-        ({"status": 403, "code": "AccessDenied"}, 2),
-    ],
+    first_short(
+        [
+            ({"status": 503, "code": "SlowDown", "times": SDK_TRIES + 2}, 0),
+            ({"status": 403, "code": "AccessDenied"}, 2),
+        ]
+    ),
 )
 def test_what_a_person_wrote_is_uploaded_before_umount_says_so(
     server: SeaweedFS,

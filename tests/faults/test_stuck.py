@@ -14,7 +14,7 @@ import pytest
 
 import backup
 import helpers
-from helpers import Backup, Bucket, children, command_line, sample_objects, settings, wait_until
+from helpers import Backup, Bucket, children, command_line, first_short, sample_objects, settings, wait_until
 from proof import newest_contents
 from proxy import Action, FaultProxy
 from servers import WRITER, SeaweedFS
@@ -43,7 +43,7 @@ def mount_of(
         begun.append(backup.Child(argv, os.environ, lambda _: None, lambda _: None))
         log = backup.TigrisLog("x", backup.Console(debug=False))
         hasty = backup.Patience(answer_seconds=1, unreachable_seconds=0, failing_seconds=0)
-        return backup.Mount(store, tmp_path, begun[-1], log, backup.S3Client(store, None, hasty))
+        return backup.Mount(None, store, tmp_path, begun[-1], log, backup.S3Client(store, None, hasty))
 
     yield make
     for child in begun:
@@ -55,7 +55,7 @@ def stands_still_for(clock: backup.StallClock, limit_seconds: float = STALL_SECO
     start = time.monotonic()
     while time.monotonic() - start < limit_seconds:
         try:
-            clock.check(lambda: "it hangs")
+            clock.check("it hangs")
         except backup.Hung:
             return time.monotonic() - start
         time.sleep(0.05)
@@ -141,8 +141,11 @@ def freeze(running: Backup, mount_point: str) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("needs_fuse", "hasty")
-@pytest.mark.parametrize(("frozen", "twice"), [("target-first", ["first"]), ("source", ["first", "second"])])
+@pytest.mark.parametrize(
+    ("frozen", "twice"), first_short([("target-first", ["first"]), ("source", ["first", "second"])])
+)
 def test_a_target_that_got_stuck_is_tried_once_more_and_the_run_ends_well(
     server: SeaweedFS,
     source: Bucket,

@@ -69,6 +69,7 @@ def network() -> Iterator[SlowNetwork]:
         run("ip", "netns", "delete", name)  # with both ends of the link
 
 
+@pytest.mark.long
 def test_an_upload_may_take_as_long_as_the_line_needs(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, network: SlowNetwork
 ) -> None:
@@ -96,6 +97,7 @@ def test_an_upload_may_take_as_long_as_the_line_needs(
     assert newest_contents(target, tmp_path, environment) == objects
 
 
+@pytest.mark.long
 def test_a_restore_may_take_as_long_as_the_line_needs(
     server: SeaweedFS, source: Bucket, new_bucket: Callable[..., Bucket], tmp_path: Path, network: SlowNetwork
 ) -> None:

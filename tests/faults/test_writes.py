@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Bucket, run_backup, sample_objects, settings
+from helpers import Bucket, first_short, run_backup, sample_objects, settings
 from proof import Table, newest_contents, prove_intact
 from proxy import Action, FaultProxy, Request
 from servers import SeaweedFS
@@ -92,6 +92,7 @@ def site(server: SeaweedFS, make: Callable[[str], Bucket], folder: Path) -> Iter
         yield made
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("action", "step"), [(Action.REFUSE, 3), (Action.HANG, 12)])
 def test_writes_that_fail_from_the_nth_on_never_end_in_a_false_success(
@@ -154,10 +155,12 @@ def is_segment(request: Request) -> bool:
 
 @pytest.mark.parametrize(
     ("status", "code", "words"),
-    [
-        (413, "", "client_max_body_size"),  # a proxy's own page, not S3's words
-        (409, "InvalidBucketState", "InvalidBucketState (409): injected"),
-    ],
+    first_short(
+        [
+            (413, "", "client_max_body_size"),  # a proxy's own page, not S3's words
+            (409, "InvalidBucketState", "InvalidBucketState (409): injected"),
+        ]
+    ),
 )
 def test_uploads_that_are_refused_for_good_end_a_run_within_seconds(
     proxy: FaultProxy, environment: dict[str, str], status: int, code: str, words: str
@@ -170,6 +173,7 @@ def test_uploads_that_are_refused_for_good_end_a_run_within_seconds(
     assert words in error
 
 
+@pytest.mark.long
 def test_a_single_refusal_ends_no_run(
     proxy: FaultProxy, environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:
@@ -193,7 +197,8 @@ def test_a_single_refusal_ends_no_run(
     assert newest_contents(target, tmp_path, environment) == source.contents()
 
 
-@pytest.mark.parametrize("repeated", ["lost", "NoSuchUpload"])
+@pytest.mark.long
+@pytest.mark.parametrize("repeated", first_short(["lost", "NoSuchUpload"]))
 def test_an_object_that_is_there_though_no_answer_said_so_is_uploaded(
     proxy: FaultProxy,
     environment: dict[str, str],
@@ -214,6 +219,7 @@ def test_an_object_that_is_there_though_no_answer_said_so_is_uploaded(
     assert newest_contents(target, tmp_path, environment) == source.contents()
 
 
+@pytest.mark.long
 def test_an_upload_that_was_aborted_is_not_taken_for_done(
     proxy: FaultProxy, environment: dict[str, str], source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:
