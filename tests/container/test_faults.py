@@ -114,6 +114,7 @@ def test_docker_stop_in_each_phase_of_a_first_run(place: Place, host_folder: Pat
     assert mounts_below(host_folder) == [host_folder]
 
 
+@pytest.mark.long
 def test_docker_stop_in_each_phase_of_a_later_run(place: Place, host_folder: Path) -> None:
     """In the middle of a large object, while it prunes and compacts, and while it uploads."""
     propagated = ("--volume", f"{host_folder}:/data:rshared")
@@ -218,6 +219,7 @@ class SeaweedFSContainer(SeaweedFS):
         super().stop()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_s3_server_is_restarted_in_mid_run(docker: Docker, image: str, tmp_path: Path) -> None:
     """The run waits for it and ends well."""
@@ -235,6 +237,7 @@ def test_the_s3_server_is_restarted_in_mid_run(docker: Docker, image: str, tmp_p
             place.prove_intact()
 
 
+@pytest.mark.long
 def test_256_mb_are_enough_for_a_source_that_is_far_larger(place: Place) -> None:
     """One object and all together are larger than the memory, and so is what is pruned and compacted."""
     place.configure(prune="--keep-last=1", compact=0)

@@ -92,6 +92,7 @@ def layers_of(docker: Docker, image: str) -> list[str]:
     return docker("image", "inspect", "--format", '{{join .RootFS.Layers " "}}', image).split()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # a compiler's work, of two minutes where nobody else works
 def test_tigrisfs_is_built_for_the_platform_that_is_asked_for(
     docker: Docker, bases: BaseImages, image: str, tmp_path: Path
