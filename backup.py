@@ -760,12 +760,17 @@ def authorization(canonical: str, key_id: str, secret_key: str, when: datetime, 
     scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
     digest = hashlib.sha256(encode_key(canonical)).hexdigest()
     text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
-    signature = f"AWS4{secret_key}".encode()
-    for part in (*scope.split("/"), text):
-        signature = hmac.digest(signature, part.encode(), "sha256")
+    signature = hmac.digest(signing_key(secret_key, scope), text.encode(), "sha256").hex()
     names = canonical.split("\n")[-2]
-    fields = f"Credential={key_id}/{scope},SignedHeaders={names},Signature={signature.hex()}"
-    return f"AWS4-HMAC-SHA256 {fields}"
+    return f"AWS4-HMAC-SHA256 Credential={key_id}/{scope},SignedHeaders={names},Signature={signature}"
+
+
+@functools.lru_cache(maxsize=8)  # it holds for a day
+def signing_key(secret_key: str, scope: str) -> bytes:
+    key = f"AWS4{secret_key}".encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
 
 
 @dataclass(frozen=True)
@@ -4118,7 +4123,7 @@ def request_target(url: urllib.parse.SplitResult) -> str:
     return f"{path}?{query}" if query else path
 
 
-def healthcheck_message(url: str | None, signal_name: str, text: str, seconds: float) -> Message | None:
+def healthcheck_message(url: str, signal_name: str, text: str, seconds: float) -> Message | None:
     """What a health check is sent for `start`, `success`, `fail` or `log`; None where there is none for it.
 
     healthchecks.io takes the text as body, and `log` without changing its mind. It is given no run id
@@ -4126,7 +4131,7 @@ def healthcheck_message(url: str | None, signal_name: str, text: str, seconds: f
     leave a start behind that becomes an alarm, although the run that was at work succeeds (`Check.ping` of
     healthchecks). Uptime Kuma has a query: up or down, a line, and a number, here the run's milliseconds.
     """
-    if not url:  # also None, where it is wrong
+    if not url:
         return None
     parts = urllib.parse.urlsplit(url)
     text = text.encode("utf-8", "backslashreplace")[:BODY_BYTES].decode("utf-8", "ignore")
@@ -5308,8 +5313,7 @@ class TargetRun:
         if lacks := fed.refused.count + fed.unread.count + feeder.mixed.count:
             self.warnings.append(f"the archive lacks {count(lacks, 'object')}")
         if fed.vanished:
-            more = f" and {len(fed.vanished) - 5:,} more" if len(fed.vanished) > 5 else ""
-            names = f"{', '.join(map(repr, list(fed.vanished)[:5]))}{more}"
+            names = first_of(list(map(repr, fed.vanished)))
             self.info(f"deleted before it was read, and so not in the archive: {names}")
         # Older archives may hold what could not be read, and must outlive that. But S3's own refusal (cold
         # storage) lasts until a person does something, and meanwhile no archive will hold the object: pruning
@@ -5494,10 +5498,13 @@ def catalog_of_source(
     number, size_bytes = catalog.total()
     text = f"lists {count(number, 'object')}, {size(size_bytes)}"
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
-    new = catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
-    if new:
+    if new := heads_to_ask(runtime, catalog):
         console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
     return catalog, unlistable
+
+
+def heads_to_ask(runtime: Runtime, catalog: Catalog) -> int:
+    return catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
 
 
 def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
@@ -5550,7 +5557,7 @@ class Feeder:
             if each.facts is None and each.is_shown
         )
         self.ahead = ReadAhead(runtime, self._items(), readers)
-        threads = HEAD_THREADS if runtime.settings.headers else 0
+        threads = min(HEAD_THREADS, heads_to_ask(runtime, catalog))
         self._heads = [in_background(self._ask) for _ in range(threads)]
 
     def close(self) -> None:
