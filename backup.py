@@ -146,7 +146,7 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 # Reading ahead.
 READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
-SMALLEST_PLACE_BYTES = 32 * 1024  # what an object takes of the window at least
+SMALLEST_PLACE_BYTES = 64 * 1024  # what an object takes of the window at least
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -773,7 +773,7 @@ def signing_key(secret_key: str, scope: str) -> bytes:
     return key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class S3Object:
     key: str
     size_bytes: int
@@ -2876,7 +2876,7 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
 # is told of an object before that has come into the window.
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Upcoming:
     """One of the objects that are read, one after the other, and its place in the stream."""
 
@@ -5523,7 +5523,7 @@ def objects_of(client: S3Client, console: Console, found: Preflight | None = Non
 HEAD_THREADS = 64
 FETCHED_AT_ONCE = 16  # of what borg could not read
 UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
-KNOWN_BYTES = 8 * 1024  # what it takes to pass an object that borg knows, in bytes that are read in that time
+KNOWN_BYTES = 16 * 1024  # to pass an object that borg knows takes as long as to read so many
 
 TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
 
@@ -5762,7 +5762,7 @@ class Feeder:
                 self.catalog.add([dataclasses.replace(noted, is_shown=True, facts=None)])
 
 
-@dataclass
+@dataclass(slots=True)
 class Told:
     sent: int  # how many it had been told of then
     number: int  # in the catalog
