@@ -718,23 +718,17 @@ def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- S3
 
-# Signing follows "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk
-# (AWS Signature Version 4)" of the Amazon S3 API reference; the functions are named after its steps.
+# Signing follows "Signature Calculations for the Authorization Header: Transferring Payload in a Single
+# Chunk" of the Amazon S3 API reference; the functions are named after its steps.
 
 Query = Sequence[tuple[str, str]]
 Headers = Mapping[str, str]
 Where = tuple[str, str] | None  # a listing begins: the parameter of its request that says so
 NO_HEADERS: Headers = {}
 
-
-def encode_key(key: str) -> bytes:
-    """A key as S3 sorts them."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def decode_key(key: bytes) -> str:
-    """A key as all else has it."""
-    return key.decode("utf-8", "surrogateescape")
+# A key as S3 sorts them, and as all else has it.
+encode_key = functools.partial(str.encode, encoding="utf-8", errors="surrogateescape")
+decode_key = functools.partial(bytes.decode, encoding="utf-8", errors="surrogateescape")
 
 
 def uri_encode(text: str, safe: str = "") -> str:
@@ -743,12 +737,9 @@ def uri_encode(text: str, safe: str = "") -> str:
 
 
 def canonical_request(method: str, path: str, query: Query, headers: Headers, payload_hash: str) -> str:
-    """Task 1: the canonical request. `path` is the decoded path; all `headers` are signed.
-
-    Its second and third line are exactly what is sent.
-    """
+    """Task 1. `path` is not encoded yet. Lines two and three of the result are exactly what is sent."""
     pairs = sorted((uri_encode(name), uri_encode(value)) for name, value in query)
-    encoded = "&".join(f"{name}={value}" for name, value in pairs)
+    encoded = "&".join(map("=".join, pairs))
     lower = {name.lower(): " ".join(value.split()) for name, value in headers.items()}
     lines = "".join(f"{name}:{lower[name]}\n" for name in sorted(lower))
     names = ";".join(sorted(lower))
@@ -756,7 +747,7 @@ def canonical_request(method: str, path: str, query: Query, headers: Headers, pa
 
 
 def authorization(canonical: str, key_id: str, secret_key: str, when: datetime, region: str) -> str:
-    """Tasks 2 and 3: the value of the Authorization header, from the canonical request."""
+    """Tasks 2 and 3: the Authorization header."""
     scope = f"{when:%Y%m%d}/{region}/s3/aws4_request"
     digest = hashlib.sha256(encode_key(canonical)).hexdigest()
     text = f"AWS4-HMAC-SHA256\n{when:%Y%m%dT%H%M%SZ}\n{scope}\n{digest}"
@@ -794,7 +785,7 @@ class Answer:
     sent: float = 0.0  # when the try was sent that it answers, in boot_seconds()
 
     def time(self, header: str) -> datetime | None:
-        """The time in `Date` or `Last-Modified`; None where it is missing or unreadable."""
+        """The time in `Date` or `Last-Modified`; None where it is not told."""
         try:
             return email.utils.parsedate_to_datetime(self.headers[header.lower()]).astimezone(UTC)
         except (KeyError, ValueError):
@@ -802,12 +793,10 @@ class Answer:
 
     @property
     def etag(self) -> str:
-        """The ETag without quotes; empty where there is none."""
         return self.headers.get("etag", "").strip('"')
 
     @property
     def has_tags(self) -> bool:
-        """Whether the object has tags, as the answer to GET and HEAD tells."""
         return int(self.headers.get("x-amz-tagging-count") or 0) > 0
 
 
@@ -836,13 +825,10 @@ S3_HINTS = {
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
-    "ExpiredToken InvalidToken": (
-        "Write a lasting key into {access_key_id}: session tokens are not supported."
-    ),
+    "ExpiredToken InvalidToken": "Write a lasting key into {access_key_id}, no session token.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
-    "AuthorizationHeaderMalformed InvalidRegion IllegalLocationConstraintException": (
-        "Set {region} to the bucket's region."
-    ),
+    "AuthorizationHeaderMalformed InvalidRegion": "Set {region} to the bucket's region.",
+    "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
@@ -854,29 +840,19 @@ S3_HINTS = {
 }
 S3_HINTS = {code: hint for codes, hint in S3_HINTS.items() for code in codes.split()}
 PERMISSIONS = {"LIST": "ListBucket", "GET": "GetObject", "HEAD": "GetObject", "DELETE": "DeleteObject"}
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # What passes: too early, too many, too busy; 520-530 are a CDN's words for a server that does not answer it.
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 RETRIED_CODES = frozenset({"RequestTimeout"})  # a 400, and S3's word for a body that stopped on its way
 EMPTY_PAGES = 10_000  # of a listing, one after the other: millions of delete markers may lie between two keys
 CONNECTION_FAULTS = (OSError, http.client.HTTPException)
-DEFAULT_REGION = "us-east-1"
 
 
 class IdleConnections(list[http.client.HTTPConnection]):
     """Those that nobody uses now. They are closed when the last client that shares them is gone."""
 
-    def take(self) -> http.client.HTTPConnection | None:
-        try:
-            return self.pop()
-        except IndexError:
-            return None
-
-    def close(self) -> None:
-        while connection := self.take():
+    def __del__(self) -> None:
+        for connection in self:
             connection.close()
-
-    __del__ = close
 
 
 @dataclass(eq=False)
@@ -885,9 +861,8 @@ class S3Client:
 
     `dataclasses.replace` makes a twin, with the same open connections and what it has learned.
 
-    Every method raises S3Error when S3 refuses or does not answer for longer than `patience` says. When a
-    stop signal comes, requests get CLEANUP_SECONDS more and no further try, also those that are made later,
-    to clean up; then Stopped is raised.
+    Every method raises S3Error when S3 refuses or does not answer for longer than `patience` says. After a
+    stop signal a request has CLEANUP_SECONDS and no further try, and Stopped is raised.
     """
 
     store: Store
@@ -895,11 +870,14 @@ class S3Client:
     patience: Patience = Patience()
     stop: Stop = field(default_factory=lambda: Stop())
     is_direct: bool = False  # for threads that nobody waits for: faster, but no stop signal ends a wait
+    trying: Callable[[], contextlib.AbstractContextManager[object]] = (
+        contextlib.nullcontext
+    )  # around each try
     idle: IdleConnections = field(default_factory=IdleConnections, repr=False)
     dated: Answer | None = field(default=None, repr=False)  # the last one that had a time
 
     def __post_init__(self) -> None:
-        self.region = self.region or self.store.region or DEFAULT_REGION
+        self.region = self.region or self.store.region or "us-east-1"
         self._url = urllib.parse.urlsplit(self.store.endpoint)
 
     @property
@@ -911,31 +889,29 @@ class S3Client:
         """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none."""
         query = [("list-type", "2"), ("encoding-type", "url"), ("max-keys", str(limit)), ("prefix", prefix)]
         answer = self.request("GET", query=[*query, where] if where else query)
+        key, objects = "", []
         try:
             root = ElementTree.fromstring(answer.body)
             if not root.tag.endswith("ListBucketResult"):
                 raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
+            is_encoded = root.findtext("{*}EncodingType") == "url"
+            for entry in root.iterfind("{*}Contents"):
+                listed = {element.tag.rpartition("}")[2]: element.text or "" for element in entry}
+                key = listed.get("Key", "")
+                key = urllib.parse.unquote_plus(key, errors="surrogateescape") if is_encoded else key
+                # S3's times are UTC, also where a server does not say so.
+                modified = datetime.fromisoformat(listed.get("LastModified", ""))
+                modified = modified.replace(tzinfo=modified.tzinfo or UTC)
+                size_bytes, etag = int(listed.get("Size", "")), listed.get("ETag", "").strip('"')
+                objects.append(S3Object(key, size_bytes, modified, etag))
         except ElementTree.ParseError as error:
             raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
-        space = root.tag[: root.tag.find("}") + 1]
-        is_encoded = root.findtext(f"{space}EncodingType") == "url"
-        decode = functools.partial(urllib.parse.unquote_plus, errors="surrogateescape") if is_encoded else str
-        objects = []
-        for entry in root.iter(f"{space}Contents"):
-            listed = {element.tag[len(space) :]: element.text or "" for element in entry}
-            key = decode(listed.get("Key", ""))
-            try:
-                modified = datetime.fromisoformat(listed.get("LastModified", ""))
-                size_bytes = int(listed.get("Size", ""))
-            except ValueError as error:
-                words = f"the listing's entry of {key!r} cannot be read ({error})"
-                raise self._error(answer.status, "BadListing", words) from error
-            # S3's times are UTC, also where a server does not say so.
-            modified = modified if modified.tzinfo else modified.replace(tzinfo=UTC)
-            objects.append(S3Object(key, size_bytes, modified, listed.get("ETag", "").strip('"')))
-        if root.findtext(f"{space}IsTruncated", "").strip().lower() != "true":
+        except ValueError as error:
+            words = f"the listing's entry of {key!r} cannot be read ({error})"
+            raise self._error(answer.status, "BadListing", words) from error
+        if root.findtext("{*}IsTruncated", "").strip().lower() != "true":
             return objects, None
-        if token := root.findtext(f"{space}NextContinuationToken"):
+        if token := root.findtext("{*}NextContinuationToken"):
             return objects, ("continuation-token", token)
         keys = [entry.key for entry in objects]
         if not keys or keys != sorted(keys):
@@ -944,22 +920,19 @@ class S3Client:
         return objects, ("start-after", keys[-1])
 
     def list_objects(self, prefix: str, start_after: str = "", where: Where = None) -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key or from a page on; one request for each 1,000.
-
-        In key order, unless the server has another one (S3's directory buckets).
-        """
+        """All objects below `prefix`, or those after a key or from a page on; mostly in key order."""
         where, last, empty = ("start-after", start_after) if start_after else where, None, 0
         while True:
             objects, following = self.list_page(prefix, where)
-            empty = 0 if objects else empty + 1
-            # An empty page may have a next one; one that came twice would come for ever.
-            is_repeated = following and (following == where or (objects and objects == last))
-            if is_repeated or empty > EMPTY_PAGES:
-                what = "a page came twice" if is_repeated else f"{EMPTY_PAGES:,} empty pages"
-                raise self._error(200, "BadListing", f"the listing does not advance: {what}")
             yield from (entry for entry in objects if entry.key > start_after)  # some servers ignore that
             if not following:
                 return
+            # An empty page may have a next one; one that came twice would come for ever.
+            empty = 0 if objects else empty + 1
+            is_repeated = following == where or (objects and objects == last)
+            if is_repeated or empty > EMPTY_PAGES:
+                what = "a page came twice" if is_repeated else f"{EMPTY_PAGES:,} empty pages"
+                raise self._error(200, "BadListing", f"the listing does not advance: {what}")
             where, last = following, objects
 
     def get(self, key: str, span: tuple[int, int] | None = None) -> bytes:
@@ -967,11 +940,7 @@ class S3Client:
         return (self.get_span(key, *span) if span else self.request("GET", key)).body
 
     def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
-        """The content of an object of about this size, piece by piece, all of one version.
-
-        The last piece, which may be empty, has the object's headers. Raises S3Error, where it is overwritten
-        meanwhile, too.
-        """
+        """The content of an object of about this size, piece by piece of one version, at last its headers."""
         if size_bytes <= LARGEST_PIECE_BYTES:
             yield self.request("GET", key)
             return
@@ -988,48 +957,44 @@ class S3Client:
 
     def get_span(self, key: str, first: int, last: int, headers: Headers = NO_HEADERS) -> Answer:
         answer = self.request("GET", key, headers={"Range": f"bytes={first}-{last}", **headers})
-        whole = answer.status == 200 and first == 0  # an object that has no more
-        if len(answer.body) == last - first + 1 and (
-            whole or answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/")
-        ):
-            return answer
-        words = f"the bytes {first}-{last} of {key!r} were asked for, and others came"
-        raise self._error(answer.status, "RangeIgnored", words)
+        is_right = answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/")
+        is_right |= answer.status == 200 and first == 0  # an object that has no more
+        if not is_right or len(answer.body) != last - first + 1:
+            words = f"the bytes {first}-{last} of {key!r} were asked for, and others came"
+            raise self._error(answer.status, "RangeIgnored", words)
+        return answer
 
     def find(self, key: str) -> Answer | None:
-        """An object; None where there is none.
-
-        Who may list only what is below a prefix is told of an absent object that access is denied (AWS).
-        """
+        """An object; None where there is none."""
         try:
             return self.request("GET", key)
         except S3Error as error:
             if error.code == "NoSuchKey":
                 return None
+            # AWS says so of an absent object to who may list only what is below a prefix.
             if error.status == 403 and not any(entry.key == key for entry in self.list_page(key, limit=1)[0]):
                 return None
             raise
 
     def put(self, key: str, body: bytes, headers: Headers = NO_HEADERS, query: Query = ()) -> Answer:
-        """Writes an object, or the part of one that `query` names, under the condition in `headers`.
-
-        A bucket with object lock takes no object without its MD5.
-        """
+        """Writes an object, or the part of one that `query` names, under the condition in `headers`."""
+        # A bucket with object lock takes none without its MD5.
         md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         return self.request("PUT", key, query, {"Content-MD5": md5, **headers}, body)
 
     def delete(self, key: str, headers: Headers = NO_HEADERS) -> None:
-        """Deletes an object, under the condition that `headers` may name; one that is not there is fine."""
+        """Deletes an object, if it is there, under the condition that `headers` may name."""
         self.request("DELETE", key, headers=headers)
 
     def request(
         self, method: str, key: str = "", query: Query = (), headers: Headers = NO_HEADERS, body: bytes = b""
     ) -> Answer:
-        """One request, retried while the fault may pass; finds out the bucket's region on the way."""
+        """One request, again while the fault may pass; finds out the bucket's region on the way."""
         start, pause = time.monotonic(), 0.1
         while True:
             try:
-                answer = self._answer(lambda: self._exchange(method, key, query, headers, body))
+                with self.trying():
+                    answer = self._answer(lambda: self._exchange(method, key, query, headers, body))
                 if answer.status == 200 and method in ("PUT", "POST") and xml_text(answer.body, "Code"):
                     answer = dataclasses.replace(answer, status=500)  # it took long, and failed in the end
                 if answer.status < 300:
@@ -1043,7 +1008,7 @@ class S3Client:
                     self.region = region
                     continue
             except CONNECTION_FAULTS as fault:
-                error = self._error(0, "NoAnswer", describe_fault(fault))
+                error = self._error(0, "NoAnswer", str(fault) or type(fault).__name__)
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
                 patience = 0 if untrusted else self.patience.unreachable_seconds
             except ValueError as fault:  # of http.client, whose words quote headers
@@ -1058,46 +1023,42 @@ class S3Client:
         if self.is_direct:
             self.stop.check()
             return exchange()
-        future = in_background(exchange)
-        while not concurrent.futures.wait([future], timeout=POLL_SECONDS).done:
-            if self.stop.requested and not concurrent.futures.wait([future], timeout=CLEANUP_SECONDS).done:
-                self.stop.check()
-        return future.result()
+        work = in_background(exchange)
+        for _ in waiting(work, stop=self.stop, grace_seconds=CLEANUP_SECONDS):
+            pass
+        return work.result()
 
     def _exchange(self, method: str, key: str, query: Query, extra: Headers, body: bytes) -> Answer:
         path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
         when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
-        headers = {
-            **extra,
-            "Host": self._url.netloc,
-            "x-amz-date": f"{when:%Y%m%dT%H%M%SZ}",
-            "x-amz-content-sha256": payload_hash,
-        }
+        headers = {**extra, "Host": self._url.netloc, "x-amz-content-sha256": payload_hash}
+        headers["x-amz-date"] = f"{when:%Y%m%dT%H%M%SZ}"
         canonical = canonical_request(method, path, query, headers, payload_hash)
         keys = (self.store.access_key_id, self.store.secret_access_key)
         headers["Authorization"] = authorization(canonical, *keys, when, self.region)
         target = "?".join(filter(None, canonical.split("\n")[1:3]))
-        # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
         fields = {name: encode_key(value) for name, value in headers.items()}
         fields |= {"Content-Length": str(len(body)).encode()} if body else {}
-        connection = self.idle.take() or connection_to(self._url)
-        is_new = connection.sock is None
+        try:
+            connection, is_new = self.idle.pop(), False
+        except IndexError:
+            connection, is_new = connection_to(self._url), True
         try:
             if is_new:
                 connection.timeout = min(CONNECT_TIMEOUT_SECONDS, self.patience.answer_seconds)
-                connection._create_connection = connect_within
                 connection.connect()
             connection.sock.settimeout(self.patience.answer_seconds)
             sent = boot_seconds()
+            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
             connection.request(method, target, io.BytesIO(body) if body else None, fields)
             response = connection.getresponse()
             is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
-            content = response.read(READ_BYTES) if is_ignored else response.read()
+            content = response.read(READ_BYTES if is_ignored else None)
         except BaseException as fault:
             connection.close()
             if is_new or isinstance(fault, TimeoutError) or not isinstance(fault, CONNECTION_FAULTS):
                 raise
-            self.idle.close()  # the server closes what is idle for long: that says nothing about it
+            # The server closes what is idle for long: that says nothing about it.
             return self._exchange(method, key, query, extra, body)
         if is_ignored:
             connection.close()
@@ -1109,13 +1070,13 @@ class S3Client:
         return answer
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
+        status, reason = answer.status, http_reason(answer.status)
         code, message = (xml_text(answer.body, name) for name in ("Code", "Message"))
-        if answer.status in REDIRECTS and not code:
+        if 300 <= status < 400 and not code:
             to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
             code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
-        reason = http_reason(answer.status)
         code = code or ("NotS3" if answer.body else reason)
-        return self._error(answer.status, code, message or reason, method if key else "LIST", key)
+        return self._error(status, code, message or reason, method if key else "LIST", key)
 
     def _error(self, status: int, code: str, message: str, asked_for: str = "PUT", key: str = "") -> S3Error:
         store = self.store
@@ -1130,10 +1091,9 @@ class S3Client:
 
 
 def connect_within(address: tuple[str, int], seconds: float, _source: object = None) -> socket.socket:
-    """A connection to a host and port, as by `socket.create_connection`, but `seconds` are for the whole.
+    """As `socket.create_connection`, but `seconds` are for the resolver and all addresses together.
 
-    That one grants them to each address of a name anew, and to the resolver whatever it takes. Here each
-    address gets an equal share of what is left, and a TLS handshake that follows the rest.
+    Each address gets an equal share of what is left, and a TLS handshake that follows the rest.
     """
     deadline, fault = time.monotonic() + seconds, OSError(f"{address[0]} has no address")
     lookup = in_background(lambda: socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
@@ -1155,13 +1115,15 @@ def connect_within(address: tuple[str, int], seconds: float, _source: object = N
 
 
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-    """A connection that is not opened yet. Without a port, http.client takes one from an IPv6 address."""
+    """One that is not opened yet. Without a port, http.client takes one from an IPv6 address."""
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    return kind(url.hostname or "", url.port or kind.default_port)
+    connection = kind(url.hostname or "", url.port or kind.default_port)
+    connection._create_connection = connect_within
+    return connection
 
 
 def xml_text(body: bytes, name: str) -> str:
-    """The text of the first element `name` in an XML error document, empty where there is none."""
+    """The text of the first element `name` in a small XML document, empty where there is none."""
     try:
         return (ElementTree.fromstring(body).findtext(f".//{{*}}{name}") or "").strip()
     except ElementTree.ParseError:
@@ -1172,8 +1134,7 @@ def http_reason(status: int) -> str:
     return http.client.responses.get(status, f"HTTP status {status}")
 
 
-# What is archived of an object's headers and can be given to another one, besides user metadata; with
-# examples, as which a probe has them.
+# What is archived of an object's headers, besides user metadata; with examples, as which a probe has them.
 KEPT_HEADERS = {
     "content-type": "text/css",
     "cache-control": "no-store",
@@ -1186,20 +1147,13 @@ KEPT_HEADERS = {
 USER_METADATA = "x-amz-meta-"
 
 
-def kept_headers(headers: Headers) -> dict[str, str]:
-    """Those headers that are an object's own, in their order."""
-    own = KEPT_HEADERS.keys()
-    return {name: text for name, text in headers.items() if name in own or name.startswith(USER_METADATA)}
-
-
 def headers_of(answer: Answer) -> dict[str, str]:
     """Those of an object's headers that are its own, in S3's order and letters."""
-    own = kept_headers(answer.headers).items()
-    return {name: decode_key(text.encode("latin-1")) for name, text in own}
-
-
-def describe_fault(fault: Exception) -> str:
-    return str(fault) or type(fault).__name__
+    return {
+        name: decode_key(text.encode("latin-1"))
+        for name, text in answer.headers.items()
+        if name in KEPT_HEADERS or name.startswith(USER_METADATA)
+    }
 
 
 # -------------------------------------------------------------------------------------------------- Catalog
@@ -1230,26 +1184,8 @@ EXISTS (
     WHERE low.key >= CAST(objects.key || '/' AS BLOB) AND low.key < CAST(objects.key || '0' AS BLOB)
 )
 """
-TAKE_HEADERS = """
-UPDATE objects SET facts = (
-    SELECT facts FROM last.objects AS old WHERE old.key = objects.key AND old.size = objects.size
-    AND old.modified = objects.modified AND old.etag = objects.etag
-) WHERE facts IS NULL
-"""
-TAKE_ARCHIVES = """
-INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXISTS (
-    SELECT 1 FROM main.archives AS new
-    WHERE new.repository = old.repository AND new.label = old.label AND new.as_of >= old.as_of
-)
-"""
-NOTE_ARCHIVE = """
-INSERT INTO archives VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
-    objects = coalesce(excluded.objects, objects), as_of = coalesce(excluded.as_of, as_of)
-"""
 UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
-NAME_MAX_BYTES = 1024  # FUSE_NAME_MAX of the kernel: more than a disk takes
-# XML 1.0 has no place for these ("Char" in its grammar): a page of a listing that has one cannot be read. A
-# return is read as a line end (2.11 there).
+# XML 1.0 has no place for these ("Char" in its grammar): a page of a listing that has one cannot be read.
 NOT_IN_XML = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -1257,8 +1193,9 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def is_showable(key: str, size_bytes: int) -> bool:
     """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
     name = key if size_bytes else key.removesuffix("/")
-    is_long = any(len(encode_key(part)) > NAME_MAX_BYTES for part in name.split("/"))
-    return not (is_long or UNREPRESENTABLE.search(name) or NOT_IN_XML.search(name) or "\r" in name)
+    is_long = any(len(encode_key(part)) > 1024 for part in name.split("/"))  # FUSE_NAME_MAX of the kernel
+    is_lost = NOT_IN_XML.search(name) or "\r" in name  # which XML reads as a line end
+    return not (is_long or is_lost or UNREPRESENTABLE.search(name))
 
 
 def folders_of(key: str) -> list[str]:
@@ -1338,8 +1275,8 @@ class Catalog:
     def unlistable(self) -> set[str]:
         """The folders ("" or with a slash at the end) that TigrisFS cannot list, when all objects are in.
 
-        Besides those with a key that no XML holds, these are the ones that begin shortly before such a key:
-        it first asks for a page of all that follows a folder's name (`slurpOnce` in core/dir.go).
+        They hold a key that no XML holds, or begin shortly before one: TigrisFS first asks for a page of all
+        that follows a folder's name (`slurpOnce` in core/dir.go).
         """
         found, recent, previous = set[str](), deque([(0, "")]), ""
         if not any(NOT_IN_XML.search(each.key) for each in self.rows("NOT is_shown")):
@@ -1367,31 +1304,42 @@ class Catalog:
 
     def take_over(self, path: Path) -> None:
         """Takes over what the catalog at `path` knows of archives, and headers that this one has not."""
+        right = {"application_id": CATALOG_ID, "user_version": CATALOG_VERSION, "quick_check(1)": "ok"}
         try:
             with self._told(path):
                 self._db.commit()
                 self._db.execute("ATTACH ? AS last", [f"{path.absolute().as_uri()}?mode=ro&immutable=1"])
-                for pragma, right in (("application_id", CATALOG_ID), ("user_version", CATALOG_VERSION)):
-                    [[found]] = self._db.execute(f"PRAGMA last.{pragma}")
-                    if found != right:
-                        raise sqlite3.DatabaseError(f"it is not of this version ({pragma} {found})")
-                if (found := self._db.execute("PRAGMA last.quick_check(1)").fetchone()[0]) != "ok":
-                    raise sqlite3.DatabaseError(found)
-                self._db.execute(TAKE_ARCHIVES)
-                self._db.execute(TAKE_HEADERS)
+                for pragma, value in right.items():
+                    [found] = self._db.execute(f"PRAGMA last.{pragma}").fetchone()
+                    if found != value:
+                        raise sqlite3.DatabaseError(f"its {pragma} is {found}, not {value}")
+                self._db.execute("""
+                    INSERT OR REPLACE INTO archives SELECT * FROM last.archives AS old WHERE NOT EXISTS (
+                        SELECT 1 FROM main.archives AS new WHERE new.repository = old.repository
+                        AND new.label = old.label AND new.as_of >= old.as_of
+                    )
+                """)
+                self._db.execute("""
+                    UPDATE objects SET facts = (
+                        SELECT facts FROM last.objects AS old WHERE old.key = objects.key
+                        AND old.size = objects.size AND old.modified = objects.modified
+                        AND old.etag = objects.etag
+                    ) WHERE facts IS NULL
+                """)
         finally:
             with contextlib.suppress(CatalogError), self._told():
                 self._db.commit()
                 self._db.execute("DETACH last")
 
-    def note_archive(
-        self, repository: str, label: str, objects: int | None, as_of: float | None = None
-    ) -> None:
-        """Notes of the newest archive of a label how many objects it has, and of when; None: as before."""
-        self.execute(NOTE_ARCHIVE, [repository, label, objects, as_of])
+    def note_archive(self, identity: str, label: str, objects: int | None, at: float | None = None) -> None:
+        """Notes of a label's newest archive how many objects it has, and as of when; None: as before."""
+        sql = """
+            INSERT INTO archives VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+            objects = coalesce(excluded.objects, objects), as_of = coalesce(excluded.as_of, as_of)
+        """
+        self.execute(sql, [identity, label, objects, at])
 
     def close(self) -> None:
-        """Ends it, all written."""
         with contextlib.suppress(sqlite3.Error):
             self._db.interrupt()  # somebody who was stopped may have left a long query
         with self._told():
@@ -1444,8 +1392,6 @@ CHECKED_NAME = f"{OWN_PREFIX}checked"
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
-GUARD_SECONDS = 0.2  # how often it is checked whether the lease still holds
-TIMER_ABSTIME = 1  # <time.h>
 
 # Looked up before any fork, after which a child must do as little as possible.
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -1459,29 +1405,23 @@ def boot_seconds() -> float:
 class DeadMansSwitch:
     """Has the kernel kill this process, and with it its children, unless the moment is put off in time.
 
-    A program that was frozen (docker pause, SIGSTOP, a laptop's lid) cannot know it when it goes on, and
-    would write on before it looks at a clock. The kernel's SIGKILL comes while it is frozen. Children die
-    with us, by PR_SET_PDEATHSIG.
+    A program that was frozen (docker pause, SIGSTOP, a laptop's lid) would write on before it looks at a
+    clock. The kernel's SIGKILL comes while it is frozen.
     """
 
     def __init__(self) -> None:
         self._timer = ctypes.c_void_p()
         event = struct.pack("Pii48x", 0, signal.SIGKILL, 0)  # `struct sigevent` of <signal.h>; SIGEV_SIGNAL
         if LIBC.timer_create(time.CLOCK_BOOTTIME, event, ctypes.byref(self._timer)):
-            raise BackupError(
-                f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}",
-                "Let the container's seccomp profile allow it.",
-            )
+            words = f"timer_create(2) failed: {os.strerror(ctypes.get_errno())}"
+            raise BackupError(words, "Let the container's seccomp profile allow it.")
 
     def arm(self, at_boot_seconds: float) -> None:
         """Puts the moment off; 0 disarms."""
         whole = int(at_boot_seconds)
         # `struct itimerspec` of <time.h>: no interval; seconds and nanoseconds
         spec = (ctypes.c_long * 4)(0, 0, whole, int((at_boot_seconds - whole) * 1e9))
-        LIBC.timer_settime(self._timer, TIMER_ABSTIME, spec, None)
-
-    def close(self) -> None:
-        LIBC.timer_delete(self._timer)
+        LIBC.timer_settime(self._timer, 1, spec, None)  # TIMER_ABSTIME of <time.h>
 
 
 @dataclass(frozen=True)
@@ -1489,31 +1429,27 @@ class Holder:
     """Who holds a lease, as its object says; one that nobody can read has no `run_id`."""
 
     run_id: str
-    host: str
-    purpose: str
-    since: str
+    words: str
     ttl_seconds: int
     etag: str
     has_expired: bool  # by the server's clock, when we looked at it
 
     @classmethod
     def parse(cls, answer: Answer) -> Holder:
-        try:
-            fields = json.loads(answer.body)
-            names = "run_id", "host", "purpose", "since"
-            run_id, host, purpose, since = (str(fields[name]) for name in names)
-            ttl_seconds = min(max(int(fields["ttl_seconds"]), LEASE_SECONDS[0]), LEASE_SECONDS[-1])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            run_id, host, purpose, since = "", "an unknown host", "unknown work", "an unknown time"
-            ttl_seconds = DEFAULT_LEASE_SECONDS
+        run_id, ttl_seconds = "", DEFAULT_LEASE_SECONDS
+        words = "unknown work on an unknown host, since an unknown time"
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            held = json.loads(answer.body)
+            ttl_seconds = min(max(int(held["ttl_seconds"]), LEASE_SECONDS[0]), LEASE_SECONDS[-1])
+            words = "{purpose} on {host}, since {since}".format(**held)
+            run_id = str(held["run_id"])
         now, then = answer.time("Date"), answer.time("Last-Modified")
         age_seconds = (now - then).total_seconds() if now and then else 0.0
         has_expired = age_seconds > ttl_seconds + LEASE_MARGIN_SECONDS
-        etag = answer.headers.get("etag", "")
-        return cls(run_id, host, purpose, since, ttl_seconds, etag, has_expired)
+        return cls(run_id, words, ttl_seconds, answer.headers.get("etag", ""), has_expired)
 
     def __str__(self) -> str:
-        return f"{self.purpose} on {self.host}, since {self.since}"
+        return self.words
 
 
 def look_at_lease(client: S3Client) -> Holder | None:
@@ -1526,107 +1462,95 @@ class Lease:
     """The right to write to one repository, which is held, and renewed, while its `with` block lasts.
 
     When it cannot be renewed, the processes that write are stopped (SIGSTOP) before anybody else may take
-    the lease, and go on when a renewal succeeds: then nobody took it. When somebody did, they are killed.
+    it, and go on when a renewal succeeds: then nobody took it. When somebody did, they are killed.
 
-    A holder is waited for as long as LEASE_WAIT says, by default just until it has renewed its lease, and so
-    is alive, or until the lease has expired. Raises StillRunning, S3Error, Stopped.
+    A holder is waited for as long as LEASE_WAIT says, by default until it has renewed its lease, and so is
+    alive, or until that has expired. Raises StillRunning, S3Error, Stopped.
     """
 
     def __init__(self, runtime: Runtime, client: S3Client, purpose: str, only_reads: bool = False) -> None:
         """Who `only_reads` waits for nobody, and harms nobody who goes on too late."""
         settings, console, ttl = runtime.settings, runtime.console, runtime.settings.lease_ttl_seconds
-        if only_reads:
-            patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
-            client = dataclasses.replace(client, patience=patience)
         self.enforced = True  # whether the server heeds conditions
         self.suspended = False
         self.lost = ""  # why, when it is lost
         self.expires = False  # it is not to be given back, but to expire
+        if only_reads:
+            patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
+            client = dataclasses.replace(client, patience=patience)
         # Connecting and waiting for the answer together end before a lease that is suspended can expire.
-        self._hasty = dataclasses.replace(client, patience=Patience(max(1.0, ttl / 10), 0, 0))
+        hasty, long = Patience(max(1.0, ttl / 10), 0, 0), min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
+        patient = Patience(hasty.answer_seconds, long, long)
+        self._hasty = dataclasses.replace(client, patience=hasty)
+        self._writer = dataclasses.replace(client, patience=patient, trying=self._writing)
         self._client, self._name, self._ttl = client, client.store.name, ttl
         self._notice = functools.partial(console.debug if only_reads else console.warning, self._name)
         self._wait_seconds = 0 if only_reads else settings.lease_wait_seconds
-        self._write_seconds = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
         self._key = f"{client.store.key_prefix}{LEASE_NAME}"
-        self._content: dict[str, Any] = {"run_id": runtime.run_id, "host": socket.gethostname()}
-        self._content |= {"purpose": purpose, "since": "", "ttl_seconds": ttl, "write": 0}
+        self._run_id = f"{runtime.run_id}-{secrets.token_hex(4)}"  # a run may try twice
+        self._content = {"run_id": self._run_id, "host": socket.gethostname(), "purpose": purpose}
         self._etag, self._valid_until, self._trouble = "", 0.0, "no answer"
-        self._own_writes = 0  # that are under way
         self._members: list[Child] = []
-        self._lock, self._over = threading.RLock(), threading.Event()
+        self._keeper, self._renewal = threading.Thread(target=self._keep, daemon=True), in_background(bool)
+        self._lock, self._write_lock, self._over = threading.RLock(), threading.Lock(), threading.Event()
         self._switch = None if only_reads else DeadMansSwitch()
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._renew, self._guard)]
 
     def __enter__(self) -> Lease:
+        trials = IF_ABSENT, {"If-Match": NO_SUCH_ETAG}  # both have to fail
         try:
-            self._acquire()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _acquire(self) -> None:
-        start, first, wait = boot_seconds(), None, self._wait_seconds
-        try:
-            while current := self._try_to_take():
-                first = first or current
-                limit = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS if wait is None else wait
-                is_alive = wait is None and current.etag != first.etag
-                if boot_seconds() - start >= limit or is_alive:
-                    raise StillRunning(
-                        f"{self._name}: another run works on this repository: {current}",
-                        "Let it finish, or wait for it with LEASE_WAIT.",
-                    )
-                if current is first:
-                    who = "its first try" if current.run_id == self._content["run_id"] else current
-                    self._notice(f"the repository is in use: {who}; waiting to see whether that lives")
-                self._client.stop.wait(min(2.0, current.ttl_seconds / 10))
-            self._set_switch()
-            for thread in self._threads:  # to find out whether it is enforced may take its time, too
-                thread.start()
-            trials = IF_ABSENT, {"If-Match": NO_SUCH_ETAG}  # both have to fail
+            self._take()
+            self._obey()
+            self._keeper.start()  # the trials may take their time, too
             self.enforced = not any(self._write(self._client, condition) for condition in trials)
-        except S3Error as error:
-            if not refuses_conditions(error):
+        except BaseException as error:
+            if not (isinstance(error, S3Error) and refuses_conditions(error)):
+                self.__exit__()
                 raise
             self.enforced = False
-        if self.enforced:
-            return
-        self._end()
-        self.suspended = False
-        self._notice(
-            "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
-            " cannot exclude each other: see to it that only one works on the repository at a time"
-        )
-        with contextlib.suppress(S3Error):
-            self._client.delete(self._key)
+        if not self.enforced:
+            self.__exit__()
+            self.suspended = False
+            self._notice(
+                "this S3 server does not enforce conditional writes (If-None-Match, If-Match), so that runs"
+                " cannot exclude each other: see to it that only one works on the repository at a time"
+            )
+            with contextlib.suppress(S3Error):
+                self._client.delete(self._key)
+        return self
 
-    def _try_to_take(self) -> Holder | None:
-        """Takes the lease where that is free, ours already or expired; else who holds it."""
-        own = self._content
-        for _ in range(5):
+    def _take(self) -> None:
+        """Takes the lease where it is free, ours already or expired; else waits for who holds it."""
+        start, first, wait, refused = boot_seconds(), None, self._wait_seconds, 0
+        while refused < 5:
             current = look_at_lease(self._client)
-            own["since"] = own["since"] or utc_now(self._client)  # by a clock that all share
-            # A try whose answer was lost may have been a success.
-            is_ours = current and (current.run_id, current.since) == (own["run_id"], own["since"])
-            if current and not (is_ours or current.has_expired):
-                return current
-            if self._write(self._client, {"If-Match": current.etag} if current else IF_ABSENT):
-                if current and not is_ours:
-                    self._notice(f"an expired lease is taken over: {current}")
-                return None
+            is_ours = current and current.run_id == self._run_id  # by a try whose answer was lost
+            if not current or is_ours or current.has_expired:
+                self._content |= {"since": utc_now(self._client), "ttl_seconds": self._ttl}
+                if self._write(self._client, {"If-Match": current.etag} if current else IF_ABSENT):
+                    if current and not is_ours:
+                        self._notice(f"an expired lease is taken over: {current}")
+                    return
+                refused += 1
+                continue
+            first = first or current
+            limit = current.ttl_seconds + 10 * LEASE_MARGIN_SECONDS if wait is None else wait
+            is_alive = wait is None and current.etag != first.etag
+            if boot_seconds() - start >= limit or is_alive:
+                words = f"{self._name}: another run works on this repository: {current}"
+                raise StillRunning(words, "Let it finish, or wait for it with LEASE_WAIT.")
+            if current is first:
+                self._notice(f"the repository is in use: {current}; waiting to see whether that lives")
+            self._client.stop.wait(min(2.0, current.ttl_seconds / 10))
         raise BackupError(f"{self._name}: {self._key} can neither be written nor read", TRY_AGAIN)
 
     def _write(self, client: S3Client, condition: Headers) -> bool:
         """Writes the object under a condition; False when that is not met.
 
-        Only a write that was answered counts, from when the try was sent that was answered. One whose answer
-        was lost keeps the next one from meeting its condition, and is then overwritten.
+        Only a write that was answered counts, from when that try was sent. One whose answer was lost keeps
+        the next one from meeting its condition, and is then overwritten.
         """
-        with self._lock:  # no two writes are alike, as equal content would have equal ETags
-            self._content["write"] += 1
-            body = json.dumps(self._content).encode()
+        # No two writes are alike, as equal content would have equal ETags.
+        body = json.dumps({**self._content, "write": time.monotonic_ns()}).encode()
         try:
             answer = client.put(self._key, body, condition)
         except S3Error as error:
@@ -1640,119 +1564,88 @@ class Lease:
 
     @property
     def _is_fresh(self) -> bool:
-        """Whether it holds for so long that the next renewal may fail once."""
+        """Whether the next renewal may still fail once."""
         return boot_seconds() < self._valid_until - self._ttl / 4
 
-    def _set_switch(self) -> None:
-        """Has us killed when the lease ends, if somebody can write then.
-
-        Not where that is so near that the work is suspended anyway.
-        """
-        with self._lock:
-            if not self._switch:
-                return
-            if self.lost or (self.suspended and not self._own_writes):
-                self._switch.arm(0)
-            elif self._is_fresh:
+    def _obey(self) -> None:
+        """Has the processes that write, and the switch, do what the lease allows now."""
+        with self._lock:  # the switch is off only while nobody can write
+            is_off = self.lost or self.suspended or self._over.is_set()
+            if self._switch and not is_off and self._is_fresh:
                 self._switch.arm(self._valid_until)
+            for member in self._members:
+                if self.lost:
+                    member.send(signal.SIGKILL)
+                else:
+                    member.hold(HELD_BY_LEASE, self.suspended)
+            if self._switch and is_off:
+                self._switch.arm(0)
 
     def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
         with self._lock:
             self._members.append(member)
-            if self.lost:
-                member.send(signal.SIGKILL)
-            elif self.suspended:
-                member.hold(HELD_BY_LEASE)
+            self._obey()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """In the middle of a write of ours the work is not suspended, and the switch not off."""
+        with self._write_lock:
+            self.check()
+            if self.enforced and (self.suspended or not self._is_fresh):
+                raise ConnectionError(f"the lease cannot be renewed: {self._trouble}")
+            yield
 
     def write(self, request: Callable[..., object], *values: object) -> None:
-        """`S3Client.put` or `delete`, again while S3 fails or the work is suspended.
-
-        Raises S3Error, Stuck, Stopped.
-        """
-        give_up = time.monotonic() + self._write_seconds
-        while True:
-            with self._lock:
-                self.check()
-                allowed = not self.suspended
-                self._own_writes += allowed
-            try:
-                if allowed:
-                    request(self._hasty, *values)
-                    return
-            except Stopped:
-                self.expires = True  # what was not answered may take effect later
-                raise
-            except S3Error as error:
-                if (error.status and error.status not in RETRIED_STATUSES) or time.monotonic() > give_up:
-                    raise
-            finally:
-                with self._lock:
-                    self._own_writes -= allowed
-                    self._set_switch()
-            if time.monotonic() > give_up:
-                raise Stuck(f"{self._name}: the lease cannot be renewed: {self._trouble}", "Run it again.")
-            self._client.stop.wait(GUARD_SECONDS)
+        """`S3Client.put` or `delete`, when the work is not suspended. Raises S3Error, Stuck, Stopped."""
+        try:
+            request(self._writer, *values)
+        except Stopped:
+            self.expires = True  # what was not answered may take effect later
+            raise
 
     def check(self) -> None:
         """Raises Stuck when the lease is lost."""
         if self.lost:
             raise Stuck(f"{self._name}: {self.lost}", "Nothing was written since; run it again.")
 
-    def _renew(self) -> None:
-        client, ttl = dataclasses.replace(self._hasty, stop=Stop()), self._ttl
-        while not self._over.wait(max(ttl / 20, self._valid_until - ttl * 3 / 4 - boot_seconds())):
-            try:
-                if not self._write(client, {"If-Match": self._etag}):
-                    current = look_at_lease(client)
-                    if current is None or current.run_id != self._content["run_id"]:
-                        who = current or "its object was deleted"
-                        with self._lock:
-                            self.lost = f"the lease on the repository was lost ({who})"
-                            for member in self._members:
-                                member.send(signal.SIGKILL)
-                            self._set_switch()
-                        return
+    def _keep(self) -> None:
+        """The life of the thread that renews the lease, and suspends the work when that comes too late."""
+        client, began = dataclasses.replace(self._hasty, stop=Stop(), is_direct=True), 0.0
+        while not self._over.wait(POLL_SECONDS) and not self.lost:
+            due = max(self._valid_until - self._ttl * 3 / 4, began + self._ttl / 20)
+            if boot_seconds() > due and self._renewal.done():
+                self._renewal.result()
+                # It may be waiting for S3 when the lease runs out.
+                began, self._renewal = boot_seconds(), in_background(functools.partial(self._renew, client))
+            if self.suspended == self._is_fresh:
+                with self._write_lock:
+                    self.suspended = not self.suspended
+                    self._obey()
+                suspended = f"cannot be renewed: the work is suspended until it can: {self._trouble}"
+                self._notice(f"the lease {suspended if self.suspended else 'is renewed: the work goes on'}")
+
+    def _renew(self, client: S3Client) -> None:
+        try:
+            if not self._write(client, {"If-Match": self._etag}):
+                current = look_at_lease(client)
+                if current and current.run_id == self._run_id:
                     self._write(client, {"If-Match": current.etag})
-            except S3Error as error:
-                self._trouble = str(error)
-                continue
-            with self._lock:
-                resumes = self.suspended and self._is_fresh
-                self.suspended = self.suspended and not resumes
-                self._set_switch()
-                if resumes:
-                    self._notice("the lease is renewed: the work goes on")
-                    for member in self._members:
-                        member.let_go(HELD_BY_LEASE)
-
-    def _guard(self) -> None:
-        """A renewal may be waiting for S3 when the lease runs out: so this is another thread's life."""
-        while not self._over.wait(GUARD_SECONDS):
-            with self._lock:
-                if self.suspended or self.lost or self._is_fresh:
-                    continue
-                self.suspended = True
-                for member in self._members:
-                    member.hold(HELD_BY_LEASE)
-                self._set_switch()
-            self._notice(f"the lease cannot be renewed: the work is suspended until it can: {self._trouble}")
-
-    def _end(self) -> bool:
-        """Ends the threads, and the switch with them; False where a renewal still waits for its answer."""
-        self._over.set()
-        for thread in self._threads:
-            if thread.ident and not self.expires:
-                thread.join(CLEANUP_SECONDS)
-        with self._lock:
-            if self._switch:
-                self._switch.close()
-            self._switch = None
-        return not any(thread.is_alive() for thread in self._threads)
+                else:
+                    who = current or "its object was deleted"
+                    self.lost = f"the lease on the repository was lost ({who})"
+            self._obey()
+        except S3Error as error:
+            self._trouble = str(error)
 
     def __exit__(self, *_: object) -> None:
-        """Gives the lease back, if it is certain that it is still ours; else, or if asked to, it expires."""
-        certain = self._end() and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
+        """Gives the lease back, if it is certainly ours; else, or if asked to, it expires."""
+        self._over.set()
+        if self._keeper.is_alive():
+            self._keeper.join(CLEANUP_SECONDS)
+        concurrent.futures.wait([self._renewal], timeout=0 if self.expires else CLEANUP_SECONDS)
+        self._obey()
+        certain = self._renewal.done() and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
                 self._hasty.delete(self._key, {"If-Match": self._etag})
@@ -1781,7 +1674,7 @@ class Findings:
     count: int = 0
 
     def add(self, name: str, text: str) -> bool:
-        """Counts one more; returns whether it is among those that are named."""
+        """Returns whether it is among those that are named."""
         self.count += 1
         if self.count <= MAX_NAMED:
             self.named.append((name, text))
@@ -1793,24 +1686,19 @@ class Findings:
 
 
 class Console:
-    """Prints one line an event, with the name of the store that it is about; for several threads.
-
-    As text for people, or as a JSON object with the kind of `event` and its `numbers` as fields.
-    """
+    """Prints a line, or a JSON object, for each event, with the store that it is about; for all threads."""
 
     def __init__(self, debug: bool, as_json: bool = False, run_id: str = "") -> None:
         self.debug_is_shown, self.as_json = debug, as_json
         self.troubles = {"error": Findings(), "warning": Findings()}  # what was printed, and about whom
         self.secrets: Collection[str] = ()  # that no traceback may show
-        self._run_id = run_id
-        self._lock = threading.Lock()
-        self._stream = sys.stdout
+        self._run_id, self._lock, self._stream = run_id, threading.Lock(), sys.stdout
         self._terminal = sys.stdout.isatty() and not as_json
         self._progress_is_shown = False
         self._told_at: dict[str, float] = {}  # whose progress was told when
 
     def leave_standard_output(self) -> None:
-        """From now on prints to standard error only: standard output is for what a program may read."""
+        """From now on standard output is for what a program may read."""
         self._stream = sys.stderr
         self._terminal = sys.stderr.isatty() and not self.as_json
 
@@ -1822,16 +1710,12 @@ class Console:
             self.troubles[level].add(name, " ".join(text.split()))
             stream, label = sys.stderr, f"{level}: "
         if self.as_json:
-            entry = {
-                "time": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                "level": level,
-                "run_id": self._run_id,
-                "event": event,
-                "about": name,
-                **({"target": name.removeprefix("target-")} if name.startswith("target-") else {}),
-                # A key that is not UTF-8 has lone surrogates, at which some readers of JSON stumble.
-                "message": text.encode("utf-8", "backslashreplace").decode(),
-            }
+            when = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            entry = {"time": when, "level": level, "run_id": self._run_id, "event": event, "about": name}
+            if name.startswith("target-"):
+                entry["target"] = name.removeprefix("target-")
+            # A key that is not UTF-8 has lone surrogates, at which some readers of JSON stumble.
+            entry["message"] = text.encode("utf-8", "backslashreplace").decode()
             line = json.dumps({**entry, **numbers})
         else:
             clock = "" if self._terminal or not name else f"{now:%Y-%m-%dT%H:%M:%SZ} "
@@ -1898,12 +1782,11 @@ class Stop:
         return len(self.signals) > 1
 
     def check(self) -> None:
-        """Raises Stopped when a signal came."""
         if self.signals:
             raise Stopped(self.signals[0])
 
     def wait(self, seconds: float) -> None:
-        """Sleeps; raises Stopped as soon as a signal came."""
+        """Sleeps. Raises Stopped."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.check()
@@ -1952,37 +1835,34 @@ def in_background(function: Callable[[], Result]) -> concurrent.futures.Future[R
     return future
 
 
-def waiting(*work: concurrent.futures.Future[Any], pause_seconds: float = POLL_SECONDS) -> Iterator[float]:
-    """How many seconds it has been, again and again until all of `work` is done."""
+def waiting(
+    *work: concurrent.futures.Future[Any],
+    stop: Stop | None = None,
+    grace_seconds: float = 0,
+    pause_seconds: float = POLL_SECONDS,
+) -> Iterator[float]:
+    """How many seconds it has been, until all is done. Raises Stopped when that takes `grace_seconds`."""
     start = time.monotonic()
     while concurrent.futures.wait(work, timeout=pause_seconds).not_done:
+        if stop and stop.requested and concurrent.futures.wait(work, timeout=grace_seconds).not_done:
+            stop.check()
         yield time.monotonic() - start
 
 
 def within(seconds: float, what: str, function: Callable[[], Result], stop: Stop | None = None) -> Result:
-    """The result of `function`, which may block for ever in a system call, such as on a hanging mount.
-
-    Raises Hung after `seconds`, Stopped on a stop signal; the thread is then left to itself.
-    """
+    """The result of `function`, which may block for ever. Raises Hung after `seconds`, and Stopped."""
     work = in_background(function)
-    for waited in waiting(work):
-        if stop:
-            stop.check()
+    for waited in waiting(work, stop=stop):
         if waited > seconds:
             raise Hung(f"{what}: no answer within {seconds:.0f} s", TRY_AGAIN)
     return work.result()
 
 
 def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[Result | BackupError]:
-    """The results of all functions, run at the same time; a BackupError of one is its result.
-
-    Raises Stopped on a stop signal, after CLEANUP_SECONDS for those that are about to end.
-    """
+    """The results of all functions, run at the same time; a BackupError is one, too. Raises Stopped."""
     work = [in_background(function) for function in functions]
-    for _ in waiting(*work):
-        if stop.requested:
-            concurrent.futures.wait(work, timeout=CLEANUP_SECONDS)
-            break
+    for _ in waiting(*work, stop=stop, grace_seconds=CLEANUP_SECONDS):
+        pass
     stop.check()
     return [
         error if isinstance(error := future.exception(), BackupError) else future.result() for future in work
@@ -1992,13 +1872,11 @@ def side_by_side(functions: Sequence[Callable[[], Result]], stop: Stop) -> list[
 class Child:
     """A running child process in a session of its own, so that only we send it signals.
 
-    Threads read its output to the end and hand every line to `on_output` or `on_error`. Or `consume` reads
-    its standard output in a thread of its own: then the child has ended when that thread has, too, and finds
-    its pipe closed where that leaves early.
+    Threads hand every line of its output to `on_output` or `on_error`. Or one has `consume` read its standard
+    output: then the child has ended when that has, too, and finds its pipe closed where that ends early.
 
-    One in the foreground has our own standard streams, and is the terminal's foreground process group, as a
-    shell's command would be: it may read from the terminal, and Ctrl-C reaches it alone. Ctrl-Z it ignores,
-    as nobody could have it go on.
+    One in the foreground has our own standard streams, and the terminal, as a shell's command would: Ctrl-C
+    reaches it alone. Ctrl-Z it ignores, as nobody could have it go on.
     """
 
     def __init__(
@@ -2019,30 +1897,25 @@ class Child:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if is_foreground:
                 signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # in the background it would be stopped here
+                with contextlib.suppress(OSError):  # no terminal, or not that of our session
+                    os.tcsetpgrp(0, os.getpid())
 
         self.is_foreground = is_foreground
         # Whether it is stuck when nothing moves for long: it may wait for a person, who can press Ctrl-C.
         self.is_watched = not (is_foreground and os.isatty(0))
-        pipe = None if is_foreground else subprocess.PIPE
+        self._terminal = None  # its foreground process group and settings, as they were
+        with contextlib.suppress(OSError, termios.error):
+            self._terminal = (os.tcgetpgrp(0), termios.tcgetattr(0)) if is_foreground else None
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        own = {"process_group": 0} if is_foreground else {"start_new_session": True, **pipes}
         try:
-            self._process = subprocess.Popen(
-                argv,
-                env=dict(env),
-                pass_fds=pass_fds,
-                preexec_fn=prepare,
-                stdin=None if is_foreground else subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
-                start_new_session=not is_foreground,
-                process_group=0 if is_foreground else None,
-            )
+            self._process = subprocess.Popen(argv, env=env, pass_fds=pass_fds, preexec_fn=prepare, **own)
         except OSError as error:
-            raise BackupError(
-                f"cannot start {argv[0]}: {error.strerror}", "The image brings it; see the README."
-            ) from None
+            words = f"cannot start {argv[0]}: {error.strerror}"
+            raise BackupError(words, "The image brings it; see the README.") from None
         self.pid = self._process.pid
-        self._holders: set[str] = set()
-        self._hold_lock = threading.Lock()
+        self._holders, self._hold_lock = set[str](), threading.Lock()
 
         def read_lines(stream: IO[bytes], on_line: Callable[[str], None]) -> None:
             with stream:
@@ -2065,6 +1938,11 @@ class Child:
 
     def _reap(self) -> int:
         code = self._process.wait()
+        if self._terminal:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])  # of this thread; it would stop us all
+            with contextlib.suppress(OSError, termios.error):
+                os.tcsetpgrp(0, self._terminal[0])
+                termios.tcsetattr(0, termios.TCSADRAIN, self._terminal[1])
         for reader in self._readers:
             reader.join(timeout=POLL_SECONDS * 5)  # a grandchild may hold the pipe open
         if self.consumed:
@@ -2079,19 +1957,12 @@ class Child:
         """Sends a signal; nothing happens when the process has ended."""
         self._process.send_signal(signum)
 
-    def hold(self, why: str) -> None:
-        """Stops it (SIGSTOP) until all who hold it have let it go."""
+    def hold(self, why: str, is_held: bool = True) -> None:
+        """Stops it (SIGSTOP) while anybody holds it; when nobody does any more, it goes on (SIGCONT)."""
         with self._hold_lock:
-            self._holders.add(why)
-            self.send(signal.SIGSTOP)
-
-    def let_go(self, why: str) -> None:
-        """Has it go on (SIGCONT), unless somebody else holds it."""
-        with self._hold_lock:
-            if why in self._holders:
-                self._holders.remove(why)
-                if not self._holders:
-                    self.send(signal.SIGCONT)
+            if is_held != self.is_held(why):
+                (self._holders.add if is_held else self._holders.remove)(why)
+                self.send(signal.SIGSTOP if self._holders else signal.SIGCONT)
 
     def is_held(self, why: str) -> bool:
         return why in self._holders
@@ -2101,41 +1972,16 @@ class Child:
         self.send(signal.SIGKILL)
         self.wait(KILL_SECONDS)
 
-    @contextlib.contextmanager
-    def in_foreground(self) -> Iterator[None]:
-        """The terminal is the child's; afterwards it is again as it was, its settings included."""
-        try:
-            before, settings = os.tcgetpgrp(0), termios.tcgetattr(0)
-        except (OSError, termios.error):  # no terminal, or not that of our session
-            yield
-            return
-        # Else SIGTTOU would stop us where we are in the background: below a PID 1, for instance.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-        try:
-            with contextlib.suppress(OSError):  # its group may be gone already
-                os.tcsetpgrp(0, self.pid)
-            self.send(signal.SIGCONT)  # it may have asked for the terminal too early
-            yield
-        finally:
-            with contextlib.suppress(OSError, termios.error):
-                os.tcsetpgrp(0, before)
-                termios.tcsetattr(0, termios.TCSADRAIN, settings)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTTOU])
-
 
 def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
-    """The exit code of `child` when it has ended; a stop signal ends it, politely and then for certain.
-
-    So does what `check` raises, which is called all the while; Stuck kills it at once.
-    """
+    """The exit code of `child`. A stop signal ends it, and what `check` raises: Stuck at once."""
     try:
-        for _ in waiting(child.ended):
+        for _ in waiting(child.ended, stop=stop):
             check()
-            stop.check()
     except BackupError as error:
         if not isinstance(error, Stuck):
             child.send(signal.SIGTERM)
-            child.let_go(HELD_BACK)  # or it would not hear it
+            child.hold(HELD_BACK, False)  # or it would not hear it
             for waited in waiting(child.ended):
                 if stop.hurried or waited > TERMINATE_SECONDS:
                     break
@@ -2145,7 +1991,7 @@ def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: Non
 
 
 def minimal_environment(environ: Mapping[str, str], names: Iterable[str], **own: str) -> dict[str, str]:
-    """A child's environment: what any program needs, the variables in `names`, and `own`; no secrets."""
+    """What any program needs, the variables in `names`, and `own`; no secrets."""
     kept = ("PATH", "HOME", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR", *names)
     return {**{name: environ[name] for name in kept if name in environ}, "LC_ALL": "C.UTF-8", **own}
 
@@ -2177,7 +2023,7 @@ class Stillness:
         self._before = [meter() for meter in meters]
 
     def seconds(self, now: float) -> float:
-        """How long it has been; to be asked again and again."""
+        """To be asked again and again."""
         values = [meter() for meter in self._meters]
         if any(value >= before + 1 for value, before in zip(values, self._before, strict=True)):
             self._before, self._moved_at = values, now
@@ -2185,11 +2031,10 @@ class Stillness:
 
 
 class StallClock:
-    """Notices when nothing moves any more, neither what `meters` measure nor the mounts.
+    """Notices when nothing moves for `seconds`, neither what `meters` measure nor the mounts.
 
-    That is so after `seconds`. It is much sooner where S3 is not the reason: where each of our own questions
-    to it was answered, and tigrisfs had nothing to complain about either. Then something waits for what will
-    never come. About `beside` see Mount.meter; where it is not `hasty`, only `seconds` count.
+    It is `hasty` where each of our own questions to S3 was answered, and tigrisfs had nothing to complain
+    about either: then something waits for what will never come. About `beside` see Mount.meter.
     """
 
     def __init__(
@@ -2201,15 +2046,9 @@ class StallClock:
         hasty: bool = True,
     ) -> None:
         self._seconds, self._mounts = seconds, mounts
-        self._silence_seconds = max(SILENCE_SECONDS, seconds / 8)
-        self._is_hasty = hasty and len(mounts) > 0 and self._silence_seconds < seconds < math.inf
-        complaints = [lambda log=mount.log: log.complained_at for mount in mounts]
-        self._still, self._silent = (
-            Stillness([*meters, *more, *(mount.meter(limit, beside) for mount in mounts)])
-            for limit, more in ((seconds, []), (self._silence_seconds, complaints))
-        )
+        self._silence_seconds = max(SILENCE_SECONDS, seconds / 8) if hasty and mounts else math.inf
+        self._still = Stillness([*meters, *(mount.meter(seconds, beside) for mount in mounts)])
         self._looked_at = self._asked_at = self._unsure_at = time.monotonic()
-        self._question: concurrent.futures.Future[bool] | None = None
 
     def check(self, what: str) -> None:
         """Raises Hung, saying `what`, when nothing moves; S3Error when S3 refuses all we ask."""
@@ -2217,32 +2056,22 @@ class StallClock:
         if now - self._looked_at < min(1.0, self._seconds / 10):
             return
         self._looked_at = now
-        if self._still.seconds(now) > self._seconds:
+        still_seconds, half_seconds = self._still.seconds(now), self._silence_seconds / 2
+        # For the second half of a silence S3 has to answer.
+        if min([still_seconds, *(now - mount.log.complained_at for mount in self._mounts)]) < half_seconds:
+            self._unsure_at = now
+        elif now - self._asked_at >= half_seconds / 6:
+            self._asked_at = now
+            if not all(mount.answers() for mount in self._mounts):
+                self._unsure_at = time.monotonic()
+        if still_seconds > self._seconds:
             why = f"{self._seconds:.0f} s"
-        elif self._is_hasty and self._is_silent(now):
+        elif now - self._unsure_at >= half_seconds:
             why = f"{self._silence_seconds:.0f} s, though S3 answers"
         else:
             return
-        raise Hung(
-            f"{what} (no progress for {why})", "STALL_TIMEOUT says how long that may be; run it again."
-        )
-
-    def _is_silent(self, now: float) -> bool:
-        """Whether there was silence for long enough, and S3 has answered for the second half of it.
-
-        S3 is asked in the background: it may hold us up for as long as it likes.
-        """
-        if self._silent.seconds(now) < self._silence_seconds / 2:
-            self._unsure_at, self._question = now, None
-        elif self._question and self._question.done():
-            answered, self._question = self._question.result(), None
-            if answered:
-                return now - self._unsure_at >= self._silence_seconds / 2
-            self._unsure_at = now
-        elif not self._question and now - self._asked_at >= self._silence_seconds / 12:
-            self._asked_at = now
-            self._question = in_background(lambda: all(mount.answers() for mount in self._mounts))
-        return False
+        hint = "STALL_TIMEOUT says how long that may be; run it again."
+        raise Hung(f"{what} (no progress for {why})", hint)
 
 
 # --------------------------------------------------------------------------------------------------- Mounts
@@ -3056,7 +2885,7 @@ class ReadAhead:
     def _hold(self, reader: Reader, is_held: bool) -> None:
         """Stops a borg in an object that is larger than the window, or has it go on."""
         if reader.child and is_held != reader.child.is_held(HELD_BACK):
-            (reader.child.hold if is_held else reader.child.let_go)(HELD_BACK)
+            reader.child.hold(HELD_BACK, is_held)
             reader.wait(is_held)
 
     def _walk(self) -> None:
@@ -3429,8 +3258,7 @@ class Borg:
         self._runtime.stop.check()
         with self._environment(own) as (env, fd):
             child = Child(["borg", *arguments], env, pass_fds=(fd,), is_foreground=True)
-            with child.in_foreground():
-                return self._run_to_end(arguments[0] if arguments else "", child)
+            return self._run_to_end(arguments[0] if arguments else "", child)
 
     @contextlib.contextmanager
     def _environment(self, own: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]]:
@@ -4105,7 +3933,8 @@ class Message:
                 hint = "; redirects are not followed: write the final URL" if 300 <= status < 400 else ""
                 reason, may_pass = f"{status} {http_reason(status)}{hint}", status in RETRIED_STATUSES
             except OSError as fault:
-                reason, may_pass = describe_fault(fault), not isinstance(fault, ssl.SSLCertVerificationError)
+                reason = str(fault) or type(fault).__name__
+                may_pass = not isinstance(fault, ssl.SSLCertVerificationError)
             except (http.client.HTTPException, ValueError) as fault:
                 # A broken answer is not quoted: it may repeat what was asked for.
                 reason, may_pass = f"no HTTP ({type(fault).__name__})", True
@@ -6370,8 +6199,7 @@ class Item:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those that can be given to another object."""
-        return kept_headers(self.facts.get("headers", {}))
+        return dict(self.facts.get("headers", {}))
 
 
 PLAN_TABLES = """

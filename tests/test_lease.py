@@ -71,9 +71,6 @@ class Notes:
         if at_boot_seconds:
             self.armed.append((at_boot_seconds, backup.boot_seconds()))
 
-    def close(self) -> None:
-        pass
-
     def assert_harmless(self) -> None:
         """It was armed, and never for a moment that had passed."""
         assert self.armed
@@ -216,10 +213,9 @@ def with_switch(program: str) -> subprocess.CompletedProcess[str]:
         ("switch.arm(boot_seconds() - 5); time.sleep(20)", -9),
         ("switch.arm(boot_seconds() + 0.3); switch.arm(boot_seconds() + 60); time.sleep(0.8)", 0),
         ("switch.arm(boot_seconds() + 0.3); switch.arm(0); time.sleep(0.8)", 0),
-        ("switch.arm(boot_seconds() + 0.3); switch.close(); time.sleep(0.8)", 0),
         ("time.sleep(0.8)", 0),
     ],
-    ids=["asleep", "busy", "in the past", "put off", "disarmed", "closed", "never armed"],
+    ids=["asleep", "busy", "in the past", "put off", "disarmed", "never armed"],
 )
 def test_the_kernel_kills_a_process_that_does_not_put_off_its_end(program: str, exit_code: int) -> None:
     done = with_switch(program)
