@@ -840,6 +840,7 @@ S3_HINTS = {
 }
 S3_HINTS = {code: hint for codes, hint in S3_HINTS.items() for code in codes.split()}
 PERMISSIONS = {"LIST": "ListBucket", "GET": "GetObject", "HEAD": "GetObject", "DELETE": "DeleteObject"}
+REDIRECTS = range(300, 400)
 # What passes: too early, too many, too busy; 520-530 are a CDN's words for a server that does not answer it.
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531)})
 RETRIED_CODES = frozenset({"RequestTimeout"})  # a 400, and S3's word for a body that stopped on its way
@@ -1072,7 +1073,7 @@ class S3Client:
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         status, reason = answer.status, http_reason(answer.status)
         code, message = (xml_text(answer.body, name) for name in ("Code", "Message"))
-        if 300 <= status < 400 and not code:
+        if status in REDIRECTS and not code:
             to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
             code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
         code = code or ("NotS3" if answer.body else reason)
@@ -1583,9 +1584,8 @@ class Lease:
 
     def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
-        with self._lock:
-            self._members.append(member)
-            self._obey()
+        self._members.append(member)
+        self._obey()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
