@@ -871,9 +871,7 @@ class S3Client:
     patience: Patience = Patience()
     stop: Stop = field(default_factory=lambda: Stop())
     is_direct: bool = False  # for threads that nobody waits for: faster, but no stop signal ends a wait
-    trying: Callable[[], contextlib.AbstractContextManager[object]] = (
-        contextlib.nullcontext
-    )  # around each try
+    trying: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # round each try
     idle: IdleConnections = field(default_factory=IdleConnections, repr=False)
     dated: Answer | None = field(default=None, repr=False)  # the last one that had a time
 
