@@ -1498,7 +1498,7 @@ class Lease:
         trials = IF_ABSENT, {"If-Match": NO_SUCH_ETAG}  # both have to fail
         try:
             self._take()
-            self._obey()
+            self._apply()
             self._keeper.start()  # the trials may take their time, too
             self.enforced = not any(self._write(self._client, condition) for condition in trials)
         except BaseException as error:
@@ -1566,7 +1566,7 @@ class Lease:
         """Whether the next renewal may still fail once."""
         return boot_seconds() < self._valid_until - self._ttl / 4
 
-    def _obey(self) -> None:
+    def _apply(self) -> None:
         """Has the processes that write, and the switch, do what the lease allows now."""
         with self._lock:  # the switch is off only while nobody can write
             is_off = self.lost or self.suspended or self._over.is_set()
@@ -1583,7 +1583,7 @@ class Lease:
     def add(self, member: Child) -> None:
         """Has `member` stopped and killed with the lease."""
         self._members.append(member)
-        self._obey()
+        self._apply()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -1619,7 +1619,7 @@ class Lease:
             if self.suspended == self._is_fresh:
                 with self._write_lock:
                     self.suspended = not self.suspended
-                    self._obey()
+                    self._apply()
                 suspended = f"cannot be renewed: the work is suspended until it can: {self._trouble}"
                 self._notice(f"the lease {suspended if self.suspended else 'is renewed: the work goes on'}")
 
@@ -1632,7 +1632,7 @@ class Lease:
                 else:
                     who = current or "its object was deleted"
                     self.lost = f"the lease on the repository was lost ({who})"
-            self._obey()
+            self._apply()
         except S3Error as error:
             self._trouble = str(error)
 
@@ -1642,7 +1642,7 @@ class Lease:
         if self._keeper.is_alive():
             self._keeper.join(CLEANUP_SECONDS)
         concurrent.futures.wait([self._renewal], timeout=0 if self.expires else CLEANUP_SECONDS)
-        self._obey()
+        self._apply()
         certain = self._renewal.done() and boot_seconds() < self._valid_until - LEASE_MARGIN_SECONDS
         if self.enforced and certain and not (self.lost or self.expires):
             try:
