@@ -919,7 +919,7 @@ class S3Client:
         return objects, ("start-after", keys[-1])
 
     def list_objects(self, prefix: str, start_after: str = "", where: Where = None) -> Iterator[S3Object]:
-        """All objects below `prefix`, or those after a key or from a page on; mostly in key order."""
+        """Those below `prefix`, or after a key or from a page on, in order, but in S3's directory buckets."""
         where, last, empty = ("start-after", start_after) if start_after else where, None, 0
         while True:
             objects, following = self.list_page(prefix, where)
@@ -939,7 +939,7 @@ class S3Client:
         return (self.get_span(key, *span) if span else self.request("GET", key)).body
 
     def download(self, key: str, size_bytes: int) -> Iterator[Answer]:
-        """The content of an object of about this size, piece by piece of one version, at last its headers."""
+        """The content of an object of about this size, in pieces of one version; the last has its headers."""
         if size_bytes <= LARGEST_PIECE_BYTES:
             yield self.request("GET", key)
             return
@@ -1474,9 +1474,8 @@ class Lease:
         self.suspended = False
         self.lost = ""  # why, when it is lost
         self.expires = False  # it is not to be given back, but to expire
-        if only_reads:
-            patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
-            client = dataclasses.replace(client, patience=patience)
+        patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS) if only_reads else client.patience
+        client = dataclasses.replace(client, patience=patience)
         # Connecting and waiting for the answer together end before a lease that is suspended can expire.
         hasty, long = Patience(max(1.0, ttl / 10), 0, 0), min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
         patient = Patience(hasty.answer_seconds, long, long)
@@ -1839,7 +1838,7 @@ def waiting(
     grace_seconds: float = 0,
     pause_seconds: float = POLL_SECONDS,
 ) -> Iterator[float]:
-    """How many seconds it has been, until all is done. Raises Stopped when that takes `grace_seconds`."""
+    """How many seconds it has been, again and again until all is done. Raises Stopped, with this grace."""
     start = time.monotonic()
     while concurrent.futures.wait(work, timeout=pause_seconds).not_done:
         if stop and stop.requested and concurrent.futures.wait(work, timeout=grace_seconds).not_done:
@@ -1972,7 +1971,7 @@ class Child:
 
 
 def run_to_end(child: Child, stop: Stop, check: Callable[[], None] = lambda: None) -> int:
-    """The exit code of `child`. A stop signal ends it, and what `check` raises: Stuck at once."""
+    """The exit code of `child`. A stop signal, or what `check` raises, ends it in order; Stuck kills it."""
     try:
         for _ in waiting(child.ended, stop=stop):
             check()
