@@ -2985,20 +2985,11 @@ class Verdict(enum.Enum):
     BUSY = "busy"  # another run works on the repository
 
 
-# What borg says of a file that it could not read; the exit code is one of the source's content.
-UNREAD_WARNINGS = frozenset(
-    f"Backup{kind}Error" for kind in ("", "IO", "OS", "FileNotFound", "Permission", "RaceCondition")
-)
-IO_ERROR_CODE = 106
-
-
 def verdict(code: int) -> Verdict:
     """What borg's exit code means with BORG_EXIT_CODES=modern ("Return codes" in its documentation)."""
     if code == 0:
         return Verdict.OK
-    if (code == 1 or 100 <= code <= 127) and code != IO_ERROR_CODE:
-        return Verdict.WARNING
-    return Verdict.FAILURE
+    return Verdict.WARNING if code == 1 or 100 <= code <= 127 else Verdict.FAILURE
 
 
 def archive_pattern(label: str) -> str:
@@ -3011,21 +3002,12 @@ def borg_time(text: str) -> datetime:
     return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
-def borg_create(target: Target, label: str, repository: Path, comment: str = "") -> list[str]:
-    """Archives what it is told of (Fed).
-
-    The files cache goes by ctime and size: S3's LastModified is both mtime and ctime here, and inode
-    numbers change with every mount. ACLs and flags do not exist on S3; asking for extended attributes
-    costs a request for each object.
-    """
+def borg_create(target: Target, label: str, repository: Path, comment: str) -> list[str]:
+    # LastModified is ctime, too, and inode numbers change with every mount. S3 has neither ACLs nor flags;
+    # extended attributes cost a request for each object.
     options = ["--files-cache", "ctime,size", "--noxattrs", "--noacls", "--noflags", "--paths-from-stdin"]
-    options += ["--comment", comment] if comment else []
-    archive = f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"
-    return ["create", "--json", *options, "--compression", target.compression, archive]
-
-
-def borg_export(repository: Path, archive: str, stream: Path) -> list[str]:
-    return ["export-tar", "--tar-filter", "", f"{repository}::{archive}", str(stream)]
+    options += ["--compression", target.compression, "--comment", comment]
+    return ["create", "--json", *options, f"{repository}::{label}-{{now:%Y-%m-%dT%H:%M:%S}}"]
 
 
 def borg_prune(target: Target, label: str, repository: Path) -> list[str]:
@@ -3037,50 +3019,31 @@ def borg_compact(target: Target, repository: Path) -> list[str]:
 
 
 def drain(stream: IO[bytes]) -> None:
-    """Reads the rest. borg pads its tar file behind the end, and must not find the pipe closed."""
+    """Reads the rest: borg pads its tar file behind the end, and must not find the pipe closed."""
     while stream.read(READ_BYTES):
         pass
-
-
-BORG_FOLDERS = (
-    "XDG_CONFIG_HOME",
-    "XDG_CACHE_HOME",
-    "BORG_BASE_DIR",
-    "BORG_CONFIG_DIR",
-    "BORG_CACHE_DIR",
-    "BORG_KEYS_DIR",
-    "BORG_SECURITY_DIR",
-)
-# A person may tell borg how to behave (BORG_EXIT_CODES, BORG_NEW_PASSPHRASE, the answers to its questions);
-# which repository it is and how to open it is our matter.
-BORG_SECRETS = ("BORG_REPO", "BORG_PASSPHRASE", "BORG_PASSPHRASE_FD", "BORG_PASSCOMMAND")
-TERMINAL_VARIABLES = ("TERM", "COLUMNS", "LINES")
 
 
 BREAK_LOCK_HELP = (
     "If nobody works on it any more: backup.py mount target-{name} && borg break-lock {path};"
     " backup.py umount target-{name}"
 )
-
 DAMAGE_HELP = (
     "Look for what changed objects of the bucket (a lifecycle rule, somebody's deletion), copy it before you"
     " try `backup.py borg {name} check --repair`, and then let `backup.py check {name}` look at all of it."
 )
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-
+REPLACED_HELP = (
+    "The repository was replaced, by another one or an older state; if that was you, remove /cache and"
+    " /config/borg/security. If another target is a copy of it, let one of them begin in an empty place."
+)
 # What to do about borg's own errors, by its message ids; {name} and {path} are filled in.
 BORG_HINTS = {
     "PassphraseWrong": 'Correct TARGET_SECRETS "{name}"."borg_passphrase".',
     "LockTimeout": BREAK_LOCK_HELP,
     "LockErrorT": BREAK_LOCK_HELP,
-    "Repository.InvalidRepository": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
     "Repository.InvalidRepositoryConfig": 'Point TARGETS "{name}"."path" at an empty place or a repository.',
-    "Cache.EncryptionMethodMismatch": "The repository was replaced by another one; if that was you, remove"
-    " /cache and /config/borg/security.",
-    "Cache.RepositoryReplay": "The repository is older than when it was last used; if you restored a copy,"
-    " remove /cache and /config/borg/security. If another target is a copy of it, let one of them begin in an"
-    " empty place.",
+    "Cache.EncryptionMethodMismatch": REPLACED_HELP,
+    "Cache.RepositoryReplay": REPLACED_HELP,
     "Cache.CacheInitAbortedError": "Another repository lies there, and it is not encrypted; if that is yours,"
     ' set TARGETS "{name}"."encryption" to none.',
     "IntegrityError": DAMAGE_HELP,
@@ -3089,116 +3052,81 @@ BORG_HINTS = {
     "UnencryptedRepo": "Without encryption there is no key, and none to lose.",
     "NoManifestError": "The repository is damaged: backup.py borg {name} check",
 }
-
-
 # What borg says that a person needs to read in other words.
 EXPECTED_NOTES = {
-    "hardlinks not supported": (
-        "borg notes that S3 has no hard links when it saves its config: expected, harmless"
-    ),
-    "you will need both KEY AND PASSPHRASE": (
-        "keep the passphrase and a copy of the key (`backup.py key-export`) in a safe place"
-    ),
+    "hardlinks not supported": "S3 has no hard links, as borg notes when it saves its config: harmless",
+    "KEY AND PASSPHRASE": "keep the passphrase and a copy of the key (`backup.py key-export`) safe",
 }
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
+@dataclass
 class BorgLog:
-    """Reads borg's JSON log lines.
+    """What one command of borg says; its JSON log lines are shown as they come."""
 
-    Shows progress, warnings and errors, and keeps what decides on the result.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        console: Console,
-        stop: Stop,
-        on_fed: Callable[[Mapping[str, Any]], None] | None = None,
-    ) -> None:
-        self.errors, self.warnings = Findings(), Findings()  # by message id
-        self.is_warning = False  # borg's exit code tells of one: what has no id does not change that
-        self.infos: list[str] = []
-        self._name, self._console, self._stop = name, console, stop
-        self._on_fed = on_fed
+    name: str
+    console: Console
+    stop: Stop
+    on_fed: Callable[[Mapping[str, Any]], None] | None = None
+    errors: Findings = field(default_factory=Findings)  # by message id
+    warnings: Findings = field(default_factory=Findings)
+    infos: list[str] = field(default_factory=list)
+    output: str = ""
+    verdict: Verdict = Verdict.FAILURE
 
     def feed(self, line: str) -> None:
         try:
             entry = json.loads(line)
             kind = entry["type"]
         except (ValueError, KeyError, TypeError):
-            self._take("ERROR", "", line)
-            return
-        if kind in ("fed_done", "fed_status") and self._on_fed:
-            self._on_fed(entry)
+            entry, kind = {"message": line}, "log_message"
+        if kind in ("fed_done", "fed_status") and self.on_fed:
+            self.on_fed(entry)
         elif kind in ("progress_message", "progress_percent") and entry.get("message"):
-            self._console.progress(self._name, entry["message"])
-        elif kind == "log_message":
-            self._take(entry.get("levelname", "ERROR"), entry.get("msgid", ""), entry.get("message", ""))
+            self.console.progress(self.name, entry["message"])
+        elif kind == "log_message" and (text := entry.get("message", "").strip()):
+            self._take(entry.get("levelname", "ERROR"), entry.get("msgid", ""), text)
 
-    def _take(self, level: str, msgid: str, message: str) -> None:
-        text, name, console = message.strip(), self._name, self._console
-        if not text:
-            return
+    def _take(self, level: str, msgid: str, text: str) -> None:
+        found, show = None, self.console.debug
         for words, explanation in EXPECTED_NOTES.items():
             if words in text:
-                console.info(name, explanation)
+                self.console.info(self.name, explanation)
                 return
-        show = console.debug
         if level in ("ERROR", "CRITICAL"):
-            if not self.errors.add(msgid, text):  # a repository may give one for each piece of data it lost
-                return
+            found = self.errors
             # What it says when it is stopped is no error; a traceback says less than the failure's own line.
-            if not self._stop.requested and not text.startswith(("Traceback", "Local Exception")):
-                show = console.error
+            if not self.stop.requested and not text.startswith(("Traceback", "Local Exception")):
+                show = self.console.error
         elif level != "WARNING":
             self.infos.append(text)
-        elif not (self._on_fed and msgid in UNREAD_WARNINGS):  # those our own client tries
-            self.is_warning |= bool(msgid)
-            if not self.warnings.add(msgid, text):
-                return
-            show = console.warning
-        show(name, f"borg: {text}")
-
-    def report_hidden(self) -> None:
-        if self.errors.more:
-            self._console.error(self._name, f"borg: {self.errors.more:,} more errors")
-        if self.warnings.more:
-            self._console.warning(self._name, f"borg: {self.warnings.more:,} more warnings")
+        elif not (self.on_fed and re.fullmatch(r"Backup\w*Error", msgid)):  # those our own client tries
+            found, show = self.warnings, self.console.warning
+        if found is None or found.add(msgid, text):  # there may be one for each piece of data that is lost
+            show(self.name, f"borg: {text}")
 
     def reason(self, code: int) -> str:
         """Why a command failed, in one line: the exception's where borg printed a traceback."""
         text = "\n".join(message for _, message in self.errors.named)
         exceptions = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", text, re.MULTILINE)
-        return (
-            exceptions[-1] if exceptions else text.partition("\n")[0].rstrip(".") or f"it ended with {code}"
-        )
+        first = text.partition("\n")[0].rstrip(".")
+        return exceptions[-1] if exceptions else first or f"it ended with {code}"
 
 
-@dataclass(frozen=True)
-class BorgResult:
-    verdict: Verdict
-    output: str
-    log: BorgLog
+BORG_FOLDERS = re.compile(r"XDG_(CONFIG|CACHE)_HOME|BORG_\w+_DIR")
+# A person may tell borg how to behave (BORG_EXIT_CODES, BORG_NEW_PASSPHRASE, the answers to its questions).
+HANDED_OVER = re.compile(r"TERM|COLUMNS|LINES|BORG_(?!PASSPHRASE$|PASSCOMMAND$).*", re.DOTALL)
 
 
+@dataclass
 class Borg:
-    """Runs borg on one target's repository in the folder `repository`.
+    """Runs borg on one target's repository."""
 
-    borg will work on `mounts`, first of all the repository's; `folders` are variables that tell it to keep
-    what it knows elsewhere than usual.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        target: Target,
-        repository: Path,
-        mounts: Sequence[Mount] = (),
-        folders: Mapping[str, str] | None = None,
-    ) -> None:
-        self.repository = repository
-        self._runtime, self._target = runtime, target
-        self._mounts, self._folders = mounts, folders or {}
+    runtime: Runtime
+    target: Target
+    repository: Path  # its folder
+    mounts: Sequence[Mount] = ()  # that borg works on, first of all the repository's
+    folders: Mapping[str, str] = field(default_factory=dict)  # variables: where it keeps what it knows
 
     def run(
         self,
@@ -3207,87 +3135,80 @@ class Borg:
         consume: Callable[[IO[bytes]], None] | None = None,
         own: Mapping[str, str] | None = None,
         waits: Callable[[], float] = lambda: 0,
-    ) -> BorgResult:
-        """Runs one command to its end; `fed` is what it is told to archive.
+    ) -> BorgLog:
+        """Runs one command to its end; `fed` tells it what to archive, `consume` reads its output.
 
-        The result has the output, unless `consume` reads it. `own` variables are for borg; `waits` grows
-        while whoever feeds it, or reads from it, has reason to be slow. Raises BackupError when it fails,
-        Hung when its mounts are gone or nothing moves, Stopped on a stop signal, and what `consume` raises.
-        An archive that lacks what could not be read is a result.
+        `own` variables are for borg; `waits` grows while whoever reads from it has reason to be slow. Raises
+        BackupError when it fails (not where an archive lacks what could not be read), Hung when its mounts
+        are gone or nothing moves, Stopped on a stop signal, and what `consume` raises.
         """
-        runtime, name = self._runtime, self._target.store.name
+        console, stop, name = self.runtime.console, self.runtime.stop, self.target.store.name
         command, *rest = arguments
-        argv = ["borg", *command.split(), "--log-json", "--lock-wait", str(LOCK_WAIT_SECONDS), *rest]
-        log, output = BorgLog(name, runtime.console, runtime.stop, fed.take if fed else None), []
-        runtime.console.debug(name, shlex.join(argv))
-        runtime.stop.check()
+        lock = ["--lock-wait", str(LOCK_WAIT_SECONDS)]
+        if command == "list" and self.mounts[0].lease and self.mounts[0].lease.enforced:
+            lock = ["--bypass-lock"]  # the lease keeps all others away
+        argv = ["borg", *command.split(), "--log-json", *lock, *rest]
+        log, output = BorgLog(name, console, stop, fed.take if fed else None), []
+        console.debug(name, shlex.join(argv))
+        stop.check()
         with self._environment({"BORG_EXIT_CODES": "modern", **(own or {})}) as (env, fd):
             if command == "list":  # see `borg_time`; archive names and `prune` go by the user's zone
-                env |= {"S3BORGBACKUP_SIZES": "yes", "TZ": "UTC"}
+                env["TZ"] = "UTC"
+            env |= fed.environment if fed else {}
             fds = (fd, fed.read_end) if fed else (fd,)
-            child = Child(
-                argv, env | (fed.environment if fed else {}), output.append, log.feed, fds, consume=consume
-            )
+            child = Child(argv, env, output.append, log.feed, fds, consume=consume)
             if fed:
                 fed.began(child)
             code = self._run_to_end(command, child, fed.moved if fed else waits)
-        log.report_hidden()
+        for found, show in ((log.errors, console.error), (log.warnings, console.warning)):
+            if found.more:
+                show(name, f"borg: {found.more:,} more like these")
         if child.consumed:
             child.consumed.result()
-        result = BorgResult(verdict(code), "\n".join(output), log)
-        lacks_some = command == "create" and code == IO_ERROR_CODE
-        if result.verdict is Verdict.FAILURE and not lacks_some:
+        log.verdict, log.output = verdict(code), "\n".join(output)
+        if log.verdict is Verdict.FAILURE:
             raise self._failure(command, code, log)
-        return result
+        return log
 
     def hand_over(self, arguments: Sequence[str]) -> int:
         """Runs what a person typed, with our standard streams and terminal; returns borg's exit code.
 
-        The repository is in BORG_REPO. Raises Stuck when its mounts are gone, or nothing moves and no
-        terminal is there, Stopped on a stop signal.
+        Raises Stuck when its mounts are gone, or nothing moves and no terminal is there, and Stopped.
         """
-        own = {
-            name: value
-            for name, value in self._runtime.environ.items()
-            if name in TERMINAL_VARIABLES or (name.startswith("BORG_") and name not in BORG_SECRETS)
-        }
-        own |= {"BORG_REPO": str(self.repository), "S3BORGBACKUP_HANDED_OVER": "yes"}
-        self._runtime.stop.check()
-        with self._environment(own) as (env, fd):
+        environ = self.runtime.environ
+        own = {name: value for name, value in environ.items() if HANDED_OVER.fullmatch(name)}
+        self.runtime.stop.check()
+        with self._environment({**own, "BORG_REPO": str(self.repository)}) as (env, fd):
             child = Child(["borg", *arguments], env, pass_fds=(fd,), is_foreground=True)
             return self._run_to_end(arguments[0] if arguments else "", child)
 
     @contextlib.contextmanager
     def _environment(self, own: Mapping[str, str]) -> Iterator[tuple[dict[str, str], int]]:
-        """The environment for one command, and the file descriptor of the passphrase that it names."""
         with (
-            passphrase_file(self._target.passphrase) as fd,
+            passphrase_file(self.target.passphrase) as fd,
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as additions,
         ):
             Path(additions, "sitecustomize.py").write_text(BORG_ADDITIONS, encoding="ascii")
+            self._arrived = Path(additions, "arrived")
+            self._arrived.touch()
             ours = {
-                "BORG_HOST_ID": f"{OWN_HOST}{self._runtime.run_id}",  # host names and PIDs repeat
+                "BORG_HOST_ID": f"{OWN_HOST}{self.runtime.run_id}",  # host names and PIDs repeat
                 "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",  # the mount point is our choice
                 "BORG_DISPLAY_PASSPHRASE": "no",
                 "BORG_PASSPHRASE_FD": str(fd),
                 "PYTHONPATH": additions,
+                "S3BORGBACKUP_MOUNT": str(self.mounts[0].path) if self.mounts else "",
             }
-            if self._target.encryption == "none":
+            if self.target.encryption == "none":
                 ours["BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK"] = "yes"
-            if self._mounts:
-                ours["S3BORGBACKUP_MOUNT"] = str(self._mounts[0].path)
-            self._arrived = Path(additions, "arrived")
-            yield (
-                {**own, **minimal_environment(self._runtime.environ, BORG_FOLDERS, **ours), **self._folders},
-                fd,
-            )
+            environ = self.runtime.environ
+            kept = minimal_environment(environ, filter(BORG_FOLDERS.fullmatch, environ), **ours)
+            yield {**own, **kept, **self.folders}, fd
 
     def _run_to_end(self, command: str, child: Child, waits: Callable[[], float] = lambda: 0) -> int:
-        """The exit code; looks after the mounts meanwhile, and leaves no borg behind that hangs on one."""
-        leases = [mount.lease for mount in self._mounts if mount.lease]
-        for lease in leases:
-            lease.add(child)
-        seconds = self._runtime.settings.stall_seconds if child.is_watched else math.inf
+        for mount in self.mounts:
+            if mount.lease:
+                mount.lease.add(child)
 
         def moved() -> float:
             return io_bytes(child.pid) + int(cpu_seconds(child.pid))
@@ -3296,179 +3217,93 @@ class Borg:
             return time.monotonic() if child.is_held(HELD_BACK) else 0
 
         # What a person has started may wait for somebody else at its standard input.
-        hasty = not child.is_foreground
-        stall = StallClock(seconds, self._mounts, moved, held, waits, beside=moved, hasty=hasty)
-
-        def hangs() -> str:
-            told = [
-                f"{mount.store.name}: {mount.log.reason}" for mount in self._mounts if mount.log.complaints
-            ]
-            words = "; ".join(told) or "tigrisfs said nothing about it"
-            return f"{self._target.store.name}: borg {command} hangs: {words}"
+        hasty, seconds = not child.is_foreground, self.runtime.settings.stall_seconds
+        limit = seconds if child.is_watched else math.inf
+        stall = StallClock(limit, self.mounts, moved, held, waits, beside=moved, hasty=hasty)
 
         def check() -> None:
-            for mount in self._mounts:
+            for mount in self.mounts:
                 mount.check_alive()
                 mount.check_store()
                 if arrived := list(mount.log.arrived.values()):
                     self._arrived.write_bytes(b"\0".join(map(os.fsencode, arrived)))
-            stall.check(hangs())
+            words = "; ".join(f"{mount.store.name}: {mount.log.reason}" for mount in self.mounts)
+            stall.check(f"{self.target.store.name}: borg {command} hangs: {words}")
 
         try:
-            code = run_to_end(child, self._runtime.stop, check)
+            code = run_to_end(child, self.runtime.stop, check)
         except BackupError as error:
-            self._free(child, isinstance(error, Hung))
+            # It may hang on a mount: the one that complained last is killed first. Where it hung, the one
+            # that is written to is lost anyway, and others may use the other.
+            is_lost = isinstance(error, Hung)
+            mounts = [(is_lost and bool(each.lease), each.log.complained_at, each) for each in self.mounts]
+            for *_, mount in sorted(mounts, key=lambda each: each[:2], reverse=True):
+                if child.wait(0) is None:
+                    mount.cut_off()
+                    child.wait(KILL_SECONDS)
             raise
-        if code:
-            for mount in self._mounts:
-                mount.check_alive()  # the cause of borg's trouble, if it is gone
+        for mount in self.mounts if code else ():
+            mount.check_alive()  # the cause of borg's trouble, if it is gone
         return code
 
-    def _free(self, child: Child, hung: bool) -> None:
-        """Ends a borg that hangs on a mount: kills one after the other, first the one that complained last.
-
-        Where it `hung`, the one that is to be written to is lost anyway, and others may use the other.
-        """
-        mounts = [
-            (hung and mount.lease is not None, mount.log.complained_at, mount) for mount in self._mounts
-        ]
-        for _, _, mount in sorted(mounts, key=lambda each: each[:2], reverse=True):
-            if child.wait(0) is None:
-                mount.cut_off()
-                child.wait(KILL_SECONDS)
-
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
-        name, path = self._target.name, self.repository
         msgid, reason = log.errors.named[0][0] if log.errors.count else "", log.reason(code)
         hint = BORG_HINTS.get(msgid, DISK_HELP if "No space left" in reason else TRY_AGAIN)
-        owner = f" (held by {self._lock_owner(reason)})" if msgid.startswith("Lock") else ""
+        if msgid.startswith("Lock") and (lock := re.search(r" (/.*/lock)(\.exclusive)?\b", reason)):
+            owners: list[str] = []
+            with contextlib.suppress(OSError, BackupError):
+                owners = within(MOUNT_SECONDS, "lock", lambda: os.listdir(f"{lock[1]}.exclusive"))
+            reason += f" (held by {', '.join(owners) or 'a shared lock: see lock.roster'})"
         return BackupError(
-            f"{self._target.store.name}: borg {command}: {reason}{owner}",
-            hint.format(name=name, path=shlex.quote(str(path))),
+            f"{self.target.store.name}: borg {command}: {reason}",
+            hint.format(name=self.target.name, path=shlex.quote(str(self.repository))),
         )
-
-    def _lock_owner(self, reason: str) -> str:
-        """Who holds the lock of the repository or of the cache, as borg writes it: host.pid-thread."""
-        named = re.search(r" (/.*)/lock(\.exclusive)?\b", reason)
-        folder = Path(named[1]) if named else self.repository
-        try:
-            names = within(MOUNT_SECONDS, "lock", lambda: os.listdir(folder / "lock.exclusive"))
-        except (OSError, BackupError):
-            names = []
-        return ", ".join(names) or "a shared lock: see lock.roster"
 
 
 OWN_HOST = "s3borgbackup-"  # how BORG_HOST_ID begins, and so the name of each lock of ours
+LOCK = re.compile(r"(lock\.exclusive(?:\..*\.tmp)?)/(.*)")
+INDEX_FILE = re.compile(r"(?:index|hints|integrity)\.(\d+)")
 
 
-@dataclass(frozen=True)
-class Leftovers:
-    """What crashed runs left in a repository or a cache; under the lease each lock of ours is stale."""
+def leftovers(names: Sequence[str], roster: bytes) -> tuple[list[str], list[str]]:
+    """What crashed runs left in a repository, and who else is at work there; by the names of its files.
 
-    stale: tuple[str, ...]  # what to delete: names below the folder, before the folders that hold them
-    owners: tuple[str, ...]  # somebody else's locks
-
-    @classmethod
-    def sort(cls, names: Sequence[str], roster: bytes) -> Leftovers:
-        """Tells stale locks from others by their names below the repository and the content of `lock.roster`.
-
-        Where nobody else is at work, a broken index and a temporary file (`nonce-*.tmp`) are stale, too.
-
-        An exclusive lock is a folder `lock.exclusive` with a file HOST.PID-THREAD in it, one that is about to
-        be taken a folder `lock.exclusive.RANDOM.tmp` with the same, and `lock.roster` names who reads
-        (locking.py of borg 1.4).
-        """
-        folders: dict[str, list[str]] = {}
-        for name in names:
-            folder, slash, holder = name.partition("/")
-            if slash and LOCK_FOLDER.fullmatch(folder):
-                folders.setdefault(folder, []).append(holder)
-        owners, stale = roster_owners(roster), []
-        if roster and not owners:
-            stale.append("lock.roster")
-        for folder, holders in folders.items():
-            foreign = [holder for holder in holders if holder and not holder.startswith(OWN_HOST)]
-            stale += [f"{folder}/{holder}" for holder in holders if holder.startswith(OWN_HOST)]
-            stale += [] if foreign else [f"{folder}/"]
-            owners += foreign if folder == "lock.exclusive" else []
-        if not owners:
-            stale += broken_indexes(names)
-            stale += [name for name in names if name.endswith(".tmp") and "/" not in name]
-        return cls(tuple(stale), tuple(owners))
-
-
-LOCK_FOLDER = re.compile(r"lock\.exclusive(\..*\.tmp)?")
-INDEX_FILE = re.compile(r"(index|hints|integrity)\.(\d+)")
-
-
-def broken_indexes(names: Iterable[str]) -> list[str]:
-    """What to delete of the indexes in a repository at which nobody works, by the names of its files.
-
-    borg renames hints.N, index.N and integrity.N to their names in this order, but TigrisFS may upload them
-    in another, and a crash may come between. borg rebuilds an index that is not there from the segments. But
-    where it meets one without hints, and an older index beside it, it mixes the two and fails with a KeyError
-    (`Repository.prepare_txn` of borg 1.4). So what is not a pair is deleted.
+    An exclusive lock is a folder `lock.exclusive` with a file HOST.PID-THREAD, one that is about to be taken
+    a folder `lock.exclusive.RANDOM.tmp` with the same. `lock.roster` names who reads (locking.py, borg 1.4).
     """
-    kinds: dict[str, set[str]] = {}
-    for name in names:
-        if found := INDEX_FILE.fullmatch(name):
-            kinds.setdefault(found[2], set()).add(found[1])
-    broken = {number: kind for number, kind in kinds.items() if not kind >= {"index", "hints"}}
-    return [f"{kind}.{number}" for number, each in broken.items() for kind in sorted(each)]
-
-
-def roster_owners(roster: bytes) -> list[str]:
-    """Who else reads or writes, by a `lock.roster`; borg takes one that it cannot read for an empty one."""
     try:
         entries = [entry for kind in json.loads(roster).values() for entry in kind]
-        return [f"{host}.{pid}" for host, pid, _ in entries if not str(host).startswith(OWN_HOST)]
-    except (ValueError, TypeError, AttributeError):
-        return []
+        owners = [f"{host}.{pid}" for host, pid, _ in entries if not str(host).startswith(OWN_HOST)]
+    except (ValueError, TypeError, AttributeError):  # borg takes it for an empty one
+        owners = []
+    stale = ["lock.roster"] if roster and not owners else []
+    locks = [found.groups() for found in map(LOCK.fullmatch, names) if found]
+    stale += [f"{folder}/{holder}" for folder, holder in locks if holder.startswith(OWN_HOST)]
+    others = [(folder, holder) for folder, holder in locks if holder and not holder.startswith(OWN_HOST)]
+    stale += dict.fromkeys(f"{folder}/" for folder, _ in locks if folder not in dict(others))
+    owners += [holder for folder, holder in others if folder == "lock.exclusive"]
+    if owners:
+        return stale, owners
+    stale += [name for name in names if name.endswith(".tmp") and "/" not in name]
+    # TigrisFS may upload hints.N, index.N and integrity.N in any order, and a crash may come between. borg
+    # makes an index that is not there anew. But where it meets one without hints, and an older one beside it,
+    # it mixes the two and fails with a KeyError (`Repository.prepare_txn` of borg 1.4).
+    for found in filter(None, map(INDEX_FILE.fullmatch, names)):
+        if not {f"index.{found[1]}", f"hints.{found[1]}"} <= set(names):
+            stale.append(found[0])
+    return stale, owners
 
 
-def borg_folder(environ: Mapping[str, str], kind: str, xdg_default: str) -> Path:
+def borg_folder(environ: Mapping[str, str], kind: str) -> Path:
     """Where borg keeps its `CACHE` or `CONFIG` ("Environment Variables" in its documentation)."""
     base = environ.get("BORG_BASE_DIR")
-    default = Path(base or environ.get("HOME") or Path.home(), xdg_default)
+    default = Path(base or environ.get("HOME") or Path.home(), f".{kind.lower()}")
     folder = default if base else Path(environ.get(f"XDG_{kind}_HOME", default))
     return Path(environ.get(f"BORG_{kind}_DIR", folder / "borg"))
 
 
-def cache_folder(environ: Mapping[str, str], repository_id: str) -> Path:
-    """Where borg keeps its cache of a repository; it need not be there."""
-    return borg_folder(environ, "CACHE", ".cache") / repository_id
-
-
-# What borg notes of a repository that it has used, and what key types there are (crypto/key.py of borg 1.4).
-SECURITY_FILES = ("key-type", "location", "manifest-timestamp")
-KEY_TYPES = {
-    "0": "keyfile",
-    "2": "none",
-    "3": "repokey",
-    "4": "keyfile-blake2",
-    "5": "repokey-blake2",
-    "6": "authenticated-blake2",
-    "7": "authenticated",
-}
-
-
 def security_folder(environ: Mapping[str, str], repository_id: str) -> Path:
-    """Where borg notes what it knows of a repository; it need not be there."""
-    security = environ.get("BORG_SECURITY_DIR", borg_folder(environ, "CONFIG", ".config") / "security")
-    return Path(security, repository_id)
-
-
-def seen_encryption(environ: Mapping[str, str], repository_id: str) -> str | None:
-    """The encryption mode that a repository had when borg used it last; borg refuses any other.
-
-    None where borg has not seen it here (`SecurityManager.known` and `assert_key_type` of borg 1.4).
-    """
-    folder = security_folder(environ, repository_id)
-    try:
-        texts = [(folder / name).read_text(encoding="ascii") for name in SECURITY_FILES]
-    except (OSError, ValueError):
-        return None
-    return KEY_TYPES.get(texts[0].strip())
+    return Path(environ.get("BORG_SECURITY_DIR", borg_folder(environ, "CONFIG") / "security"), repository_id)
 
 
 @contextlib.contextmanager
@@ -3480,143 +3315,111 @@ def passphrase_file(passphrase: str) -> Iterator[int]:
         yield stream.fileno()
 
 
-# What borg's interpreter executes at its start, as a module named `sitecustomize`. Where borg's parts are
-# called otherwise than in borg 1.4, what changes them is left out: it saves time, or is for a person's
-# convenience.
+# What borg's interpreter executes at its start, as a module named `sitecustomize`. What is called otherwise
+# than in borg 1.4 is left alone: the change saves time, or is for convenience.
 #
-# About fsync: when one upload fails, by a connection that is reset for instance, fsync fails too, and borg
-# would give up. TigrisFS keeps the data, but tries again only when the file is closed, and until that has
-# succeeded every fsync returns the old error (SyncFile and sendUpload in core/file.go). So the file is closed
-# for a moment, behind borg's back, and opened again, which the stall clock bounds. A refusal may pass as
-# well: where S3 means it, Mount.check_store ends borg. (REFUSED is what mapHttpError makes of 4xx; 409 is
-# EINTR, at which Python would ask again at once, for ever.) A file that has arrived all the same is in a
-# list, see Mount.check_store. And where S3 does not know an upload any more, TigrisFS drops the data, and
-# fsync succeeds: but what was dropped cannot be read.
+# About fsync: once an upload has failed, it returns that error until TigrisFS, which keeps the data, has
+# tried again, as it does only when the file is closed (SyncFile and sendUpload in core/file.go). borg would
+# give up. So the file is closed for a moment, behind borg's back. The stall clock bounds that, and where S3
+# means a refusal, Mount.check_store ends borg. (os.fsync would repeat EINTR, which 409 becomes, for ever.) A
+# file that has arrived all the same is in a list, see there. And where S3 does not know an upload any more,
+# TigrisFS drops the data, and fsync succeeds: but what was dropped cannot be read.
 #
 # A folder's fsync tells borg that what it has renamed there is durable: only then does it delete the index
-# before. TigrisFS tries once to upload all that it holds (SyncTree in core/goofys.go), hears of no error, and
-# may wait for ever: for the deletion of a folder, which waits until no change below it is left to do. Where a
-# file was renamed together with its folder, and S3 did not answer when the old name was to be deleted, one
-# change is left for good (sendRename in core/file.go adds a tombstone, and does not take back what the rename
-# had counted). borg takes its lock by such a rename. So a folder is made anew under its new name, and fsync
-# of one waits for the files that were renamed, as it does for any other file.
+# before. TigrisFS hears of no error (SyncTree in core/goofys.go), and may wait for ever for the deletion of a
+# folder: where a file was renamed together with it, and S3 did not answer when the old name was to be
+# deleted, one change is left to do for good (sendRename in core/file.go). borg takes its lock by such a
+# rename. So a folder is made anew under its new name, and its fsync is that of the files that were renamed.
 BORG_ADDITIONS = """\
-import ctypes, errno, fcntl, json, os, shutil, stat, sys, tarfile, time
+import ctypes, fcntl, json, os, shutil, stat, sys, tarfile, time
 
-PASSING = (errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT)
-REFUSED = (errno.EACCES, errno.EINTR, errno.EINVAL, errno.ENOENT, errno.ENOTSUP, errno.ENXIO)
-MOUNT, ARRIVED = os.environ.get("S3BORGBACKUP_MOUNT"), os.path.dirname(__file__) + "/arrived"
+MOUNT, ARRIVED = os.environ["S3BORGBACKUP_MOUNT"], os.path.dirname(__file__) + "/arrived"
 LIBC = ctypes.CDLL(None, use_errno=True)
 renamed = []
+
+def around(owner, name):
+    def decorate(wrapper):
+        setattr(owner, name, lambda *given, **options: wrapper(original, *given, **options))
+    original = getattr(owner, name)
+    return decorate
 
 def is_on_mount(path):
     return MOUNT and os.path.join(path, "").startswith(MOUNT + "/")
 
-def close_for_a_moment(fd):
-    path, flags = os.readlink(f"/proc/self/fd/{fd}"), fcntl.fcntl(fd, fcntl.F_GETFL)
-    position = os.lseek(fd, 0, os.SEEK_CUR)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, fd, inheritable=False)
-    os.close(null)
+def close_for_a_moment(fd, path):
+    flags, position = fcntl.fcntl(fd, fcntl.F_GETFL), os.lseek(fd, 0, os.SEEK_CUR)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), fd, inheritable=False)
     time.sleep(3)
     again = os.open(path, flags)
     os.lseek(again, position, os.SEEK_SET)
     os.dup2(again, fd, inheritable=False)
     os.close(again)
 
-def has_arrived(path):
-    try:
+def patient(sync, file):
+    fd = file if isinstance(file, int) else file.fileno()
+    path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+    if not is_on_mount(path):
+        return sync(fd)
+    if stat.S_ISDIR(facts.st_mode):
+        while renamed:
+            try:
+                stream = open(renamed.pop(), "rb")
+            except FileNotFoundError:
+                continue
+            with stream:
+                os.fsync(stream)
+        return
+    while LIBC.fsync(fd):
         with open(ARRIVED, errors="surrogateescape") as stream:
-            return path in stream.read().split("\\0")
-    except FileNotFoundError:
-        return False
-
-def sync_renamed():
-    while renamed:
-        try:
-            fd = os.open(renamed.pop(), os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-def patient(sync):
-    def wrapper(file):
-        fd = file if isinstance(file, int) else file.fileno()
-        path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
-        if is_on_mount(path) and stat.S_ISDIR(facts.st_mode):
-            return sync_renamed()
-        while sync(fd):
-            number, path = ctypes.get_errno(), os.readlink(f"/proc/self/fd/{fd}")
-            if not (number in PASSING or number in REFUSED and is_on_mount(path)):
-                raise OSError(number, os.strerror(number))
-            if has_arrived(path):
+            if path in stream.read().split("\\0"):
                 return
-            close_for_a_moment(fd)
-        path, facts = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
-        if is_on_mount(path) and stat.S_ISREG(facts.st_mode) and facts.st_size:
-            with open(path, "rb", buffering=0) as stream:
-                stream.read(1)
-    return wrapper
+        close_for_a_moment(fd, path)
+    if facts.st_size:
+        with open(path, "rb", buffering=0) as stream:
+            stream.read(1)
 
-def file_by_file(replace):
-    def wrapper(old, new, **options):
-        if not is_on_mount(os.fspath(old)):
-            return replace(old, new, **options)
-        if os.path.isdir(old):
-            os.mkdir(new)
-            for name in os.listdir(old):
-                shutil.copyfile(os.path.join(old, name), os.path.join(new, name))
-            shutil.rmtree(old)
-        else:
-            replace(old, new, **options)
-            renamed.append(new)
-    return wrapper
+def file_by_file(replace, old, new, **options):
+    if not is_on_mount(os.fspath(old)) or not os.path.isdir(old):
+        replace(old, new, **options)
+        renamed.extend([new] if is_on_mount(os.fspath(new)) else [])
+        return
+    os.mkdir(new)
+    for name in os.listdir(old):
+        shutil.copyfile(os.path.join(old, name), os.path.join(new, name))
+    shutil.rmtree(old)
 
 # borg's files cache leaves out the newest files of a run: they might be written again within the resolution
-# of their time. On S3 these are all objects of the newest second, be it years ago, and each run would read
-# them again. But S3 sets that time itself, so that what it had written before the run began is certain to get
-# another time when it is overwritten. (LocalCache._newest_cmtime)
-def trust_old(until):
+# of their time. On S3 these are all objects of the newest second, which each run would read again. But S3
+# sets that time itself: what it had written before the run began gets another one when it is overwritten.
+def trust_old():
     from borg.cache import LocalCache
-    memorize = LocalCache.memorize_file
+    until = int(os.environ["S3BORGBACKUP_TRUSTED_BEFORE"])
+    LocalCache._newest_cmtime = property(lambda cache: until, lambda cache, newest: None)
 
-    def wrapper(self, *arguments):
-        memorize(self, *arguments)
-        if self._newest_cmtime:
-            self._newest_cmtime = int(until)
-
-    LocalCache.memorize_file = wrapper
-
-# borg reads the paths that it is told of in blocks of 4096 characters, and would wait for more before it
-# begins with the first. Here it takes each one at once from a pipe of our own, reports how many it is done
-# with, which ones it has read and of which it could make no file, and must be told that the list is at its
-# end: whoever feeds it may be gone. (iter_separated and Archiver.print_file_status)
+# borg would wait for 4096 characters of paths before it begins with the first. Here it takes each one at once
+# from a pipe of our own, reports how many it is done with, which ones it has read and of which it could make
+# no file, and must be told that the list is at its end: whoever feeds it may be gone.
 def be_fed(fd):
     from borg import archiver
-    number = told = at = 0
+    number = at = 0
 
     def report(kind, **facts):
         print(json.dumps({"type": kind, "number": number, **facts}), file=sys.stderr, flush=True)
 
     def paths(*arguments):
-        nonlocal number, told, at
+        nonlocal number, at
         rest = b""
-        while part := os.read(int(fd), 65536):
+        while part := os.read(fd, 65536):
             *whole, rest = (rest + part).split(b"\\0")
             for path in whole:
                 if not path:
                     return
                 number += 1
                 yield os.fsdecode(path)
-                if time.monotonic() > at + 0.05:
-                    told, at = number, time.monotonic()
+                if path is whole[-1] or time.monotonic() > at + 0.05:
+                    at = time.monotonic()
                     report("fed_done")
-            if number > told:
-                told, at = number, time.monotonic()
-                report("fed_done")
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
@@ -3625,133 +3428,102 @@ def be_fed(fd):
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
 
-# `borg list` knows two more keys for --format: `nfiles` and `size`, which borg notes in each archive. `borg
-# info` has them, too, but reads all of each archive's metadata, and needs the cache. (ArchiveFormatter)
-def list_sizes(_):
+# `borg list --format` knows `nfiles` and `size`, too, which borg notes in each archive. `borg info` would
+# read all of each archive's metadata, and needs the cache.
+def list_sizes():
     from borg.helpers.parseformat import ArchiveFormatter
-    start = ArchiveFormatter.__init__
 
-    def wrapper(self, format, *arguments, **options):
+    @around(ArchiveFormatter, "__init__")
+    def know_more(start, self, format, *arguments, **options):
         start(self, format, *arguments, **options)
         for key in {"nfiles", "size"} & self.format_keys:
             self.call_keys[key] = lambda key=key: self.get_meta(key, rs=False)
-        self.used_call_keys = set(self.call_keys) & self.format_keys
+            self.used_call_keys.add(key)
 
-    ArchiveFormatter.__init__ = wrapper
+# After `backup.py borg NAME`, a word without a slash is an archive where borg wants REPOSITORY::ARCHIVE, so
+# that `diff A B` means what it says. A new passphrase is asked for, as BORG_PASSPHRASE_FD is closed by then.
+# And who deletes the repository deletes neither its mount nor the lease.
+def take_archives_by_name():
+    from borg.helpers.parseformat import Location
 
-# What a person types after `backup.py borg NAME` needs no repository: where borg wants REPOSITORY::ARCHIVE, a
-# word without a slash is an archive of BORG_REPO, so that `diff A B` means what it says. A new passphrase is
-# asked for (Passphrase.new would read BORG_PASSPHRASE_FD again, which is closed by then). And who deletes the
-# repository deletes neither its mount nor the lease.
-def take_archives_by_name(_):
-    import borg.helpers
-    from borg.helpers import parseformat
-    make = parseformat.location_validator
+    @around(Location, "parse")
+    def by_name(parse, self, text, *arguments):
+        return parse(self, text if not text or "/" in text or "::" in text else "::" + text, *arguments)
 
-    def location_validator(archive=None, proto=None):
-        validator = make(archive, proto)
-        if archive is False:
-            return validator
-        return lambda text: validator(text if not text or "/" in text or "::" in text else "::" + text)
-
-    parseformat.location_validator = borg.helpers.location_validator = location_validator
-
-def ask_for_new_passphrase(_):
+def read_passphrase_once():
     from borg.crypto.key import Passphrase
-    new = Passphrase.new.__func__
 
-    def wrapper(cls, *arguments, **options):
+    @around(Passphrase, "fd_passphrase")
+    def once(read):
+        passphrase = read()
         os.environ.pop("BORG_PASSPHRASE_FD", None)
-        return new(cls, *arguments, **options)
+        return passphrase
 
-    Passphrase.new = classmethod(wrapper)
-
-def spare_what_is_ours(_):
+def spare_what_is_ours():
     from borg.repository import Repository
-    destroy, remove = Repository.destroy, shutil.rmtree
 
-    def empty(path):
-        for name in os.listdir(path):
-            entry = os.path.join(path, name)
-            if os.path.isdir(entry) and not os.path.islink(entry):
-                remove(entry)
-            elif not name.startswith(".s3borgbackup-"):
+    def destroy(self):
+        if self.append_only:
+            raise ValueError(self.path + " is in append-only mode")
+        self.close()
+        for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name != "config"):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry)
+            elif not entry.name.startswith(".s3borgbackup-"):
                 os.unlink(entry)
 
-    def wrapper(self):
-        shutil.rmtree = empty
-        try:
-            destroy(self)
-        finally:
-            shutil.rmtree = remove
+    Repository.destroy = destroy
 
-    Repository.destroy = wrapper
-
-# Of an archive only what is asked for is to be read: a file names it, in the archive's order. Patterns for a
-# million paths would take much memory, and paths hold line ends. And a tar file has no place for user
-# metadata unless it is of the PAX kind.
-def export_only(path):
+# A file names what is asked for of an archive, in its order: patterns for a million paths would take much
+# memory, and paths hold line ends. A tar file has a place for user metadata only when it is of the PAX kind.
+def export_chosen():
     from borg.archive import Archive
-    chosen, item_filter = map(json.loads, open(path)), Archive.item_filter
+    chosen, xattrs = map(json.loads, open(os.environ["S3BORGBACKUP_EXPORTED"])), {}
     following = [next(chosen, None)]
 
-    def wrapper(self, item, *arguments):
+    @around(Archive, "item_filter")
+    def is_chosen(item_filter, self, item, *arguments):
         if item.path != following[0] or not item_filter(self, item, *arguments):
             return False
-        following[0] = next(chosen, None)
+        following[0], xattrs[item.path] = next(chosen, None), item.get("xattrs") or {}
         return True
 
-    Archive.item_filter = wrapper
-
-def export_metadata(_):
-    from borg.archive import Archive
-    iter_items, addfile, current = Archive.iter_items, tarfile.TarFile.addfile, {}
-
-    def noting(self, *arguments, **options):
-        for item in iter_items(self, *arguments, **options):
-            current["xattrs"] = item.get("xattrs") or {}
-            yield item
-
-    def adding(self, tarinfo, *arguments):
+    @around(tarfile.TarFile, "addfile")
+    def with_headers(add, self, tarinfo, *arguments):
         headers = {
             "SCHILY.xattr." + name.decode(): (value or b"").decode("utf-8", "surrogateescape")
-            for name, value in current["xattrs"].items()
+            for name, value in xattrs.pop(tarinfo.name, {}).items()
             if name.startswith(b"user.")
         }
         self.format = tarfile.PAX_FORMAT if headers else tarfile.GNU_FORMAT
         tarinfo.pax_headers = headers
-        return addfile(self, tarinfo, *arguments)
+        return add(self, tarinfo, *arguments)
 
-    Archive.iter_items, tarfile.TarFile.addfile = noting, adding
-
-os.fsync, os.fdatasync = patient(LIBC.fsync), patient(LIBC.fdatasync)
-os.rename, os.replace = file_by_file(os.rename), file_by_file(os.replace)
-for variable, *patches in (
-    ("S3BORGBACKUP_TRUSTED_BEFORE", trust_old),
-    ("S3BORGBACKUP_SIZES", list_sizes),
-    ("S3BORGBACKUP_HANDED_OVER", take_archives_by_name, ask_for_new_passphrase, spare_what_is_ours),
-    ("S3BORGBACKUP_EXPORTED", export_only, export_metadata),
+for name, changed in (
+    ("fsync", patient), ("fdatasync", patient), ("rename", file_by_file), ("replace", file_by_file)
 ):
-    for patch in patches if variable in os.environ else ():
-        try:
-            patch(os.environ[variable])
-        except (ImportError, AttributeError):
-            pass
+    around(os, name)(changed)
+for patch in (
+    trust_old, list_sizes, take_archives_by_name, read_passphrase_once, spare_what_is_ours, export_chosen
+):
+    try:
+        patch()
+    except (ImportError, AttributeError, KeyError):  # KeyError: it is not for this command
+        pass
 if "S3BORGBACKUP_FED" in os.environ:
-    be_fed(os.environ["S3BORGBACKUP_FED"])
+    be_fed(int(os.environ["S3BORGBACKUP_FED"]))
 """
 
 
-def encryption_mistake(target: Target, actual: str) -> BackupError | None:
-    """The error when an existing repository's mode is not what the configuration promises, else None."""
+def expect_encryption(target: Target, actual: str) -> None:
+    """Raises BackupError when a repository's mode is not what the configuration promises."""
     plain = ("none", "authenticated", "authenticated-blake2")
-    if actual == target.encryption or not (target.must_match or actual in plain):
-        return None
-    return BackupError(
-        f"{target.store.name}: the repository's encryption mode is {actual},"
-        f" the configuration asks for {target.encryption}",
-        f'Set TARGETS "{target.name}"."encryption" to {actual}, or use a new path.',
-    )
+    if actual != target.encryption and (target.must_match or actual in plain):
+        raise BackupError(
+            f"{target.store.name}: the repository's encryption mode is {actual},"
+            f" the configuration asks for {target.encryption}",
+            f'Set TARGETS "{target.name}"."encryption" to {actual}, or use a new path.',
+        )
 
 
 def size(number: float) -> str:
@@ -4173,20 +3945,16 @@ class Preflight:
     clock: datetime  # the server's
 
     def repository_state(self, store: Store) -> RepositoryState:
-        """What the names and sizes of these keys tell.
-
-        `borg init` writes README, config, the segments 0 and 1, and last an index. Where there is no further
-        segment, nothing can have been archived, so what has only borg's own names may be made anew.
-        """
-        others = {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.others(store)}
-        others.pop("", None)
+        # `borg init` writes README, config, the segments 0 and 1, and last an index. Without a further
+        # segment nothing can have been archived, so what has only borg's own names may be made anew.
+        others = self.others(store)
         own = {name for name in others if OWN_NAMES.fullmatch(name)}
         if not others:
             return RepositoryState.EMPTY
-        later = any(found and int(found[1]) > 1 for found in map(SEGMENT_FILE.fullmatch, own))
-        is_small = not self.following and sum(others.values()) < UNFINISHED_MAX_BYTES and not later
+        is_small = not self.following and sum(others.values()) < UNFINISHED_MAX_BYTES
+        is_first = is_small and not any(map(LATER_SEGMENT.fullmatch, own))
         is_whole = "config" in own and any(name.startswith("index.") for name in own)
-        if is_small and own == others.keys() and "README" in own and not is_whole:
+        if is_first and own == others.keys() and "README" in own and not is_whole:
             return RepositoryState.UNFINISHED
         return RepositoryState.READY if "config" in own and len(own) > 1 else RepositoryState.FOREIGN
 
@@ -4194,10 +3962,10 @@ class Preflight:
         """Whether a note is there; our names sort before all of borg's."""
         return any(entry.key == f"{store.key_prefix}{name}" for entry in self.keys)
 
-    def others(self, store: Store) -> list[S3Object]:
-        """What is not ours: the lease, probes and notes are."""
-        ours = f"{store.key_prefix}{OWN_PREFIX}"
-        return [entry for entry in self.keys if not entry.key.startswith(ours)]
+    def others(self, store: Store) -> dict[str, int]:
+        """What is not ours, as the lease, probes and notes are: name below the prefix -> size in bytes."""
+        sizes = {entry.key[len(store.key_prefix) :]: entry.size_bytes for entry in self.keys}
+        return {name: sizes[name] for name in sizes if name and not name.startswith(OWN_PREFIX)}
 
 
 class RepositoryState(enum.Enum):
@@ -4211,14 +3979,13 @@ class RepositoryState(enum.Enum):
 OWN_NAMES = re.compile(
     r"README|(config|nonce)(-\w{8}\.tmp)?|(data|hints|index|integrity|lock)[./].*", re.DOTALL | re.ASCII
 )
-SEGMENT_FILE = re.compile(r"data/[0-9]+/([0-9]+)")
+LATER_SEGMENT = re.compile(r"data/[0-9]+/(?![01]$)[0-9]+")
 CONFIG_ID = re.compile(r"^id = ([0-9a-f]{64})$", re.MULTILINE)
 PROBED_OBJECTS = 10  # each may be in cold storage, or just deleted
 UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than 1 KB
 
 
 def look(client: S3Client) -> Preflight:
-    """Lists the beginning of a store. Raises S3Error."""
     entries, more = client.list_page(client.store.key_prefix)
     if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
@@ -4232,7 +3999,6 @@ def examine(client: S3Client, write: bool) -> Preflight:
     for entry in readable[:PROBED_OBJECTS]:
         try:
             client.get(entry.key, (0, 0) if entry.size_bytes else None)
-            refusal = None
             break
         except S3Error as error:
             if error.status not in (*REFUSALS, 404):
@@ -4240,8 +4006,9 @@ def examine(client: S3Client, write: bool) -> Preflight:
             # One in cold storage, or deleted since the listing, says nothing about the others.
             if error.status != 404 and error.code != "InvalidObjectState":
                 refusal = refusal or error
-    if refusal:
-        raise refusal
+    else:
+        if refusal:
+            raise refusal
     if write:
         probe_write(client)
     return found
@@ -4269,7 +4036,7 @@ def probe_write(client: S3Client) -> None:
 
 
 def read_config(mount: Mount) -> tuple[str, str]:
-    """A mounted repository's config, and the id in it. Raises BackupError."""
+    """A mounted repository's config, and the id in it."""
     name = mount.store.name
     config = within(MOUNT_SECONDS, f"{name}: reading config", (mount.path / "config").read_text)
     if not (found := CONFIG_ID.search(config)):
@@ -4282,11 +4049,11 @@ def prepare_repository(
 ) -> bool:
     """Clears what crashed runs left in a repository, or makes one; returns whether it is new.
 
-    Raises BackupError where somebody else has it locked, and where there is none though it may not be new.
+    Raises BackupError, also where somebody else has it locked.
     """
     store, prefix, found = target.store, target.store.key_prefix, look(client)
-    probe = f"{prefix}{PROBE_NAME}"  # what a preflight that was killed left
-    delete_all(lease, [entry.key for entry in found.keys if entry.key.startswith(probe)])
+    probes = [entry.key for entry in found.keys if entry.key.startswith(f"{prefix}{PROBE_NAME}")]
+    delete_all(lease, "", probes)  # which preflights that were killed left
     state = what_lies_there(client, found, may_be_new)
     if state is RepositoryState.READY:
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
@@ -4299,22 +4066,19 @@ def prepare_repository(
                 )
             runtime.stop.wait(POLL_SECONDS * 5)
         return False
-    if state is RepositoryState.UNFINISHED:
-        others = found.others(store)
+    if others := found.others(store):
         runtime.console.warning(store.name, f"{state.value} is removed: {len(others)} small objects")
-        delete_all(lease, [entry.key for entry in others])
+        delete_all(lease, prefix, others)
     runtime.console.info(store.name, f"a new repository is made ({target.encryption})")
     # `borg init` wants an empty place, and the lease lies there already. So it makes a few small local files,
     # which are copied; the config goes last: what an interruption leaves has none, and is made anew.
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(["init", "--encryption", target.encryption, str(repository)])
-        # The notes are of a repository that was here before.
-        delete_all(lease, [f"{prefix}{name}" for name in (KEY_EXPORTED_NAME, CHECKED_NAME)])
+        delete_all(lease, prefix, (KEY_EXPORTED_NAME, CHECKED_NAME))  # of a repository that was here before
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
-            key, body = f"{prefix}{path.relative_to(repository)}", path.read_bytes()
-            lease.write(S3Client.put, key, body)
+            lease.write(S3Client.put, f"{prefix}{path.relative_to(repository)}", path.read_bytes())
     return True
 
 
@@ -4328,7 +4092,7 @@ def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> Rep
     if state is RepositoryState.FOREIGN:
         raise BackupError(
             f"{store.name}: {store.location} holds other objects"
-            f" (such as {found.others(store)[0].key!r}) and no borg repository",
+            f" (such as {next(iter(found.others(store)))!r}) and no borg repository",
             f"Point {store.setting('path')} at an empty place, such as {store.bucket}:borg.",
         )
     if state is not RepositoryState.READY and not may_be_new:
@@ -4347,29 +4111,29 @@ def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequenc
     if not lease.enforced:
         return ()
     name, prefix = client.store.name, client.store.key_prefix
-    # The names that sort after segments: hints.N, index.N, integrity.N, lock.
+    # What sorts behind the segments: hints.N, index.N, integrity.N, lock.
     names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
     # Its last holder may just have left.
     roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
-    left = Leftovers.sort(names, roster.body if roster else b"")
-    delete_all(lease, [f"{prefix}{name}" for name in left.stale])
-    if any(re.match(r"lock\.exclusive.*/.", name) for name in left.stale):
+    stale, owners = leftovers(names, roster.body if roster else b"")
+    delete_all(lease, prefix, stale)
+    if any(re.match(r"lock\.exclusive.*/.", name) for name in stale):
         runtime.console.info(name, "the lock of a run that crashed is removed")
-    if any(INDEX_FILE.fullmatch(name) for name in left.stale):
+    if any(map(INDEX_FILE.fullmatch, stale)):
         runtime.console.info(name, "the index that a crashed run left half-written is removed")
-    return left.owners
+    return owners
 
 
-def delete_all(lease: Lease, keys: Iterable[str]) -> None:
-    for key in keys:
-        lease.write(S3Client.delete, key)
+def delete_all(lease: Lease, prefix: str, names: Iterable[str]) -> None:
+    for name in names:
+        lease.write(S3Client.delete, f"{prefix}{name}")
 
 
 @contextlib.contextmanager
 def cache_reserved(runtime: Runtime, store: Store, lease: Lease, folder: Path) -> Iterator[None]:
-    """Keeps others on this machine from borg's cache in `folder`: the lease is that of a place in S3 only.
+    """Keeps others on this machine from borg's cache in `folder`, and clears the locks of crashed runs there.
 
-    Clears the locks there, too: the cache may lie on a volume and outlive a container that was killed in it.
+    The lease is only that of a place in S3, and the cache may lie on a volume that outlives a container.
     """
     path = folder.with_name(f"s3borgbackup-{folder.name}.lock")
     try:
@@ -4383,25 +4147,28 @@ def cache_reserved(runtime: Runtime, store: Store, lease: Lease, folder: Path) -
             f"Let it finish, and point {store.setting('path')} at an empty place of its own.",
         )
     with lock:
-        paths = [path for each in folder.glob("lock.*") for path in (each, *each.glob("*"))]
-        names = [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in paths]
-        roster = (folder / "lock.roster").read_bytes() if "lock.roster" in names else b""
-        for name in Leftovers.sort(names, roster).stale if lease.enforced else ():
-            with contextlib.suppress(OSError):  # borg says what is wrong with it
-                (folder / name).rmdir() if name.endswith("/") else (folder / name).unlink()
-                runtime.console.debug(store.name, f"{folder / name} is removed: a run that crashed left it")
+        if lease.enforced:
+            # borg locks its cache exclusively: only readers' entries in `lock.roster` would matter.
+            for path in (*folder.glob(f"lock.exclusive*/{OWN_HOST}*"), *folder.glob("lock.exclusive*")):
+                with contextlib.suppress(OSError):  # somebody else's; or borg says what is wrong with it
+                    path.rmdir() if path.is_dir() else path.unlink()
         yield
 
 
+# By the numbers that borg notes (crypto/key.py of borg 1.4).
+KEY_TYPES = {"0": "keyfile", "2": "none", "3": "repokey", "4": "keyfile-blake2", "5": "repokey-blake2"}
+KEY_TYPES |= {"6": "authenticated-blake2", "7": "authenticated"}
+
+
 def check_encryption(runtime: Runtime, repository: Repository) -> None:
-    """Raises BackupError when the repository's encryption mode is not what the configuration promises."""
-    mode, borg = seen_encryption(runtime.environ, repository.identity), repository.borg
-    if not mode:  # else borg itself refuses another one
-        options = ["--last", "1", *(["--bypass-lock"] if repository.is_ours_alone else [])]
-        listed = borg.run(["list", "--json", *options, str(borg.repository)])
+    folder, borg = security_folder(runtime.environ, repository.identity), repository.borg
+    try:  # borg refuses any mode but the one that it has seen (`SecurityManager` of borg 1.4)
+        known, *_ = [(folder / name).read_text() for name in ("key-type", "location", "manifest-timestamp")]
+        mode = KEY_TYPES[known.strip()]
+    except (OSError, ValueError, KeyError):
+        listed = borg.run(["list", "--json", "--last", "1", str(borg.repository)])
         mode = json.loads(listed.output)["encryption"]["mode"]
-    if mistake := encryption_mistake(repository.target, mode):
-        raise mistake
+    expect_encryption(repository.target, mode)
 
 
 def read_note(client: S3Client, name: str) -> dict[str, Any]:
@@ -4432,35 +4199,28 @@ class Repository:
     client: S3Client
     mount: Mount
     borg: Borg
-    lease: Lease | None  # None: it can only be read
     identity: str  # its id
     cache: Path  # where borg keeps its cache of it
-    files: Mapping[str, int]  # path -> size in bytes, as they were when it was opened
-
-    @property
-    def is_ours_alone(self) -> bool:
-        """Whether the lease keeps all others away, so that borg needs no lock to read."""
-        return bool(self.lease and self.lease.enforced)
+    files: Mapping[str, int]  # path -> size in bytes, as they were when it was opened to read
 
 
 @contextlib.contextmanager
 def writable(
     runtime: Runtime, target: Target, client: S3Client, lease: Lease, others: Sequence[Mount] = ()
 ) -> Iterator[Repository]:
-    """The repository mounted for writing, and ready for borg; its locks are cleared already.
+    """The repository mounted for writing; its locks are cleared already. borg will need the `others`, too.
 
-    On leaving, everything is uploaded, and the bucket is compared with what borg left in the mount. `others`
-    are further mounts that borg will need. Raises BackupError.
+    On leaving, everything is uploaded, and the bucket is compared with what borg left in the mount.
     """
     store = target.store
     with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
         wait_until_usable(runtime, mount)
         warm_up(runtime, mount)
         identity = read_config(mount)[1]
-        cache = cache_folder(runtime.environ, identity)
+        cache = borg_folder(runtime.environ, "CACHE") / identity
         with cache_reserved(runtime, store, lease, cache):
             borg = Borg(runtime, target, mount.path, [mount, *others])
-            yield Repository(target, client, mount, borg, lease, identity, cache, {})
+            yield Repository(target, client, mount, borg, identity, cache, {})
             mount.check_alive()
             written = repository_files(runtime, store, mount.path, mount)
             # Where borg overwrites without changing the size, it renames a file that was uploaded before.
@@ -4484,16 +4244,6 @@ def opened_for_writing(runtime: Runtime, target: Target, purpose: str) -> Iterat
             yield repository
 
 
-# Reading must work on the worst day: with keys that may only read, while a run writes, after one that
-# crashed, beside anybody's locks. So borg gets a folder of links to the repository's files in a mount that is
-# read-only: there it may take its lock, and rebuild an index that does not fit. And it keeps what it knows
-# beside that folder, as a run may have locked the cache. Only what a run removes meanwhile can be missed.
-
-READING_IS_NOT_ALONE = (
-    "reading goes on without the lease, and fails if somebody compacts the repository meanwhile"
-)
-
-
 @contextlib.contextmanager
 def full_disk_told(store: Store) -> Iterator[None]:
     """Turns the OSError of a full disk into a BackupError."""
@@ -4505,12 +4255,17 @@ def full_disk_told(store: Store) -> Iterator[None]:
         raise
 
 
+# Reading must work on the worst day: with keys that may only read, while a run writes, after one that
+# crashed, beside anybody's locks. So borg gets a folder of links to the repository's files in a mount that is
+# read-only: there it may take its lock, and rebuild an index. And it keeps what it knows beside that folder,
+# as a run may have locked the cache. Only what a run removes meanwhile can be missed.
+
+
 @contextlib.contextmanager
 def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> Iterator[Repository]:
     """An existing repository to read from, with keys that may list and read; whoever writes goes on.
 
-    With a `purpose` the lease is held meanwhile, where it is free and the keys may write: so nobody compacts
-    the repository while it is read for long. Raises BackupError.
+    With a `purpose` the lease is held where that can be, so that nobody compacts it meanwhile.
     """
     store, found = target.store, preflight_one(runtime, target.store, write=False)
     client = S3Client(store, found.region, PROVEN, runtime.stop)
@@ -4521,22 +4276,36 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
             try:  # should it be lost later, reading goes on all the same
                 undo.enter_context(Lease(runtime, client, purpose, only_reads=True))
             except (StillRunning, S3Error) as error:
-                runtime.console.info(target.store.name, f"{error.message}: {READING_IS_NOT_ALONE}")
+                words = "reading goes on without the lease, and fails if somebody compacts the repository"
+                runtime.console.info(store.name, f"{error.message}: {words} meanwhile")
         folder = undo.enter_context(folder_for_mounts())
         path = folder / store.name
         mount = undo.enter_context(mounted(runtime, store, client.region, read_only=True, path=path))
         wait_until_usable(runtime, mount)
         files = repository_files(runtime, store, mount.path, mount)
-        borg, identity = borg_for_reading(runtime, target, mount, files, folder)
+        files = {name: size_bytes for name, size_bytes in files.items() if not name.startswith("lock.")}
+        (config, identity), view = read_config(mount), folder / "view"
+        view.mkdir()
+        (view / "config").write_text(config)
+        for name in files.keys() - {"config"}:
+            os.makedirs(os.path.dirname(f"{view}/{name}"), exist_ok=True)
+            os.symlink(f"{mount.path}/{name}", f"{view}/{name}")
+        cache, security = folder / "cache", folder / "security"
+        known = security_folder(runtime.environ, identity)
+        if known.is_dir():  # it notices a swapped repository; that this one lies elsewhere is no news
+            shutil.copytree(known, security / identity)
+            (security / identity / "location").write_text(str(view), encoding="utf-8")
+        folders = {"BORG_CACHE_DIR": str(cache), "BORG_SECURITY_DIR": str(security)}
+        borg = Borg(runtime, target, view, [mount], folders)
         try:
-            yield Repository(target, client, mount, borg, None, identity, folder / "cache" / identity, files)
+            yield Repository(target, client, mount, borg, identity, cache / identity, files)
         except BackupError as error:
             if isinstance(error, Stopped) or not error.message.startswith(store.name):
                 raise
-            listed: Collection[str] = files
+            listed = files
             with contextlib.suppress(S3Error):
                 listed = listed_files(runtime, client)
-            if all(name in listed for name in files if not name.startswith("lock.")):
+            if files.keys() <= listed.keys():
                 raise
             raise BackupError(
                 f"{store.name}: another run changed the repository while it was read, which may be why this"
@@ -4545,37 +4314,15 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
             ) from error
 
 
-def borg_for_reading(
-    runtime: Runtime, target: Target, mount: Mount, files: Iterable[str], folder: Path
-) -> tuple[Borg, str]:
-    """A borg that sees a folder of links to a mounted repository's files, and the repository's id.
-
-    It is told what is known of the repository, and so notices one that was swapped or set back. That this
-    one lies elsewhere is no news.
-    """
-    (config, identity), view = read_config(mount), folder / "view"
-    view.mkdir()
-    (view / "config").write_text(config)
-    for name in files:
-        if name != "config" and not name.startswith("lock."):
-            os.makedirs(os.path.dirname(f"{view}/{name}"), exist_ok=True)
-            os.symlink(f"{mount.path}/{name}", f"{view}/{name}")
-    known, security = security_folder(runtime.environ, identity), folder / "security" / identity
-    if known.is_dir():
-        shutil.copytree(known, security)
-        (security / "location").write_text(str(view), encoding="utf-8")
-    folders = {"BORG_CACHE_DIR": str(folder / "cache"), "BORG_SECURITY_DIR": str(security.parent)}
-    return Borg(runtime, target, view, [mount], folders), identity
-
-
 # ---------------------------------------------------------------------------------------------------- Check
 
 # `borg check --max-duration` reads the segments one after another, compares each object in them with its
-# checksum, and notes in the repository's config how far it came. One such pass over all segments may take
-# many slices. What we know of it is a small JSON object beside the lease, written under the lease:
+# checksum, and notes in the repository's config how far it came; one such pass may take many slices. What we
+# know of it is a small JSON object beside the lease:
 
 CHECK_KINDS = ("segments", "archives", "data")  # each sees what those before it see, and more
 ROUND_SECONDS = 300  # borg notes its place only when it ends: so much is lost at most by an interruption
+LAST_CHECKED = "last_segment_checked"  # in borg's config
 EARLY = 0.9  # a nightly run must not skip its week because it began a minute earlier than a week before
 
 
@@ -4594,8 +4341,7 @@ class CheckRecord:
     def unchecked_since(self, segments: Segments) -> datetime | None:
         """Since when the data that is unchecked for the longest time is so; None where there is no data.
 
-        Data is unchecked since the pass began that read it last, or since it was written, if none has. In a
-        pass that is under way only the segments up to the last one that it checked count as read.
+        That is since the pass began that read it last, or since it was written, if none has.
         """
         since = []
         for number, (_, written) in segments.items():
@@ -4604,7 +4350,6 @@ class CheckRecord:
         return min(since, default=None)
 
     def age(self, segments: Segments, now: datetime) -> str:
-        """How old the oldest unchecked data is, in a few words."""
         since = self.unchecked_since(segments)
         if not since:
             return "there is no data to check"
@@ -4626,29 +4371,23 @@ def age(seconds: float) -> str:
 
 def last_check(repository: Repository) -> CheckRecord:
     """What is noted of the checks of a repository; an empty record where nothing is, or of another one."""
-    note, identity = read_note(repository.client, CHECKED_NAME), repository.identity
-    fields: dict[str, Any] = {}
+    note = read_note(repository.client, CHECKED_NAME)
     with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
-        if note["repository"] == identity:
-            known = {name: note[name] for name in RECORD_TIMES if note[name] is not None}
-            times = {name: datetime.fromisoformat(text).astimezone(UTC) for name, text in known.items()}
-            texts = {name: str(note[name]) for name in ("damage", "kind")}
-            fields = {"segment": int(note["segment"]), **times, **texts}
-    return CheckRecord(identity, **fields)
+        if note["repository"] == repository.identity:
+            for name in RECORD_TIMES:
+                note[name] = note[name] and datetime.fromisoformat(note[name]).astimezone(UTC)
+            return CheckRecord(**{**note, "segment": int(note["segment"])})
+    return CheckRecord(repository.identity)
 
 
 def is_due(plan: CheckPlan, began: datetime | None, now: datetime) -> bool:
-    if not plan.every or not began:
-        return True
-    return (now - began).total_seconds() >= EARLY * CHECK_PERIODS[plan.every]
+    since = (now - began).total_seconds() if began else math.inf
+    return not plan.every or since >= EARLY * CHECK_PERIODS[plan.every]
 
 
 def before_check(record: CheckRecord, position: int, now: datetime) -> CheckRecord:
-    """The record when a check begins; borg's config says that it will go on after `position` (-1: anew).
-
-    Where its `segment` is then below `position`, borg has to be set back to it: somebody else went on with
-    the pass, or we were interrupted before we could note what was found.
-    """
+    """The record when a check begins, where borg would go on after the segment `position`; -1: anew."""
+    # It is set back where somebody else went on, or we were interrupted before we noted what was found.
     if position < 0 or not record.pass_began or record.segment < 0:
         return dataclasses.replace(record, pass_began=now, segment=-1)
     return dataclasses.replace(record, segment=min(position, record.segment))
@@ -4672,90 +4411,72 @@ def after_check(record: CheckRecord, position: int, damage: str, kind: str, now:
 def check_repository(
     runtime: Runtime, repository: Repository, plan: CheckPlan, verify_data: bool = False
 ) -> CheckRecord:
-    """Checks a repository that is open for writing: a slice of it, or everything; never repairs anything.
+    """Checks a slice of a repository, or everything; damage, older one too, is in the record that it returns.
 
-    Damage is in the record that it returns, and so is that which an earlier check has found. Raises
-    BackupError where it could not be checked, Stopped on a stop signal: the next slice goes on from there.
+    Raises BackupError where it could not be checked, and Stopped: the next slice goes on from there.
     """
-    name, borg, path = repository.target.store.name, repository.borg, repository.mount.path
-    start, is_whole = time.monotonic(), plan.seconds is None
-    deadline, kind = start + (plan.seconds or 0), CHECK_KINDS[1 + verify_data if is_whole else 0]
-    record, position, damage, is_over = last_check(repository), -1, "", False
-    began = repository.client.clock
+    name, borg, path = repository.target.store.name, repository.borg, str(repository.mount.path)
+    start, began, position, damage = time.monotonic(), repository.client.clock, -1, ""
 
     def clock() -> datetime:  # the server's, without asking it again
         return began + timedelta(seconds=time.monotonic() - start)
 
     runtime.console.info(name, "borg check begins")
-    if not is_whole:
-        position, damage = borgs_position(repository), missing_segments(runtime, repository)
-    record = before_check(record, position, clock())
+    kind, options = ("data", ["--verify-data"]) if verify_data else ("archives", [])
+    if plan.seconds is not None:
+        kind, position, damage = "segments", borgs_position(repository), missing_segments(runtime, repository)
+    record = before_check(last_check(repository), position, clock())
     if record.segment < position:
-        value = ["last_segment_checked", str(record.segment)]
-        anew = ["--delete", str(path), value[0]]
-        borg.run(["config", *(anew if record.segment < 0 else [str(path), *value])])
+        borg.run(["config", path, LAST_CHECKED, str(record.segment)])
+    is_over = False
     while not is_over:  # a slice's place is noted now and then; it ends in time, or with the pass
-        options = ["--verify-data"] if verify_data else []
-        if not is_whole:
-            seconds = max(1, round(min(ROUND_SECONDS, deadline - time.monotonic())))
-            options = ["--repository-only", "--max-duration", str(seconds)]
-        result = borg.run(["check", "--info", "--progress", *options, str(path)])
+        if plan.seconds is not None:
+            left = min(ROUND_SECONDS, start + plan.seconds - time.monotonic())
+            options = ["--repository-only", "--max-duration", str(max(1, round(left)))]
+        result = borg.run(["check", "--info", "--progress", *options, path])
         if result.verdict is not Verdict.OK:
-            further = result.log.errors.count - 2  # the last one says that errors were found
-            more = f" (and {count(further, 'further error')})" if further > 0 else ""
-            damage = f"{result.log.reason(1)}{more}"
-        position = -1 if is_whole else borgs_position(repository)
+            damage = damage or result.reason(1)
+        position = borgs_position(repository) if kind == "segments" else -1
         record = after_check(record, position, damage, kind, clock())
-        is_over = position < 0 or time.monotonic() > deadline
-        if is_over:
-            record = dataclasses.replace(record, began=began)
-        note = dataclasses.asdict(record)
-        repository.lease.write(write_note, CHECKED_NAME, note)
+        is_over = position < 0 or time.monotonic() > start + plan.seconds
+        record = dataclasses.replace(record, began=began if is_over else record.began)
+        repository.mount.lease.write(write_note, CHECKED_NAME, dataclasses.asdict(record))
     segments = segments_of(runtime, repository)
     total = size(sum(size_bytes for size_bytes, _ in segments.values()))
     done = sum(size_bytes for number, (size_bytes, _) in segments.items() if number <= record.segment)
     extent = f"{size(done)} of {total} in this pass" if record.pass_began else f"all {total}"
-    found = "damage was found" if record.damage else "no damage was found"
-    took = duration(time.monotonic() - start)
-    runtime.console.info(name, f"checked {extent}, in {took}: {found}; {record.age(segments, clock())}")
+    found = f"{'' if record.damage else 'no '}damage was found; {record.age(segments, clock())}"
+    runtime.console.info(name, f"checked {extent}, in {duration(time.monotonic() - start)}: {found}")
     return record
 
 
 def borgs_position(repository: Repository) -> int:
-    """The last segment that the pass under way has checked, as borg notes it; -1: the next is the first."""
-    config, _ = read_config(repository.mount)
-    found = re.search(r"^last_segment_checked = ([0-9]+)$", config, re.MULTILINE)
+    found = re.search(rf"^{LAST_CHECKED} = ([0-9]+)$", read_config(repository.mount)[0], re.MULTILINE)
     return int(found[1]) if found else -1
 
 
 def missing_segments(runtime: Runtime, repository: Repository) -> str:
     """The segments that the repository's index counts on and that are not there: borg's slices miss that."""
-    path, there = repository.mount.path, segments_of(runtime, repository)
-    hints = json.loads(repository.borg.run(["debug", "dump-hints", str(path), "-"]).output)
-    missing = sorted(int(number) for number, used in hints["segments"].items() if used)
-    missing = [number for number in missing if number not in there]
-    if not missing:
-        return ""
+    hints = repository.borg.run(["debug", "dump-hints", str(repository.mount.path), "-"]).output
+    used = {int(number) for number, objects in json.loads(hints)["segments"].items() if objects}
+    missing = sorted(used - segments_of(runtime, repository).keys())
     names = first_of([str(number) for number in missing])
-    damage = f"{count(len(missing), 'segment')} with data missing from the bucket: {names}"
-    runtime.console.error(repository.target.store.name, damage)
-    return damage
+    return f"{count(len(missing), 'segment')} with data missing from the bucket: {names}" if missing else ""
 
 
 def segments_of(runtime: Runtime, repository: Repository) -> Segments:
     """The segments of a mounted repository: the files `data/FOLDER/NUMBER`."""
     mount = repository.mount
     found = mounted_files(runtime, mount.store, mount.path / "data", mount)
-    numbered = {name.rpartition("/")[2]: facts for name, facts in found.items()}
     return {
         int(number): (size_bytes, datetime.fromtimestamp(written, UTC))
-        for number, (size_bytes, written) in numbered.items()
-        if number.isdigit()
+        for name, (size_bytes, written) in found.items()
+        if (number := name.rpartition("/")[2]).isdigit()
     }
 
 
 def expect_sound(repository: Repository, record: CheckRecord) -> None:
-    """Raises BackupError for damage that a check has found, and that no later one has found repaired."""
+    """Raises BackupError for damage that no later check has found repaired."""
     if record.damage:
         when = f" (found {record.damaged:%Y-%m-%dT%H:%M:%SZ})" if record.damaged else ""
         raise BackupError(
@@ -4766,15 +4487,14 @@ def expect_sound(repository: Repository, record: CheckRecord) -> None:
 
 def check_if_due(runtime: Runtime, repository: Repository) -> None:
     """Checks a repository as its target's `check` says. Raises BackupError, also for older damage."""
-    plan, client = repository.target.check, repository.client
-    if not plan:
+    if not (plan := repository.target.check):
         return
-    record, now = last_check(repository), client.clock
+    record, now = last_check(repository), repository.client.clock
     if is_due(plan, record.began, now):
         record = check_repository(runtime, repository, plan)
     else:
-        words = record.age(segments_of(runtime, repository), now)
-        runtime.console.info(repository.target.store.name, f"no check is due; {words}")
+        words = f"no check is due; {record.age(segments_of(runtime, repository), now)}"
+        runtime.console.info(repository.target.store.name, words)
     expect_sound(repository, record)
 
 
@@ -5055,13 +4775,13 @@ class TargetRun:
         borg, path, results = repository.borg, repository.mount.path, []
         if is_pruned:
             results.append(borg.run(borg_prune(self.target, self.runtime.settings.label, path)))
-            first_words = [line.partition(" archive")[0] for line in results[-1].log.infos]
+            first_words = [line.partition(" archive")[0] for line in results[-1].infos]
             gone, kept = first_words.count("Pruning"), first_words.count("Keeping")
             text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
             self.info(text, "pruned", pruned=gone, kept=kept)
         if is_compacted:
             results.append(borg.run(borg_compact(self.target, path)))
-            for line in results[-1].log.infos:
+            for line in results[-1].infos:
                 if line.startswith("compaction freed"):
                     self.info(line)
         self.warnings += ["" for result in results if result.verdict is Verdict.WARNING]
@@ -5108,7 +4828,7 @@ class TargetRun:
             new_bytes=self.stored_bytes,
         )
         self.judge_archive(fed, feeder)
-        if created.log.is_warning:
+        if any(msgid for msgid, _ in created.warnings.named):  # what has none does not change its exit code
             self.warnings.append("")
         lost = fed.files - stats["nfiles"]
         if lost or not fed.has_manifest:
@@ -5172,7 +4892,6 @@ class TargetRun:
         last = noted[0][0] if noted else None
         if last is None:
             options = ["--last", "2", "--glob-archives", archive_pattern(settings.label)]
-            options += ["--bypass-lock"] if repository.is_ours_alone else []
             try:
                 archives = archives_of(repository, *options)[1]
                 last = next((each.objects for each in archives if each.name != self.archive), None)
@@ -5267,7 +4986,7 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[tuple[Catalog,
     """
     source, console = runtime.settings.source, runtime.console
     name = hashlib.sha256(f"{source.endpoint} {source.location}".encode()).hexdigest()[:16]
-    kept = borg_folder(runtime.environ, "CACHE", ".cache").parent / "s3borgbackup" / f"{name}.catalog"
+    kept = borg_folder(runtime.environ, "CACHE").parent / "s3borgbackup" / f"{name}.catalog"
     with contextlib.ExitStack() as stack:
         try:
             folder = kept.with_suffix(f".{runtime.run_id}")
@@ -6579,7 +6298,7 @@ class Transfer:
                 lines.writelines(f"{json.dumps(item.path)}\n" for item in plan.items(where, "place"))
             try:
                 borg.run(
-                    borg_export(borg.repository, plan.archive, Path("-")),
+                    ["export-tar", "--tar-filter", "", f"{borg.repository}::{plan.archive}", "-"],
                     consume=consume,
                     own={"S3BORGBACKUP_EXPORTED": str(chosen)},
                     waits=self.waited,

@@ -70,14 +70,13 @@ def roster(**kinds: Sequence[str]) -> bytes:
 def test_our_own_locks_are_stale_and_those_of_others_have_an_owner(
     names: Sequence[str], listed: bytes, stale: Sequence[str], owners: Sequence[str]
 ) -> None:
-    locks = backup.Leftovers.sort(names, listed)
-    assert (list(locks.stale), list(locks.owners)) == (stale, owners)
+    assert backup.leftovers(names, listed) == (stale, owners)
 
 
 @pytest.mark.parametrize("host", ["not-s3borgbackup-1", "s3borgbackup", "S3BORGBACKUP-1", "s3borgbackup_1"])
 def test_only_a_host_id_that_begins_like_ours_is_ours(host: str) -> None:
-    assert backup.Leftovers.sort([f"lock.exclusive/{host}.1-0"], b"").owners == (f"{host}.1-0",)
-    assert backup.roster_owners(roster(exclusive=[host])) == [f"{host}.7"]
+    assert backup.leftovers([f"lock.exclusive/{host}.1-0"], b"")[1] == [f"{host}.1-0"]
+    assert backup.leftovers([], roster(exclusive=[host]))[1] == [f"{host}.7"]
 
 
 @pytest.mark.parametrize(
@@ -96,22 +95,22 @@ def test_only_a_host_id_that_begins_like_ours_is_ours(host: str) -> None:
 def test_a_roster_names_who_else_is_there_and_an_unreadable_one_nobody(
     listed: bytes, owners: Sequence[str]
 ) -> None:
-    assert backup.roster_owners(listed) == owners
+    assert backup.leftovers(["lock.roster"], listed)[1] == owners
 
 
 @pytest.mark.parametrize(
     ("environ", "folder"),
     [
-        ({"HOME": "/root"}, "/root/.cache/borg/ab12"),
-        ({"HOME": "/root", "XDG_CACHE_HOME": "/cache"}, "/cache/borg/ab12"),
-        ({"HOME": "/root", "BORG_BASE_DIR": "/base"}, "/base/.cache/borg/ab12"),
+        ({"HOME": "/root"}, "/root/.cache/borg"),
+        ({"HOME": "/root", "XDG_CACHE_HOME": "/cache"}, "/cache/borg"),
+        ({"HOME": "/root", "BORG_BASE_DIR": "/base"}, "/base/.cache/borg"),
         (
             {"HOME": "/root", "BORG_BASE_DIR": "/base", "XDG_CACHE_HOME": "/cache"},
-            "/base/.cache/borg/ab12",
+            "/base/.cache/borg",
         ),
-        ({"XDG_CACHE_HOME": "/cache", "BORG_CACHE_DIR": "/mine"}, "/mine/ab12"),
+        ({"XDG_CACHE_HOME": "/cache", "BORG_CACHE_DIR": "/mine"}, "/mine"),
     ],
 )
 def test_borgs_cache_is_where_borg_looks_for_it(environ: Mapping[str, str], folder: str) -> None:
     """borg 1.4's `get_cache_dir`."""
-    assert backup.cache_folder(environ, "ab12") == Path(folder)
+    assert backup.borg_folder(environ, "CACHE") == Path(folder)
