@@ -102,10 +102,8 @@ POLL_SECONDS = 0.2  # how soon a stop signal is noticed while a child is waited 
 MOUNT_SECONDS = 120  # from the start of tigrisfs to a mount that can be listed, though a request may hang
 LIST_SECONDS = 86400  # to list a whole bucket directly: each request has a deadline of its own
 SETTLE_SECONDS = 30  # for what failed to be tried again: TigrisFS's SDK may wait 8 s before it says so
-BUSY_SECONDS = 10  # how long an unmount is tried again while somebody still uses the mount
-HURRIED_FLUSH_SECONDS = 3  # the same after a second stop signal, or a first one while nothing moves
 TERMINATE_SECONDS = 4  # from SIGTERM to SIGKILL for borg, which needs 0.1 s to release its lock
-FAILING_FLUSH_SECONDS = 4  # for the upload after a stop signal while S3 refuses or does not answer
+FLUSH_SECONDS = 3  # for the upload after a second stop signal, or a first one while it gets nowhere
 CLEANUP_SECONDS = 2  # for S3 probes to be deleted again when a stop signal comes
 PROGRESS_SECONDS = 30  # between two progress lines where there is no terminal
 LISTING_SECONDS = 10  # how long a listing may lag behind what was written, where a store is not S3 in this
@@ -2077,22 +2075,18 @@ FUSE_HELP = (
     "Start the container with"
     " --device /dev/fuse:/dev/fuse --cap-add SYS_ADMIN --security-opt apparmor:unconfined."
 )
+UNMOUNT_HELP = "Unmount it first: backup.py umount {}"
 TEMPORARY_PREFIX = "s3borgbackup-"  # of what is made in TMPDIR
 
 
 def container_memory_mb(root: Path = Path("/")) -> int:
-    """The memory that this process may use, in MB: the machine's, or less where a control group says so.
+    """The memory that there is, in MB: the machine's, or less where our control group or one above says so.
 
-    That is our group or one above it, of version 2 or 1, as far as a container sees them ("Control Group v2"
-    and "Memory Resource Controller" of the kernel's documentation).
+    Of version 2 or 1: "Control Group v2", "Memory Resource Controller" of the kernel's documentation.
     """
     files = {"": "sys/fs/cgroup/{}/memory.max", "memory": "sys/fs/cgroup/memory/{}/memory.limit_in_bytes"}
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+    limits, groups = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")], root / "proc/self/cgroup"
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
         path = Path(group.lstrip("/"))
         for controller in files.keys() & controllers.split(","):
@@ -2102,48 +2096,49 @@ def container_memory_mb(root: Path = Path("/")) -> int:
     return min(limits) // 1_000_000
 
 
-@dataclass(frozen=True)
 class MemoryPlan:
     """What a run may use, by the memory that there is."""
 
-    targets_at_once: int  # that are backed up side by side: as asked for, or less where memory is short
-    source_cache_mb: int  # what tigrisfs may cache of its data, in MiB
-    target_cache_mb: int  # the same of each target's; together at most half of the memory
-    window_bytes: int  # how far ahead of borg the source is read
-    piece_bytes: int  # how much of an object one thread reads ahead at a time, and TigrisFS with one request
-
-
-def memory_plan(settings: Settings, memory_mb: int) -> MemoryPlan:
-    # Where memory is short, the source gets what is left beside one target.
-    source_mb = max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4, memory_mb - LEAST_REST_MB))
-    affordable = (memory_mb - source_mb - OWN_MB - FIXED_MB) // (SMALLEST_CACHE_MB + FIXED_MB + BORG_MB)
-    at_once = max(1, min(len(settings.targets), settings.parallel_targets, affordable))
-    target_mb = max(SMALLEST_CACHE_MB, min(TARGET_CACHE_MB, memory_mb // (4 * max(2, at_once))))
-    # TigrisFS drops what was not used for the longest time. What was read ahead is older than what borg has
-    # read meanwhile, so that its cache needs room for both, and for requests under way: with two fifths of it
-    # a large object was fetched 1.6 times.
-    window = source_mb * 1024 * 1024 // 4
-    piece = min(max(window // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES) // 4096 * 4096
-    return MemoryPlan(at_once, source_mb, target_mb, window, piece)
+    def __init__(self, settings: Settings, memory_mb: int) -> None:
+        # MiB that tigrisfs may cache of the source. Where memory is short: what one target leaves.
+        source_mb = max(SMALLEST_CACHE_MB, min(SOURCE_CACHE_MB, memory_mb // 4, memory_mb - LEAST_REST_MB))
+        affordable = (memory_mb - source_mb - OWN_MB - FIXED_MB) // (SMALLEST_CACHE_MB + FIXED_MB + BORG_MB)
+        # Targets that are backed up side by side: fewer than asked for where memory is short.
+        self.targets_at_once = max(1, min(len(settings.targets), settings.parallel_targets, affordable))
+        # Of each target; together at most half of the memory.
+        target_mb = min(TARGET_CACHE_MB, memory_mb // (4 * max(2, self.targets_at_once)))
+        self.source_cache_mb, self.target_cache_mb = source_mb, max(SMALLEST_CACHE_MB, target_mb)
+        # How far ahead of borg the source is read. TigrisFS drops what was not used for the longest time: so
+        # the cache needs room for that, for what borg has read meanwhile, and for requests under way. With
+        # two fifths of it a large object was fetched 1.6 times.
+        self.window_bytes = source_mb * 1024 * 1024 // 4
+        # How much one thread reads ahead at a time, and TigrisFS with one request.
+        piece = min(max(self.window_bytes // 8, SMALLEST_PIECE_BYTES), LARGEST_PIECE_BYTES)
+        self.piece_bytes = piece // 4096 * 4096
 
 
 def tigrisfs_command(
-    store: Store, region: str, mount_point: Path, read_only: bool, plan: MemoryPlan, preloads: bool = True
-) -> list[str]:
-    """The command line that mounts `store`; its keys go through the environment.
+    store: Store,
+    region: str,
+    mount_point: Path,
+    read_only: bool,
+    plan: MemoryPlan,
+    environ: Mapping[str, str],
+    preloads: bool = True,
+) -> tuple[list[str], dict[str, str]]:
+    """The command line that mounts `store`, and the environment, which alone has its keys.
 
-    Its cache, and what it reads ahead by itself, are of safe sizes. With its defaults (5 MB, and 100 MB of a
-    file that is read for long) a limit below 300 MB makes reads fail with ENOMEM, which borg takes for an
-    unreadable file, or blocks `borg compact` for good. One reader was seen to queue requests for 5.5 times
-    --read-ahead-large, each of which reserves its memory before it waits for more: when they come to the
-    limit while a file is written, nothing moves any more.
+    What it reads ahead must fit its cache. With the defaults (5 MB, 100 MB of a file that is read for long)
+    and less than 300 MB reads fail with ENOMEM, which borg takes for an unreadable file. And requests reserve
+    memory before they wait for more, one reader's 5.5 times --read-ahead-large: at the limit, while a file is
+    written, as in `borg compact`, nothing moves any more.
     """
     cache_mb, ahead_kb, large_kb = plan.target_cache_mb, 1024, plan.target_cache_mb * 1024 // 16
     part_kb = large_kb // 2
     if store.target is None:
         cache_mb, ahead_kb = plan.source_cache_mb, plan.piece_bytes // 1024
         large_kb = part_kb = ahead_kb
-    return [
+    argv = [
         "tigrisfs",
         "-f",  # in the foreground: a daemon cannot be waited for, and what it still uploads is lost
         *("--log-format", "json", "--no-log-color", "--print-stats", "0s"),
@@ -2155,46 +2150,32 @@ def tigrisfs_command(
         *("--read-ahead-large", str(large_kb), "--read-ahead-parallel", str(part_kb)),
         *(() if preloads else ("--no-preload-dir",)),  # it lists what follows each name that it looks up
         *("--stat-cache-ttl", "240h"),  # nobody else writes, for longer than a run can last
-        # 1+2+4+8+15+15+... s: reads and listings survive some five minutes of errors, then borg names the
-        # object.
+        # 1+2+4+8+15+15+... s: after some five minutes of errors borg names the object.
         *("--read-retry-attempts", "24", "--read-retry-max-interval", "15s", "--retry-interval", "2s"),
-        # For a whole request with its body. A read that is cut off goes on where it was, a part of an upload
-        # begins anew: on a line of 1 Mbit/s two of 5 MiB side by side take 84 s. What hangs is repeated
-        # before the stall clock gives it up.
+        # For a whole request. A read that is cut off goes on where it was, a part of an upload begins anew:
+        # at 1 Mbit/s two of 5 MiB side by side take 84 s. What hangs is repeated before it counts as stalled.
         *("--http-timeout", "90s" if read_only else "100s"),
         *("--max-parallel-parts", "2"),  # of a file; the default, 8, was no faster, each four times as slow
         *(("-o", "ro") if read_only else ()),
         store.location,
         str(mount_point),
     ]
+    # Where memory is short, Go collects garbage at that size of its heap: 14 MB less were seen.
+    own = {"GOMEMLIMIT": f"{cache_mb + 8}MiB"} if cache_mb == SMALLEST_CACHE_MB else {}
+    own |= {"AWS_ACCESS_KEY_ID": store.access_key_id, "AWS_SECRET_ACCESS_KEY": store.secret_access_key}
+    own |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}  # nobody's configuration counts
+    return argv, minimal_environment(environ, (), **own)
 
 
-def tigrisfs_environment(store: Store, environ: Mapping[str, str], plan: MemoryPlan) -> dict[str, str]:
-    """What tigrisfs gets to see: its own key pair, and no configuration file of somebody else."""
-    cache_mb = plan.target_cache_mb if store.target else plan.source_cache_mb
-    # Where memory is short, Go collects garbage before its heap is larger than that: 14 MB less were seen.
-    spare = {"GOMEMLIMIT": f"{cache_mb + 8}MiB"} if cache_mb == SMALLEST_CACHE_MB else {}
-    return minimal_environment(
-        {**environ, "HOME": "/nonexistent"},
-        (),
-        **spare,
-        AWS_ACCESS_KEY_ID=store.access_key_id,
-        AWS_SECRET_ACCESS_KEY=store.secret_access_key,
-        AWS_EC2_METADATA_DISABLED="true",
-    )
-
-
-# borg tries a hard link when it saves a repository's config, removes folders that are not empty, and takes a
-# lock by renaming a folder onto the one that somebody else may hold.
-HARMLESS_LINES = (
-    "*fuseops.RenameOp error: directory not empty",
-    "*fuseops.CreateLinkOp error: function not implemented",
-    "*fuseops.RmDirOp error: directory not empty",
+# borg tries a hard link when it saves its config, removes folders that are not empty, and takes a lock by
+# renaming a folder onto the one that somebody else may hold.
+HARMLESS = re.compile(
+    r"\*fuseops\.((Rename|RmDir)Op error: directory not empty|CreateLinkOp error: function not implemented)"
 )
 # The SDK tells an S3 error as `CODE: MESSAGE\n\tstatus code: NUMBER, ...`.
 REFUSED_WRITE = re.compile(r"(Failed to .*?): (\w+): (.*?)\n\tstatus code: (4\d\d),", re.DOTALL)
 UNFINISHED = re.compile(r"Failed to finalize multi-part upload of object (.*?): \w+: ", re.DOTALL)
-# 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.check_store.
+# 4xx answers that are right the next time; NoSuchUpload can mean that all is there, see Mount.check.
 PASSING_CODES = (*RETRIED_CODES, "OperationAborted", "NoSuchUpload")
 SHORT_READ = re.compile(r"Error reading \d+ \+\d+ of (.*) \(attempt \d+\): EOF", re.DOTALL)
 
@@ -2208,12 +2189,12 @@ class TigrisLog:
         self.shrunk: set[str] = set()  # objects that ended before their listed size
         self.failed_uploads = 0
         self.unfinished: set[str] = set()  # keys whose CompleteMultipartUpload failed
-        self.arrived: dict[str, Path] = {}  # those that are in the bucket all the same -> their files
+        self.arrived: dict[str, Path] = {}  # those that are there all the same -> their files
         self.lost = ""  # why it has dropped what was written
-        self.refusal: tuple[str, ...] = ()  # what S3 refuses again and again, its code, its words, the status
-        self._refused: dict[str, tuple[int, float]] = {}  # what failed -> how often in a row, and when last
+        self.refusal: tuple[str, ...] = ()  # what S3 refuses again and again, code, words, status
+        self._refused = Counter[str]()  # what failed -> how often while it has complained
+        self._shown_at = deque([-math.inf] * COMPLAINTS_A_MINUTE, COMPLAINTS_A_MINUTE)  # the last ones
         self._name, self._console = name, console
-        self._minute, self._in_minute = 0.0, 0  # when it began, and the complaints since
 
     def feed(self, line: str) -> None:
         try:
@@ -2223,36 +2204,30 @@ class TigrisLog:
                 message = f"{message}: {entry['error']}"
         except (ValueError, AttributeError):
             level, message = "warn", line.strip()
-        if "AWS_ACCESS_KEY_ID" in message or not message:
+        unfinished, refused = UNFINISHED.match(message), REFUSED_WRITE.match(message)
+        is_settled = unfinished and unfinished[1] in self.arrived  # it repeats that as long as it lives
+        if "AWS_ACCESS_KEY_ID" in message or not message or is_settled:
             return
-        if level in ("trace", "debug", "info") or message in HARMLESS_LINES:
+        if level in ("trace", "debug", "info") or HARMLESS.fullmatch(message):
             self._console.debug(self._name, f"tigrisfs: {message}")
             return
+        if unfinished:
+            self.unfinished.add(unfinished[1])
         if match := SHORT_READ.fullmatch(message):
             self.shrunk.add(match[1])
-        if match := UNFINISHED.match(message):
-            if match[1] in self.arrived:  # it repeats that as long as it lives
-                return
-            self.unfinished.add(match[1])
-        now = time.monotonic()
-        match = REFUSED_WRITE.match(message)
-        if match and int(match[4]) not in RETRIED_STATUSES and match[2] not in PASSING_CODES:
-            times, last = self._refused.get(match[1], (0, now))
-            times = times + 1 if now - last < COMPLAINT_SECONDS else 1
-            self._refused[match[1]] = (times, now)
-            if times >= REFUSED_TIMES:
-                self.refusal = match.groups()
+        if not self.is_complaining:
+            self._refused.clear()
+        if refused and int(refused[4]) not in RETRIED_STATUSES and refused[2] not in PASSING_CODES:
+            self._refused[refused[1]] += 1
+            if self._refused[refused[1]] >= REFUSED_TIMES:
+                self.refusal = refused.groups()
         self.complaints.append(message)
         if message.startswith("Conflict detected"):
             self.lost = "; ".join(list(self.complaints)[-2:])
         self.failed_uploads += message.startswith("Failed to flush")
-        self.complained_at = now
-        if now - self._minute > 60:
-            if (hidden := self._in_minute - COMPLAINTS_A_MINUTE) > 0:
-                self._console.warning(self._name, f"tigrisfs: {hidden} more such lines in the last minute")
-            self._minute, self._in_minute = now, 0
-        self._in_minute += 1
-        if self._in_minute <= COMPLAINTS_A_MINUTE:
+        self.complained_at = time.monotonic()
+        if self._shown_at[0] < self.complained_at - 60:
+            self._shown_at.append(self.complained_at)
             self._console.warning(self._name, f"tigrisfs: {message}")
 
     @property
@@ -2266,12 +2241,10 @@ class TigrisLog:
 
 def mount_table(source: Path = Path("/proc/self/mountinfo")) -> dict[str, str]:
     """Mount point -> file system type in this process's mount namespace, proc(5)."""
-    table = {}
-    for line in source.read_bytes().decode("utf-8", "surrogateescape").splitlines():
-        fields, _, rest = line.partition(" - ")
-        raw = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields.split(" ")[4])
-        table[raw] = rest.split(" ")[0]
-    return table
+    text = source.read_bytes().decode("utf-8", "surrogateescape")
+    unescape = functools.partial(re.sub, r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)))
+    found = re.findall(r"^(?:[^ ]+ ){4}([^ ]+) .*? - ([^ ]+) ", text, re.MULTILINE)
+    return {unescape(mount_point): kind for mount_point, kind in found}
 
 
 @dataclass
@@ -2288,25 +2261,12 @@ class Mount:
     asked_at: float = 0.0
     nudges: int = 0  # how often its flusher was woken
     usable: bool = False  # it was listed
-    is_by_hand: bool = False  # what a person wrote is worth waiting for
-    is_shared: bool = False  # by several borgs
     unlistable: Collection[str] = ()  # folders whose listing TigrisFS cannot read
     holds_nothing: bool = False  # that would have to be uploaded: tigrisfs may end at any moment
-    over: threading.Event = field(default_factory=threading.Event)
 
-    def __post_init__(self) -> None:
-        unit = IDLE_BYTES_PER_SECOND * FAILING_FLUSH_SECONDS
-        self._stillness = Stillness([lambda: self._moved_bytes / unit])
-
-    @property
-    def _moved_bytes(self) -> int:
-        return io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
-
-    @property
-    def is_still(self) -> bool:
-        """Whether it has not moved a byte for a while; `check_alive` asks this all the time."""
-        seconds = self._stillness.seconds(time.monotonic())
-        return seconds > FAILING_FLUSH_SECONDS and not self.is_by_hand
+    def error(self, words: str, hint: str = TRY_AGAIN, kind: type[BackupError] = BackupError) -> BackupError:
+        """`words` about it, and what tigrisfs has complained of last."""
+        return kind(f"{self.store.name}: {words}: {self.log.reason}", hint)
 
     @property
     def is_mounted(self) -> bool:
@@ -2316,43 +2276,30 @@ class Mount:
     def is_alive(self) -> bool:
         return self.child.wait(0) is None and self.is_mounted
 
-    def check_alive(self) -> None:
-        """Raises Hung when the mount is gone: what is read below its path would be an empty folder.
+    def check(self) -> None:
+        """Raises Hung when it is gone, and its folder empty, or has dropped what borg takes for stored.
 
-        Also when it has dropped what was written, which borg takes for stored.
+        And S3Error when S3 refuses that for good, or keys or bucket are gone: tigrisfs tries for ever then.
         """
+        log, code = self.log, self.child.wait(0)
         if self.lease:
             self.lease.check()
-        _ = self.is_still  # is noted
-        if self.log.lost:
-            why = f"tigrisfs lost what was written: {self.log.lost}"
-        elif (code := self.child.wait(0)) is not None:
-            why = f"tigrisfs ended with {code}: {self.log.reason}"
-        elif not self.is_mounted:
-            why = f"the mount at {self.path} vanished: {self.log.reason}"
-        else:
-            return
-        raise Hung(f"{self.store.name}: {why}", TRY_AGAIN)
-
-    def check_store(self) -> None:
-        """Raises S3Error when S3 refuses what tigrisfs writes, or when the keys or the bucket are gone.
-
-        It tries for ever then, for each object anew.
-        """
-        log = self.log
+        if log.lost:
+            raise Hung(f"{self.store.name}: tigrisfs lost what was written: {log.lost}", TRY_AGAIN)
+        if code is not None:
+            raise self.error(f"tigrisfs ended with {code}", kind=Hung)
+        if not self.is_mounted:
+            raise self.error(f"the mount at {self.path} vanished", kind=Hung)
         if not log.is_complaining:
             return
         if log.refusal:
             what, code, words, status = log.refusal
-            if code == "SerializationError":  # no XML: the answer is not S3's but a proxy's
-                code, words = http_reason(int(status)), "a proxy before S3 may have said so"
             raise self.client._error(int(status), code, f"{words} (tigrisfs: {what})")
         if time.monotonic() - self.asked_at < ASK_SECONDS:
             return
         self.asked_at = time.monotonic()
         self.answers()
-        # When the answer to CompleteMultipartUpload is lost, TigrisFS repeats it for ever, and some servers
-        # say NoSuchUpload to that.
+        # When the answer to CompleteMultipartUpload is lost, TigrisFS repeats it for ever, perhaps in vain.
         for key in log.unfinished - log.arrived.keys():
             path = self.path / key.removeprefix(self.store.key_prefix)
             with contextlib.suppress(OSError, BackupError):
@@ -2361,7 +2308,7 @@ class Mount:
                     log.arrived[key] = path
 
     def answers(self) -> bool:
-        """Whether S3 answers us, and we may write. Raises S3Error when the keys or the bucket are gone."""
+        """Whether S3 answers us, and we may write. Raises S3Error when keys or bucket are gone."""
         try:
             self.client.list_page(self.store.key_prefix, limit=1)
         except S3Error as error:
@@ -2373,21 +2320,18 @@ class Mount:
     def meter(self, stall_seconds: float, beside: Callable[[], float] | None = None) -> Callable[[], float]:
         """A meter for StallClock: what tigrisfs has moved, in units of more than it does when idle.
 
-        It moves bytes for a slow upload and for one that it tries in vain again and again. For each upload
-        that failed as many bytes are taken off as its tries can have sent, but no more than were sent in half
-        of the time: after an outage a slow line could not make up for it.
-
-        A shared mount may move for others alone. So for a borg whose own meter, `beside`, stands still, it
-        counts no more than what others may have asked for before.
+        For each upload that failed as many bytes are taken off as its tries can have sent, but no more than
+        were sent in half of the time: after an outage a slow line could not make up for it. For a borg whose
+        own meter, `beside`, stands still, it counts only what others may have asked for before.
         """
-        limit = SHARED_BYTES if beside and self.is_shared else math.inf
+        limit = SHARED_BYTES if beside else math.inf
         unit, window_seconds = IDLE_BYTES_PER_SECOND * stall_seconds, max(60.0, stall_seconds / 2)
         vain, failed, stood_at, start = 0.0, self.log.failed_uploads, None, 0.0
         worths: deque[tuple[float, float]] = deque()
 
         def moved() -> float:
             nonlocal vain, failed, stood_at, start
-            now, sent = time.monotonic(), self._moved_bytes
+            now, sent = time.monotonic(), io_bytes(self.child.pid) - NUDGE_BYTES * self.nudges
             while worths and worths[0][0] < now - window_seconds:
                 worths.popleft()
             if more := self.log.failed_uploads - failed:
@@ -2402,89 +2346,121 @@ class Mount:
         return moved
 
     def keep_awake(self) -> None:
-        """Opens and closes a file again and again, which wakes TigrisFS's flusher, until it is `over`.
+        """Wakes TigrisFS's flusher again and again, as long as it lives, by opening a file.
 
-        An fsync can miss its wake-up (SyncFile in core/file.go: the upload may end between its look and its
-        wait), and then sleeps until something else happens on the mount: borg waits, and nothing does.
-        TigrisFS wakes itself two seconds after an upload (recordFlushError), but not after a rename that went
-        well.
+        An upload may end between an fsync's look and its wait (SyncFile in core/file.go): it sleeps on until
+        something else happens. TigrisFS wakes itself two seconds after an upload (recordFlushError), but not
+        after a rename that went well.
         """
-        while not self.over.wait(WAKE_SECONDS):
+        while self.child.wait(WAKE_SECONDS) is None:
             self.nudges += 1
             with contextlib.suppress(OSError):
                 os.close(os.open(self.path / "config", os.O_RDONLY))
 
+    def wait_until_usable(self) -> None:
+        """Returns when it is there and was listed. Raises BackupError, after MOUNT_SECONDS at the latest."""
+        if self.usable:  # another target's borg may have hung on it since
+            self.check()
+
+        def look() -> None:
+            while not self.is_mounted:
+                if (code := self.child.wait(0.02)) is not None:
+                    words = "; ".join(self.log.complaints)
+                    is_forbidden = re.search(r"(?i)fuse|permission denied|not permitted", words)
+                    words = f"{self.store.name}: cannot be mounted, tigrisfs ended with {code}: {words}"
+                    raise BackupError(words, FUSE_HELP if is_forbidden else TRY_AGAIN)
+            with os.scandir(self.path) as entries:  # this asks tigrisfs, too, which the next line may not
+                if "" not in self.unlistable:
+                    next(entries, None)
+
+        what = f"{self.store.name}: mounting it at {self.path}"
+        try:
+            within(MOUNT_SECONDS, what, look, self.runtime.stop)
+        except OSError as error:
+            raise self.error(f"cannot be listed: {error.strerror}") from None
+        is_new, self.usable = not self.usable, True
+        if is_new and self.store.target and not self.holds_nothing:
+            # TigrisFS deadlocks when a folder is renamed onto one that it has not listed, as borg does with
+            # a stale lock. Listings stay cached.
+            self.files(self.path)
+
+    def files(self, folder: Path) -> dict[str, tuple[int, float]]:
+        """The files below a folder of a repository: path below it -> size in bytes, time of writing."""
+        found: dict[str, tuple[int, float]] = {}
+        what = f"{self.store.name}: listing"
+
+        def fail(error: OSError) -> None:
+            if error.errno != errno.ENOENT:  # it was removed meanwhile
+                raise BackupError(f"{what} {error.filename}: {error.strerror}", TRY_AGAIN)
+
+        def walk() -> None:
+            for name, _, files in os.walk(folder, onerror=fail):
+                for path in (Path(name, file) for file in files):
+                    with contextlib.suppress(FileNotFoundError):  # somebody still works in it
+                        status = path.stat()
+                        found[str(path.relative_to(folder))] = status.st_size, status.st_mtime
+
+        work = in_background(walk)
+        stall = StallClock(self.runtime.settings.stall_seconds, [self], lambda: len(found))
+        for _ in waiting(work):
+            self.runtime.stop.check()
+            self.check()
+            stall.check(f"{what} the repository does not end")
+        work.result()
+        self.check()
+        return found
+
     def cut_off(self) -> None:
-        """Kills tigrisfs. What it has sent may take effect later, so that its lease must not end at once."""
+        """Kills it. What it has sent may take effect later, so that its lease must not end at once."""
         self.child.kill()
         if self.lease:
             self.lease.expires = True
 
-    def close(self, kill: bool) -> None:
-        """Unmounts and waits until tigrisfs has uploaded all and ended; or kills it, whatever it holds.
+    def __enter__(self) -> Mount:
+        if self.lease:
+            self.lease.add(self.child)
+        if not self.holds_nothing:
+            in_background(self.keep_awake)
+        return self
 
-        Raises BackupError when it does not end in time; then it is killed, too. The mount point is free in
-        any case.
-        """
-        name, stop, deadline = self.store.name, self.runtime.stop, time.monotonic() + BUSY_SECONDS
-        self.over.set()
-        code = None
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Returns when it is unmounted and all is uploaded; else it is killed."""
+        kill = isinstance(error, Stuck) or not self.usable
         try:
             if kill:
-                return
-            if self.lease and self.lease.suspended and stop.requested:
-                raise BackupError(
-                    f"{name}: the upload was cut off, as its lease could not be renewed", "Run it again."
-                )
-            # Else it would sleep for a second before it ends, and who still reads would keep it.
-            if self.holds_nothing:
-                self.child.kill()
-            while self.is_alive:
-                hangs = stop.requested and self.is_still
-                lazy = stop.hurried or hangs or time.monotonic() > deadline
-                reason = detach(self.runtime, self.path, lazy)
-                if reason and lazy:
-                    self.runtime.console.warning(name, f"cannot unmount {self.path}: {reason}")
-                if lazy or not reason:
-                    break
-                time.sleep(POLL_SECONDS)
-            self._wait_for_upload()
-            if self.lease:
-                self.lease.check()
-            code = self.child.ended.result()
-        finally:
-            if code is None:  # whatever failed: it must not write on when the lease is given back
                 self.cut_off()
-            if self.is_mounted:  # it died, and left a mount that answers nothing
-                detach(self.runtime, self.path, lazy=True)
-        if code != 0 and not self.holds_nothing:
-            raise BackupError(f"{name}: tigrisfs ended with {code}: {self.log.reason}", TRY_AGAIN)
-        self.runtime.console.debug(name, f"{self.path} is unmounted")
+            elif self.holds_nothing:
+                # Else it would sleep for a second before it ends, and who still reads would keep it.
+                self.child.kill()
+            if self.is_mounted and (reason := detach(self.runtime, self.path, lazy=True)):
+                raise BackupError(f"{self.store.name}: cannot unmount {self.path}: {reason}", TRY_AGAIN)
+            if not kill and not self.holds_nothing:
+                self._wait_for_upload()
+            if not kill and self.lease:
+                self.lease.check()
+        except Exception as second:
+            self.cut_off()  # it must not write on when the lease is given back
+            if not error:
+                raise
+            self.runtime.console.warning(self.store.name, str(second))
 
     def _wait_for_upload(self) -> None:
         """Returns when tigrisfs has ended, which it does when all is uploaded."""
-        name, console, stop = self.store.name, self.runtime.console, self.runtime.stop
-        told, stall = False, StallClock(self.runtime.settings.stall_seconds, [self])
+        runtime, stop = self.runtime, self.runtime.stop
+        stall = StallClock(runtime.settings.stall_seconds, [self])
+        still = Stillness([self.meter(FLUSH_SECONDS)])
         for waited in waiting(self.child.ended):
-            if waited > 2:
-                console.progress(name, f"uploading what tigrisfs still holds ({waited:.0f} s)")
-            if waited > 2 and stop.requested and not told:
-                told = True
-                console.info(name, "still uploading; `docker run --stop-timeout` grants the time for it")
-            limit = math.inf  # as long as it makes progress
-            if stop.hurried or (stop.requested and self.is_still):
-                limit = HURRIED_FLUSH_SECONDS
-            elif stop.requested and self.log.is_complaining:
-                limit = FAILING_FLUSH_SECONDS
-            stall.check(f"{name}: the upload does not end: {self.log.reason}")
-            if waited > limit:
-                raise BackupError(
-                    f"{name}: the upload did not end within {waited:.0f} s: {self.log.reason}",
-                    "What borg wrote last is not in the bucket; the archives of earlier runs are.",
-                )
+            runtime.console.progress(self.store.name, f"uploading what is left ({waited:.0f} s)")
+            stall.check(f"{self.store.name}: the upload does not end: {self.log.reason}")
+            is_still = still.seconds(time.monotonic()) > FLUSH_SECONDS
+            is_vain = is_still or self.log.is_complaining or (self.lease and self.lease.suspended)
+            if waited > FLUSH_SECONDS and (stop.hurried or (stop.requested and is_vain)):
+                hint = "What borg wrote last is not in the bucket; the archives of earlier runs are."
+                raise self.error(f"the upload did not end within {waited:.0f} s", hint)
+        if code := self.child.ended.result():
+            raise self.error(f"tigrisfs ended with {code}")
 
 
-@contextlib.contextmanager
 def mounted(
     runtime: Runtime,
     store: Store,
@@ -2493,44 +2469,25 @@ def mounted(
     lease: Lease | None = None,
     unlistable: Collection[str] = (),
     path: Path | None = None,
-) -> Iterator[Mount]:
-    """`store` being mounted at its mount point, or at `path`; on leaving it is unmounted and all is uploaded.
+) -> Mount:
+    """`store` being mounted at its mount point, or at `path`; usable when `wait_until_usable` returns.
 
-    It is there when `wait_until_usable` returns. Raises BackupError when it cannot be unmounted cleanly.
-    Where Stuck is raised inside, or it was not usable, tigrisfs is killed.
+    It is a context manager: on leaving it is unmounted and all is uploaded, or BackupError raised. Where
+    Stuck is raised inside, or it was not usable, it is killed.
     """
     path = prepare_mount_point(runtime, store, path or runtime.settings.mount_point(store))
-    remove_temporary_mounts(runtime)
-    log, plan = TigrisLog(store.name, runtime.console), memory_plan(runtime.settings, runtime.memory_mb)
-    argv = tigrisfs_command(store, region, path, read_only, plan, preloads=not unlistable)
-    child = Child(argv, tigrisfs_environment(store, runtime.environ, plan), log.feed, log.feed)
+    log, plan = TigrisLog(store.name, runtime.console), MemoryPlan(runtime.settings, runtime.memory_mb)
+    command = tigrisfs_command(store, region, path, read_only, plan, runtime.environ, not unlistable)
+    child = Child(*command, log.feed, log.feed)
     hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
     client = S3Client(store, region, hasty, runtime.stop)
-    mount = Mount(
+    return Mount(
         runtime, store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only
     )
-    try:
-        if lease:
-            lease.add(child)
-        if not read_only:
-            in_background(mount.keep_awake)
-        yield mount
-    except BaseException as error:
-        try:
-            mount.close(kill=isinstance(error, Stuck) or not mount.usable)
-        except BackupError as second:
-            runtime.console.warning(store.name, str(second))  # the first error is the one to raise
-        raise
-    mount.close(kill=not mount.usable)
-
-
-def resolved(path: Path) -> Path:
-    """A mount point as the kernel's table has it; the mount itself, which may be dead, is not looked at."""
-    return path.parent.resolve() / path.name
 
 
 def prepare_mount_point(runtime: Runtime, store: Store, path: Path) -> Path:
-    """An empty folder to mount on; a dead mount that a crash left there is removed."""
+    """An empty folder to mount on. Dead mounts there, and temporary ones, are removed."""
     if not os.path.exists("/dev/fuse"):
         raise BackupError(f"{store.name}: cannot be mounted: /dev/fuse is missing", FUSE_HELP)
     if runtime.memory_mb < MEMORY_MB[0]:
@@ -2538,13 +2495,15 @@ def prepare_mount_point(runtime: Runtime, store: Store, path: Path) -> Path:
             f"{store.name}: cannot be mounted safely: there are only {runtime.memory_mb} MB of memory",
             f"Give the container {MEMORY_MB[0]} MB or more (docker run --memory).",
         )
+    temporary = re.escape(str(Path(tempfile.gettempdir()).resolve() / TEMPORARY_PREFIX))
+    for left in map(Path, mount_table()):
+        if re.fullmatch(rf"{temporary}\w{{8}}/[^/]+", str(left)) and remove_dead_mount(runtime, left):
+            shutil.rmtree(left.parent, ignore_errors=True)
     try:
-        path = resolved(path)
+        path = path.parent.resolve() / path.name  # a dead mount itself cannot be looked at
         if str(path) in mount_table() and not remove_dead_mount(runtime, path):
-            name = shlex.quote(store.name)
-            raise BackupError(
-                f"{store.name}: is mounted at {path} already", f"Unmount it first: backup.py umount {name}"
-            )
+            hint = UNMOUNT_HELP.format(shlex.quote(store.name))
+            raise BackupError(f"{store.name}: is mounted at {path} already", hint)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BackupError(
@@ -2554,16 +2513,16 @@ def prepare_mount_point(runtime: Runtime, store: Store, path: Path) -> Path:
     return path
 
 
-def remove_dead_mount(runtime: Runtime, path: Path, seconds: float = MOUNT_SECONDS) -> bool:
-    """Whether a mount was dead, and is detached now. Raises Hung where it does not answer."""
+def remove_dead_mount(runtime: Runtime, path: Path) -> bool:
+    """Whether a mount was dead, and is detached now. One that does not answer somebody serves, slowly."""
     name = path.name
     try:
         # To be opened: the kernel answers a mere stat from its cache, even when tigrisfs is dead.
-        within(seconds, f"{name}: opening {path}", lambda: os.scandir(path).close(), runtime.stop)
-    except OSError as error:
-        # What the kernel says of a mount whose process is gone; a request that was under way then gets the
-        # second. Whatever else it says, that is somebody's mount that S3 refuses or fails.
-        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+        within(KILL_SECONDS, f"{name}: opening {path}", lambda: os.scandir(path).close(), runtime.stop)
+    except (OSError, Hung) as error:
+        # What the kernel says when its process is gone; a request that was under way then gets the second.
+        # All else is somebody's mount that S3 refuses or fails.
+        if getattr(error, "errno", 0) in (errno.ENOTCONN, errno.ECONNABORTED):
             runtime.console.warning(name, f"a dead mount at {path} is removed")
             detach(runtime, path, lazy=True)
             return True
@@ -2576,117 +2535,22 @@ def folder_for_mounts() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX)).resolve()
     try:
         yield folder
-    finally:
-        remove_folder(folder)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder, unless something is mounted in it: that would empty a bucket."""
-    if not any(Path(mount_point).is_relative_to(folder) for mount_point in mount_table()):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_temporary_mounts(runtime: Runtime) -> None:
-    """Removes what commands that were killed left mounted in temporary folders, unless somebody serves it."""
-    prefix = re.escape(str(Path(tempfile.gettempdir()).resolve() / TEMPORARY_PREFIX))
-    for mount_point, kind in mount_table().items():
-        if kind.startswith("fuse") and re.fullmatch(rf"{prefix}\w{{8}}/[^/]+", mount_point):
-            path = Path(mount_point)
-            with contextlib.suppress(Hung):  # somebody serves it, slowly
-                if remove_dead_mount(runtime, path, KILL_SECONDS):
-                    remove_folder(path.parent)
-
-
-def wait_until_usable(runtime: Runtime, mount: Mount) -> None:
-    """Returns when the mount is really there and can be listed; raises BackupError after MOUNT_SECONDS."""
-    name, path, log = mount.store.name, mount.path, mount.log
-    if mount.usable:  # another target's borg may have hung on it since
-        mount.check_alive()
-    for waited in waiting(mount.child.ended, pause_seconds=0.02):
-        if mount_table().get(str(path), "").startswith("fuse"):
-            break
-        runtime.stop.check()
-        if waited > MOUNT_SECONDS:
-            raise Hung(f"{name}: cannot be mounted within {MOUNT_SECONDS} s: {log.reason}", TRY_AGAIN)
-    else:
-        reason, code = "; ".join(log.complaints) or log.reason, mount.child.ended.result()
-        permission = re.search(r"(?i)fuse|permission denied|not permitted", reason)
-        raise BackupError(
-            f"{name}: cannot be mounted: {reason} (tigrisfs ended with {code})",
-            FUSE_HELP if permission else TRY_AGAIN,
-        )
-
-    def look() -> None:
-        with os.scandir(path) as entries:  # to open it asks tigrisfs, too, which the next line may not
-            if "" not in mount.unlistable:
-                next(entries, None)
-
-    try:
-        within(MOUNT_SECONDS, f"{name}: listing {path}", look, runtime.stop)
-    except OSError as error:
-        raise BackupError(f"{name}: cannot be listed: {error.strerror}: {log.reason}", TRY_AGAIN) from None
-    if not mount.usable:
-        mount.usable = True
-        runtime.console.debug(name, f"{mount.store.location} is mounted at {path}")
-
-
-def mounted_files(
-    runtime: Runtime, store: Store, folder: Path, *mounts: Mount
-) -> dict[str, tuple[int, float]]:
-    """The files below a folder of a mounted repository: path below it -> size in bytes, time of writing.
-
-    `mounts` has the mount where it is ours. Raises BackupError where a folder cannot be listed.
-    """
-    found: dict[str, tuple[int, float]] = {}
-    what = f"{store.name}: listing"
-
-    def fail(error: OSError) -> None:
-        if error.errno != errno.ENOENT:  # it was removed meanwhile
-            raise BackupError(f"{what} {error.filename}: {error.strerror}", TRY_AGAIN)
-
-    def walk() -> None:
-        for name, _, files in os.walk(folder, onerror=fail):
-            for path in (Path(name, file) for file in files):
-                with contextlib.suppress(FileNotFoundError):  # somebody still works in it
-                    status = path.stat()
-                    found[str(path.relative_to(folder))] = status.st_size, status.st_mtime
-
-    work = in_background(walk)
-    stall = StallClock(runtime.settings.stall_seconds, mounts, lambda: len(found))
-    for _ in waiting(work):
-        runtime.stop.check()
-        for mount in mounts:
-            mount.check_alive()
-            mount.check_store()
-        stall.check(f"{what} the repository does not end")
-    work.result()
-    return found
-
-
-def warm_up(runtime: Runtime, mount: Mount) -> None:
-    """Lists all folders of a repository once.
-
-    TigrisFS deadlocks when a folder is renamed onto one that it has not listed yet, and borg takes its
-    lock by exactly that rename: on a fresh mount a stale lock would block it for ever. Listings stay cached.
-    """
-    mounted_files(runtime, mount.store, mount.path, mount)
+    finally:  # to remove it with a mount would empty a bucket
+        if not any(Path(mount_point).is_relative_to(folder) for mount_point in mount_table()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
-    """Detaches a mount; returns why it could not, or nothing.
+    """Detaches a mount; returns why it could not, or nothing."""
 
-    umount2(2) where we may, else fusermount3: as root that one needs more of umount(8) than Alpine's has.
-    """
-
-    def unmount() -> str:
+    def unmount() -> str:  # as root fusermount3 needs more of umount(8) than Alpine's has
         if not LIBC.umount2(os.fsencode(path), MNT_DETACH if lazy else 0):
             return ""
         if (number := ctypes.get_errno()) != errno.EPERM:
             return os.strerror(number)
-        argv, lines = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)], []
-        code = Child(
-            argv, minimal_environment(runtime.environ, ()), lines.append, lines.append
-        ).ended.result()
+        argv, lines = ["fusermount3", "-uz" if lazy else "-u", "--", str(path)], []
+        child = Child(argv, minimal_environment(runtime.environ, ()), lines.append, lines.append)
+        code = child.ended.result()
         return " ".join(lines) or f"fusermount3 ended with {code}" if code else ""
 
     try:
@@ -2778,7 +2642,7 @@ class ReadAhead:
     def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
         """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
         settings, threads = runtime.settings, runtime.settings.read_ahead_threads
-        plan = memory_plan(settings, runtime.memory_mb)
+        plan = MemoryPlan(settings, runtime.memory_mb)
         self.moved = 0  # grows with all that is read
         self._window, self._piece_bytes = plan.window_bytes, plan.piece_bytes
         self._items, self._readers = items, list(readers)
@@ -3223,8 +3087,7 @@ class Borg:
 
         def check() -> None:
             for mount in self.mounts:
-                mount.check_alive()
-                mount.check_store()
+                mount.check()
                 if arrived := list(mount.log.arrived.values()):
                     self._arrived.write_bytes(b"\0".join(map(os.fsencode, arrived)))
             words = "; ".join(f"{mount.store.name}: {mount.log.reason}" for mount in self.mounts)
@@ -3243,7 +3106,7 @@ class Borg:
                     child.wait(KILL_SECONDS)
             raise
         for mount in self.mounts if code else ():
-            mount.check_alive()  # the cause of borg's trouble, if it is gone
+            mount.check()  # the cause of borg's trouble, if it is gone
         return code
 
     def _failure(self, command: str, code: int, log: BorgLog) -> BackupError:
@@ -3321,7 +3184,7 @@ def passphrase_file(passphrase: str) -> Iterator[int]:
 # About fsync: once an upload has failed, it returns that error until TigrisFS, which keeps the data, has
 # tried again, as it does only when the file is closed (SyncFile and sendUpload in core/file.go). borg would
 # give up. So the file is closed for a moment, behind borg's back. The stall clock bounds that, and where S3
-# means a refusal, Mount.check_store ends borg. (os.fsync would repeat EINTR, which 409 becomes, for ever.) A
+# means a refusal, Mount.check ends borg. (os.fsync would repeat EINTR, which 409 becomes, for ever.) A
 # file that has arrived all the same is in a list, see there. And where S3 does not know an upload any more,
 # TigrisFS drops the data, and fsync succeeds: but what was dropped cannot be read.
 #
@@ -3548,78 +3411,83 @@ def first_of(names: Sequence[str], separator: str = ", ") -> str:
 # ---------------------------------------------------------------------------------------------------- Audit
 
 # TigrisFS ends with 0 although uploads failed, and borg has ended by then: when only the last writes (an
-# index, the removal of the lock) are refused, nobody would notice. So the bucket is compared with what the
-# mount showed.
+# index, the removal of the lock) are refused, nobody would notice. So bucket and mount are compared.
 
 
-def repository_files(runtime: Runtime, store: Store, mount_point: Path, *mounts: Mount) -> dict[str, int]:
-    """The repository's files as its mount shows them: path below the mount point -> size in bytes.
-
-    Without ours: the lease and the probes come and go, and none is borg's.
-    """
-    found = mounted_files(runtime, store, mount_point, *mounts)
+def repository_files(mount: Mount) -> dict[str, int]:
+    """borg's files as the mount shows them, path -> size in bytes; the lease and probes come and go."""
+    found = mount.files(mount.path)
     return {name: size_bytes for name, (size_bytes, _) in found.items() if not name.startswith(OWN_PREFIX)}
 
 
-def listed_files(runtime: Runtime, client: S3Client) -> dict[str, int]:
+def listed_files(client: S3Client) -> dict[str, int]:
     """The same from the bucket's listing, without the empty objects that stand for folders."""
     prefix = client.store.key_prefix
-
-    def collect() -> dict[str, int]:
-        return {
-            entry.key[len(prefix) :]: entry.size_bytes
-            for entry in client.list_objects(prefix)
-            if not entry.key.endswith("/") and not entry.key.startswith(OWN_PREFIX, len(prefix))
-        }
-
-    return within(LIST_SECONDS, f"{client.store.name}: listing the repository", collect, runtime.stop)
+    entries = (entry for entry in client.list_objects(prefix) if not entry.key.endswith("/"))
+    found = {entry.key[len(prefix) :]: entry.size_bytes for entry in entries}
+    return {name: size_bytes for name, size_bytes in found.items() if not name.startswith(OWN_PREFIX)}
 
 
 def upload_mistakes(expected: Mapping[str, int], listed: Mapping[str, int]) -> list[str]:
-    """What the bucket lacks or has too much, compared with what borg left in the mount."""
-    missing = [f"{name} is missing" for name in sorted(expected.keys() - listed.keys())]
-    extra = [f"{name} was not removed" for name in sorted(listed.keys() - expected.keys())]
-    wrong = [
-        f"{name} has {listed[name]:,} of {expected[name]:,} bytes"
-        for name in sorted(expected.keys() & listed.keys())
-        if listed[name] != expected[name]
-    ]
-    return missing + wrong + extra
+    """What the bucket lacks or has too much."""
+
+    def mistake(name: str) -> str:
+        if name not in listed:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} was not removed"
+        return f"{name} has {listed[name]:,} of {expected[name]:,} bytes"
+
+    return [mistake(name) for name in sorted(dict(expected.items() ^ listed.items()))]
 
 
-def settle(runtime: Runtime, mount: Mount, compare: Callable[[], list[str]]) -> bool:
-    """Waits until `compare` finds nothing more that the bucket lacks; returns whether that is so.
+def settle(mount: Mount, client: S3Client) -> list[str]:
+    """Waits until everything is uploaded; returns what is not.
 
     At its end TigrisFS tries each upload and each deletion just once. Until then it repeats those that
-    failed, some without a word, and what its SDK repeats is told after many seconds. So this ends without
-    success only when nothing was uploaded and nothing complained about for a while: tigrisfs may have lost
-    track of a file, or somebody else has changed the bucket. It raises S3Error when S3 refuses something,
-    and Stuck when there is no progress, or the mount is gone.
+    failed, some without a word, and what its SDK repeats is told after many seconds. So something is lacking
+    only when nothing was uploaded and nothing complained about for a while. Raises S3Error and Stuck.
+
+    A repository is compared with the bucket. Of other files nobody has a list: there TigrisFS must have
+    nothing to complain about, after it was told to upload all.
     """
-    name, pause, found = mount.store.name, 0.05, compare()
-    stall = StallClock(runtime.settings.stall_seconds, [mount])
+    if mount.holds_nothing:
+        return []
+
+    def sync() -> None:
+        folder_fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_fd)  # of all that is below it, without a word about errors
+        finally:
+            os.close(folder_fd)
+
+    written = repository_files(mount) if mount.store.target else {}
+    synced = None if written else in_background(sync)
+
+    def lacking() -> list[str]:
+        if synced:
+            return [] if synced.done() and not mount.log.is_complaining else [mount.log.reason]
+        return upload_mistakes(written, listed_files(client))
+
+    name, console, pause, found = mount.store.name, mount.runtime.console, 0.05, lacking()
+    stall = StallClock(mount.runtime.settings.stall_seconds, [mount])
     still = Stillness([mount.meter(SETTLE_SECONDS), lambda: -len(found)])
     while found and (still.seconds(time.monotonic()) <= SETTLE_SECONDS or mount.log.is_complaining):
-        mount.check_alive()
-        mount.check_store()
+        mount.check()
         stall.check(f"{name}: the upload does not end: {found[0]}: {mount.log.reason}")
-        runtime.console.progress(name, f"uploading what tigrisfs still holds: {found[0]}")
-        runtime.stop.wait(pause)
+        console.progress(name, f"uploading what tigrisfs still holds: {found[0]}")
+        client.stop.wait(pause)
         pause = min(2 * pause, MAX_BACKOFF_SECONDS)
-        found = compare()
-    return not found
+        found = lacking()
+    # A lock: TigrisFS may upload it late, or not know that it has, as the answer was lost.
+    is_cleared = mount.lease and mount.lease.enforced
+    return [words for words in found if not (is_cleared and words.startswith("lock."))]
 
 
-def audit_upload(runtime: Runtime, client: S3Client, expected: Mapping[str, int]) -> None:
-    """Raises BackupError unless the bucket holds exactly what borg left in the mount."""
-    deadline = time.monotonic() + LISTING_SECONDS
-    while mistakes := upload_mistakes(expected, listed_files(runtime, client)):
-        if time.monotonic() > deadline:
-            raise BackupError(
-                f"{client.store.name}: the bucket does not hold what borg wrote: {first_of(mistakes, '; ')}",
-                "TigrisFS's warnings above tell why; run it again, and `borg check` the repository.",
-            )
-        runtime.stop.wait(POLL_SECONDS)
+def not_uploaded(store: Store, lacking: Sequence[str]) -> BackupError:
+    words = f"{store.location} does not hold what was written: {first_of(lacking, '; ')}"
+    hint = "TigrisFS's warnings tell why. Do it again, and check the repository, or compare the files."
+    return BackupError(f"{store.name}: {words}", hint)
 
 
 RACE_SECONDS = 2  # how far the clocks of an S3 service may be apart
@@ -4214,23 +4082,17 @@ def writable(
     """
     store = target.store
     with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
-        wait_until_usable(runtime, mount)
-        warm_up(runtime, mount)
+        mount.wait_until_usable()
         identity = read_config(mount)[1]
         cache = borg_folder(runtime.environ, "CACHE") / identity
         with cache_reserved(runtime, store, lease, cache):
             borg = Borg(runtime, target, mount.path, [mount, *others])
             yield Repository(target, client, mount, borg, identity, cache, {})
-            mount.check_alive()
-            written = repository_files(runtime, store, mount.path, mount)
+            if lacking := settle(mount, client):
+                raise not_uploaded(store, lacking)
             # Where borg overwrites without changing the size, it renames a file that was uploaded before.
-            mount.holds_nothing = settle(
-                runtime, mount, lambda: upload_mistakes(written, listed_files(runtime, client))
-            )
-    # A lock: TigrisFS may upload it late, or not know that it has, as the answer was lost.
+            mount.holds_nothing = True
     clear_leftovers(runtime, client, lease)
-    if not mount.holds_nothing:
-        audit_upload(runtime, client, written)
 
 
 @contextlib.contextmanager
@@ -4281,8 +4143,8 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
         folder = undo.enter_context(folder_for_mounts())
         path = folder / store.name
         mount = undo.enter_context(mounted(runtime, store, client.region, read_only=True, path=path))
-        wait_until_usable(runtime, mount)
-        files = repository_files(runtime, store, mount.path, mount)
+        mount.wait_until_usable()
+        files = repository_files(mount)
         files = {name: size_bytes for name, size_bytes in files.items() if not name.startswith("lock.")}
         (config, identity), view = read_config(mount), folder / "view"
         view.mkdir()
@@ -4304,7 +4166,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
                 raise
             listed = files
             with contextlib.suppress(S3Error):
-                listed = listed_files(runtime, client)
+                listed = listed_files(client)
             if files.keys() <= listed.keys():
                 raise
             raise BackupError(
@@ -4467,7 +4329,7 @@ def missing_segments(runtime: Runtime, repository: Repository) -> str:
 def segments_of(runtime: Runtime, repository: Repository) -> Segments:
     """The segments of a mounted repository: the files `data/FOLDER/NUMBER`."""
     mount = repository.mount
-    found = mounted_files(runtime, mount.store, mount.path / "data", mount)
+    found = mount.files(mount.path / "data")
     return {
         int(number): (size_bytes, datetime.fromtimestamp(written, UTC))
         for name, (size_bytes, written) in found.items()
@@ -4542,12 +4404,11 @@ def back_up_all(
     that does not move.
     """
     source = runtime.settings.source
-    at_once = memory_plan(runtime.settings, runtime.memory_mb).targets_at_once
+    at_once = MemoryPlan(runtime.settings, runtime.memory_mb).targets_at_once
     while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
         tries = sum(run.tries for run in runs)
         try:
             with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
-                mount.is_shared = at_once > 1
                 for start in range(0, len(remaining), at_once):
                     batch = remaining[start : start + at_once]
                     back_up_batch(runtime, found, mount, catalog, batch)
@@ -4723,7 +4584,7 @@ class TargetRun:
         with Lease(runtime, client, "a backup") as lease:
             is_new = prepare_repository(runtime, target, client, lease)
             with writable(runtime, target, client, lease, [feeder.mount]) as repository:
-                wait_until_usable(runtime, feeder.mount)
+                feeder.mount.wait_until_usable()
                 if is_new:  # `borg init` made an empty files cache
                     catalog.note_archive(repository.cache.name, label, 0, 0.0)
                 else:
@@ -7199,11 +7060,11 @@ class Verifier(Transfer):
 
 # `backup.py mount` returns while its mount lives on. A child of it, the keeper, is tigrisfs's parent: it
 # unmounts when it is asked to, and sees the end. It holds a lock for as long as it lives, which, unlike a
-# process id, cannot be mistaken. What it says once its mount is usable the command that unmounts prints.
+# process id, cannot be mistaken. What it says then the command that unmounts prints.
 
-WRITE_AGAIN = "Mount it again, compare, and copy what is missing."
 MANUAL_WORK = "`backup.py mount`"  # the purpose that a manual mount's lease names
-IN_USE_SECONDS = 1  # for an unmount to be tried again: the keeper has a file open, too, for a moment
+HOW_MOUNTED = {False: "read-only", True: "for reading and writing"}
+UNMOUNT_TRIES = 5  # the keeper has a file open, too, for a moment
 
 
 def state_folder() -> Path:
@@ -7211,7 +7072,7 @@ def state_folder() -> Path:
 
 
 def lock_file(path: Path) -> IO[str] | None:
-    """The file, locked; None when somebody else holds the lock. The lock ends with the file's closing."""
+    """The file, locked until it is closed; None when somebody else holds the lock."""
     stream = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7221,12 +7082,12 @@ def lock_file(path: Path) -> IO[str] | None:
     return stream
 
 
-class Keeping:
-    """What the keeper of a store's mount and the commands that look for it share: four files.
+class ManualMount:
+    """A store's mount that a person makes and ends.
 
-    The `state` is there from before it mounts until a person is told how it ended: whether its mount is
-    `writable` and `usable`, the `reason` why it could not be unmounted, and its exit `code`, at its end. The
-    `request` asks it to unmount, and is gone when it could not.
+    The state is there from before it is mounted until a person is told how it ended: whether it is `writable`
+    and `usable`, the `reason` why it cannot be unmounted, and at its end the keeper's exit `code`. The
+    request asks to unmount, and is gone when that was in vain.
     """
 
     def __init__(self, runtime: Runtime, store: Store) -> None:
@@ -7234,229 +7095,167 @@ class Keeping:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
             raise BackupError(f"{folder} belongs to somebody else", "Remove it, or set TMPDIR.")
-        self.path = resolved(runtime.settings.mount_point(store))
-        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
-        self.lock, self.state = folder / f"{name}.lock", folder / f"{name}.mount"
-        self.output, self.request = folder / f"{name}.log", folder / f"{name}.umount"
+        self.runtime, self.store, self.name, self.console = runtime, store, store.name, runtime.console
+        mount_point = runtime.settings.mount_point(store)
+        self.path = mount_point.parent.resolve() / mount_point.name
+        name = folder / hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        self._lock, self._state = name.with_suffix(".lock"), name.with_suffix(".mount")
+        self._output, self._request = name.with_suffix(".log"), name.with_suffix(".umount")
 
     def facts(self) -> dict[str, Any]:
-        try:
-            return json.loads(self.state.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads(self._state.read_text(encoding="utf-8"))
+        return {}
 
-    def note(self, **facts: Any) -> None:
-        replace_file(self.state, json.dumps({**self.facts(), **facts}))
+    def _note(self, **facts: Any) -> None:
+        replace_file(self._state, json.dumps({**self.facts(), **facts}))
+
+    def mount(self, read_write: bool) -> int:
+        """Has a keeper mount it, unless one has; returns when it is usable, or the keeper's exit code."""
+        while (lock := lock_file(self._lock)) is None:  # another command mounts it, or has, or unmounts it
+            facts = self.facts()
+            if facts.get("usable") and "code" not in facts:
+                already = f"is mounted at {self.path} already, {HOW_MOUNTED[facts['writable']]}"
+                if facts["writable"] != read_write:
+                    raise BackupError(f"{self.name}: {already}", UNMOUNT_HELP.format(shlex.quote(self.name)))
+                self.console.info(self.name, already)
+                return EXIT_OK
+            self.runtime.stop.wait(POLL_SECONDS)
+        with lock:
+            if self.facts():
+                self._tell_end()
+            self._request.unlink(missing_ok=True)
+            self._note(writable=read_write)
+            if not (keeper := os.fork()):  # there is no other thread
+                LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # a command that is stopped is enough
+                os.setsid()
+                for fd in map(int, os.listdir("/proc/self/fd")):  # somebody's locks and pipes
+                    if fd > 2 and fd != lock.fileno():
+                        with contextlib.suppress(OSError):
+                            os.close(fd)
+                os._exit(self._keep(read_write))
+        while not self.facts().get("usable"):
+            ended, status = os.waitpid(keeper, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+            self.runtime.stop.wait(POLL_SECONDS / 4)
+        path = shlex.quote(str(self.path))
+        self.console.plain(
+            f"{self.name} ({self.store.location}) is mounted {HOW_MOUNTED[read_write]} at {path}\n"
+            f"next:      {'borg list' if self.store.target else 'ls'} {path}\n"
+            f"when done: backup.py umount {shlex.quote(self.name)}   (returns when everything is uploaded)"
+        )
+        return EXIT_OK
+
+    def _keep(self, read_write: bool) -> int:
+        """The keeper's life; its exit code."""
+        code = EXIT_OK
+        try:
+            self._serve(read_write)
+        except BackupError as error:
+            self.console.error(self.name, str(error))
+            code = error.exit_code
+        if self.facts().get("usable"):
+            self._note(code=code)
+        else:  # whoever mounts it has seen what went wrong
+            self._state.unlink(missing_ok=True)
+        return code
+
+    def _serve(self, read_write: bool) -> None:
+        """Mounts it, under the lease where it is a target; returns after a request or a stop signal."""
+        runtime, store = self.runtime, self.store
+        check = preflight_one(runtime, store, write=read_write)
+        client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
+        with contextlib.ExitStack() as undo:  # gives the lease back
+            if store.target and check.repository_state(store) is RepositoryState.READY:
+                lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
+                clear_leftovers(runtime, client, lease)
+            with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
+                mount.wait_until_usable()
+                if store.target and not lease:
+                    # `borg init` wants an empty folder: a listing from before the lease does not show that.
+                    mount.lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
+                    mount.lease.add(mount.child)
+                with self._output.open("w") as output:
+                    for fd in range(3):  # the terminal, or whoever reads what `backup.py mount` says
+                        os.dup2(output.fileno(), fd)
+                self.console.leave_standard_output()
+                LIBC.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+                self._note(usable=True)
+                lacking, settled_at = [], 0.0
+                while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
+                    if self._request.exists():
+                        lacking, settled_at = settle(mount, client), time.monotonic()
+                        for _ in range(UNMOUNT_TRIES):
+                            if not (reason := detach(runtime, mount.path, lazy=False)):
+                                break
+                            time.sleep(POLL_SECONDS)
+                        if not reason:
+                            break
+                        lacking = []  # whoever works in it may go on
+                        self._note(reason=reason)
+                        self._request.unlink()
+            if not lacking and read_write and mount.log.complained_at > settled_at:
+                lacking = [mount.log.reason]
+            if lacking:
+                raise not_uploaded(store, lacking)
+
+    def umount(self) -> int:
+        """Has the keeper unmount it; returns its exit code when everything is uploaded."""
+        is_asked = False
+        while (lock := lock_file(self._lock)) is None:  # the keeper sees to it that this ends
+            if not self._request.exists() and (facts := self.facts()).get("usable"):
+                if is_asked:
+                    hint = f"Leave {self.path} (cd /), close what is open there and repeat."
+                    raise BackupError(f"{self.name}: cannot be unmounted: {facts.get('reason')}", hint)
+                self._request.touch()
+                is_asked = True
+            self.runtime.stop.check()
+            self.console.progress(self.name, "uploading what tigrisfs still holds")
+            time.sleep(POLL_SECONDS / 4)
+        with lock:
+            return self._tell_end()
+
+    def _tell_end(self) -> int:
+        """Tells, once, how a keeper has ended, and frees what it left; its exit code.
+
+        Whoever calls holds the lock. Raises BackupError where the mount is not the keeper's.
+        """
+        facts = self.facts()
+        if str(self.path) in mount_table() and not remove_dead_mount(self.runtime, self.path):
+            raise BackupError(f"{self.name}: another command has it mounted at {self.path}", "Let that end.")
+        self._state.unlink(missing_ok=True)
+        if not facts.get("usable"):
+            self.console.info(self.name, f"is not mounted at {self.path}")
+            return EXIT_OK
+        with contextlib.suppress(OSError):
+            print(self._output.read_text(errors="replace"), end="", file=sys.stderr)
+        code = facts.get("code", EXIT_FAILURE if facts["writable"] else EXIT_OK)
+        if code and "code" not in facts:
+            words = f"its mount at {self.path} was killed, and may have held what is not uploaded"
+            self.console.error(self.name, f"{words}. Mount it again, compare, and copy what is missing.")
+        done = ", everything is uploaded" if facts["writable"] and not code else ""
+        self.console.info(self.name, f"is unmounted{done}")
+        return code
 
 
 def mount_manually(runtime: Runtime, store: Store, read_write: bool) -> int:
     """Mounts `store` so that it lives on after this command; returns when it is usable."""
-    read_write = read_write or store.target is not None
-    reader, writer = os.pipe()
-    if not (keeper := os.fork()):  # there is no other thread yet
-        os.setsid()
-        for fd in map(int, os.listdir("/proc/self/fd")):  # somebody's locks and pipes
-            if fd > 2 and fd not in (reader, writer):
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        return keep_mounted(runtime, store, read_write, writer)
-    os.close(writer)
-    try:  # a byte comes when its mount is usable, and none when it has ended
-        told = in_background(lambda: os.read(reader, 1))
-        for _ in waiting(told):
-            runtime.stop.check()
-        is_usable = told.result()
-    except Stopped:
-        os.kill(keeper, signal.SIGTERM)
-        concurrent.futures.wait([in_background(lambda: os.waitpid(keeper, 0))], timeout=TERMINATE_SECONDS)
-        raise
-    if not is_usable:
-        code = os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
-        return code if code >= 0 else 128 - code
-    path = shlex.quote(str(resolved(runtime.settings.mount_point(store))))
-    runtime.console.plain(
-        f"{store.name} ({store.location}) is mounted"
-        f" {'for reading and writing' if read_write else 'read-only'} at {path}\n"
-        f"next:      {'borg list' if store.target else 'ls'} {path}\n"
-        f"when done: backup.py umount {shlex.quote(store.name)}   (returns when everything is uploaded)"
-    )
-    return EXIT_OK
-
-
-def keep_mounted(runtime: Runtime, store: Store, read_write: bool, usable: int) -> int:
-    """The keeper's life, unless there is one already; `usable` is a pipe to the command that mounts."""
-    keeping, code = Keeping(runtime, store), EXIT_OK
-    while (lock := lock_file(keeping.lock)) is None:  # another command mounts it, or has, or unmounts it
-        facts = keeping.facts()
-        if facts.get("usable") and "code" not in facts:
-            if facts["writable"] != read_write:
-                raise BackupError(
-                    f"{store.name}: is mounted at {keeping.path} already,"
-                    f" {'read-only' if read_write else 'for writing'}",
-                    f"Unmount it first: backup.py umount {shlex.quote(store.name)}",
-                )
-            runtime.console.info(store.name, f"is mounted at {keeping.path} already")
-            return EXIT_OK
-        runtime.stop.wait(POLL_SECONDS)
-    with lock:
-        try:
-            if keeping.facts():
-                tell_end(runtime, store, keeping)
-        except BackupError as error:
-            runtime.console.warning(store.name, f"the mount before this one: {error}")
-        keeping.request.unlink(missing_ok=True)
-        replace_file(keeping.state, json.dumps({"writable": read_write}))
-        try:
-            keep_store(runtime, store, read_write, keeping, usable)
-        except BackupError as error:
-            runtime.console.error(store.name, str(error))
-            code = error.exit_code
-        if keeping.facts().get("usable"):
-            keeping.note(code=code)
-        else:  # whoever mounts it has seen what went wrong
-            keeping.state.unlink(missing_ok=True)
-    return code
-
-
-def keep_store(runtime: Runtime, store: Store, read_write: bool, keeping: Keeping, usable: int) -> None:
-    """Mounts, under the lease where it is a target; returns when somebody unmounts or a stop signal comes."""
-    check = examine(S3Client(store, stop=runtime.stop), write=read_write)
-    client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
-    with contextlib.ExitStack() as undo:  # gives the lease back
-        if store.target and check.repository_state(store) is RepositoryState.READY:
-            lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
-            clear_leftovers(runtime, client, lease)
-        with mounted(runtime, store, client.region, read_only=not read_write, lease=lease) as mount:
-            wait_until_usable(runtime, mount)
-            if store.target:
-                warm_up(runtime, mount)
-            if store.target and not lease:
-                # `borg init` wants an empty folder: a listing from before the lease does not show that.
-                mount.lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))
-                mount.lease.add(mount.child)
-            mount.is_by_hand = read_write
-            with keeping.output.open("w") as output:
-                keeping.note(usable=True)
-                os.write(usable, b"1")
-                for fd in range(3):  # the terminal, or whoever reads what `backup.py mount` says
-                    os.dup2(output.fileno(), fd)
-            runtime.console.leave_standard_output()
-            # What a repository holds at the end; and when all was uploaded that could be.
-            written, uploaded_at = {}, COMPLAINT_SECONDS
-            while mount.child.wait(POLL_SECONDS) is None and not runtime.stop.requested:
-                if not keeping.request.exists():
-                    continue
-                # It is compared with the bucket for as long as we have the lease.
-                written = repository_files(runtime, store, mount.path, mount) if store.target else {}
-                upload(runtime, mount, client, written)
-                uploaded_at = time.monotonic()
-                while reason := detach(runtime, mount.path, lazy=False):
-                    if time.monotonic() > uploaded_at + IN_USE_SECONDS:
-                        break
-                    time.sleep(POLL_SECONDS / 4)
-                if not reason:
-                    break
-                written = {}
-                keeping.note(reason=reason)
-                keeping.request.unlink()
-        if written:
-            audit_upload(runtime, client, written)
-        elif read_write and mount.log.complained_at > uploaded_at - COMPLAINT_SECONDS:
-            raise BackupError(
-                f"{store.name}: {store.location} may lack some of what was written: {mount.log.reason}",
-                WRITE_AGAIN,
-            )
-
-
-def upload(runtime: Runtime, mount: Mount, client: S3Client, written: Mapping[str, int]) -> None:
-    """Waits until everything is uploaded, as far as it can be: at its end TigrisFS tries each file just once.
-
-    `written` is what a repository holds. What was written elsewhere nobody knows: there TigrisFS must have
-    had nothing to complain about for a while, after it was told to upload all of it. Raises Stuck.
-    """
-    if mount.holds_nothing:  # it is read-only
-        return
-
-    def sync() -> None:
-        folder_fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder_fd)  # of all that is below it, without a word about errors
-        finally:
-            os.close(folder_fd)
-
-    told = in_background(sync)
-
-    def mistakes() -> list[str]:
-        if written:
-            return upload_mistakes(written, listed_files(runtime, client))
-        return [] if told.done() and not mount.log.is_complaining else [mount.log.reason]
-
-    settle(runtime, mount, mistakes)  # whoever works in it may go on afterwards
+    return ManualMount(runtime, store).mount(read_write or store.target is not None)
 
 
 def umount_manually(runtime: Runtime, stores: Sequence[Store]) -> int:
     """Unmounts what `mount_manually` mounted, by default all; returns when everything is uploaded."""
-    stores = stores or [store for store in runtime.settings.stores if Keeping(runtime, store).facts()]
-    if not stores:
+    mounts = [ManualMount(runtime, store) for store in stores or runtime.settings.stores]
+    mounts = [mount for mount in mounts if stores or mount.facts()]
+    if not mounts:
         runtime.console.info("umount", "nothing is mounted")
-    codes = [EXIT_OK]
-    for store in stores:
-        try:
-            codes.append(umount_one(runtime, store))
-        except Stopped:
-            raise
-        except BackupError as error:  # the others are unmounted all the same
-            runtime.console.error(store.name, str(error))
-            codes.append(error.exit_code)
-    return max(codes)
-
-
-def umount_one(runtime: Runtime, store: Store) -> int:
-    """Asks the keeper to unmount, and returns its exit code. Raises BackupError as `tell_end` does."""
-    keeping, is_asked = Keeping(runtime, store), False
-    while (lock := lock_file(keeping.lock)) is None:  # the keeper sees to it that this ends
-        facts = keeping.facts()
-        if facts.get("usable") and not keeping.request.exists():
-            if is_asked and "reason" in facts:
-                raise BackupError(
-                    f"{store.name}: cannot be unmounted: {facts['reason']}",
-                    f"Leave {keeping.path} (cd /), close what is open there and repeat.",
-                )
-            keeping.request.touch()
-            is_asked = True
-        runtime.stop.check()
-        runtime.console.progress(store.name, "uploading what tigrisfs still holds")
-        time.sleep(POLL_SECONDS / 4)
-    with lock:
-        return tell_end(runtime, store, keeping)
-
-
-def tell_end(runtime: Runtime, store: Store, keeping: Keeping) -> int:
-    """Tells, once, how a keeper that has ended fared, and frees what it left; returns its exit code.
-
-    Whoever calls holds the lock. Raises BackupError where the keeper was killed with a mount that was written
-    to, or where it is not its mount.
-    """
-    path, facts = keeping.path, keeping.facts()
-    was_mounted = str(path) in mount_table()
-    if was_mounted and not remove_dead_mount(runtime, path):
-        raise BackupError(f"{store.name}: another command has it mounted at {path}", "Let that end.")
-    keeping.state.unlink(missing_ok=True)
-    if not facts.get("usable"):
-        if not was_mounted:
-            runtime.console.info(store.name, f"is not mounted at {path}")
-        return EXIT_OK
-    with contextlib.suppress(OSError):
-        print(keeping.output.read_text(errors="replace"), end="", file=sys.stderr)
-    if "code" not in facts and facts["writable"]:
-        raise BackupError(
-            f"{store.name}: its mount at {path} was killed, and may have held what is not uploaded",
-            WRITE_AGAIN,
-        )
-    code = facts.get("code", EXIT_OK)
-    done = ", everything is uploaded" if facts["writable"] and code == EXIT_OK else ""
-    runtime.console.info(store.name, f"is unmounted{done}")
-    return code
+    results = side_by_side([mount.umount for mount in mounts], runtime.stop)
+    for mount, result in zip(mounts, results, strict=True):
+        if isinstance(result, BackupError):
+            runtime.console.error(mount.name, str(result))
+    return max([EXIT_OK, *(getattr(result, "exit_code", result) for result in results)])
 
 
 # --------------------------------------------------------------------------------------------- Command line

@@ -8,6 +8,7 @@ import pytest
 
 import backup
 from helpers import Backup, Bucket, run_backup, sample_objects, settings
+from loading import mount_of_folder
 from servers import SeaweedFS
 
 
@@ -35,12 +36,11 @@ def test_the_lease_and_what_others_try_at_their_start_are_not_borgs(tmp_path: Pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size_bytes))
     store = backup.Store("first", "http://localhost:1", "bucket", "a/b", "KEY-ID", "KEY-SECRET")
-    runtime = SimpleNamespace(stop=backup.Stop(), settings=SimpleNamespace(stall_seconds=900))
-    assert backup.repository_files(runtime, store, tmp_path) == {"config": 5, "data/0/1": 17}
+    assert backup.repository_files(mount_of_folder(store, tmp_path)) == {"config": 5, "data/0/1": 17}
     listed = [backup.S3Object(f"a/b/{name}", size, datetime.now(UTC), "") for name, size in sizes.items()]
     listed += [backup.S3Object(f"a/b/{name}", 0, datetime.now(UTC), "") for name in ("", "data/", "data/0/")]
     client = SimpleNamespace(store=store, list_objects=lambda prefix: listed)
-    assert backup.listed_files(runtime, client) == {"config": 5, "data/0/1": 17}
+    assert backup.listed_files(client) == {"config": 5, "data/0/1": 17}
 
 
 @pytest.mark.usefixtures("needs_fuse")

@@ -83,7 +83,7 @@ def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
 
 def caches(memory_mb: int, targets: int = 1, parallel: int = 4) -> tuple[int, int]:
     """What may be cached of the source, and of each target."""
-    plan = backup.memory_plan(SimpleNamespace(targets=range(targets), parallel_targets=parallel), memory_mb)
+    plan = backup.MemoryPlan(SimpleNamespace(targets=range(targets), parallel_targets=parallel), memory_mb)
     return plan.source_cache_mb, plan.target_cache_mb
 
 
@@ -129,7 +129,7 @@ def test_as_many_targets_as_asked_for_are_backed_up_side_by_side_and_fewer_where
     memory_mb: int, targets: int, parallel: int, at_once: int
 ) -> None:
     wanted = SimpleNamespace(targets=range(targets), parallel_targets=parallel)
-    assert backup.memory_plan(wanted, memory_mb).targets_at_once == at_once
+    assert backup.MemoryPlan(wanted, memory_mb).targets_at_once == at_once
 
 
 @pytest.mark.parametrize("text", ["255", "0", "-1", "1.5", "512M", "lots"])

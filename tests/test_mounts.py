@@ -40,11 +40,11 @@ from helpers import (
     with_target,
     with_target_secrets,
 )
-from loading import load_settings
+from loading import load_settings, mount_of_folder
 from servers import WRITER, SeaweedFS
 
 needs_fuse = pytest.mark.usefixtures("needs_fuse")
-PLAN = backup.memory_plan(SimpleNamespace(targets=[1], parallel_targets=1), 1000)
+PLAN = backup.MemoryPlan(SimpleNamespace(targets=[1], parallel_targets=1), 1000)
 
 
 def test_a_folder_in_which_something_is_still_mounted_is_not_emptied(tmp_path: Path) -> None:
@@ -91,12 +91,12 @@ def test_mount_points_are_read_from_the_table_as_they_are(
 @pytest.mark.parametrize("prefix", ["", "some/prefix"])
 def test_keys_reach_tigrisfs_by_its_environment_only(read_only: bool, prefix: str) -> None:
     store = backup.Store("first", "http://localhost:1", "bucket", prefix, "KEY-ID", "KEY-SECRET")
-    command = backup.tigrisfs_command(store, "eu-1", Path("/data/target-first"), read_only, PLAN)
+    given = {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
+    mount_point = Path("/data/target-first")
+    command, environment = backup.tigrisfs_command(store, "eu-1", mount_point, read_only, PLAN, given)
     assert not [word for word in command if "KEY-" in word]
     assert command[-2:] == [f"bucket:{prefix}" if prefix else "bucket", "/data/target-first"]
     assert ("ro" in command) == read_only
-    given = {"PATH": "/bin", "HOME": "/home/me", "SOURCE_SECRET_ACCESS_KEY": "no", "TARGET_SECRETS": "no"}
-    environment = backup.tigrisfs_environment(store, given, PLAN)
     assert environment["AWS_ACCESS_KEY_ID"] == "KEY-ID"
     assert environment["AWS_SECRET_ACCESS_KEY"] == "KEY-SECRET"
     assert "no" not in environment.values()
@@ -343,10 +343,10 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
     store = backup.Store("first", "http://localhost:1", "bucket", "", "KEY-ID", "KEY-SECRET")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
-    runtime = SimpleNamespace(stop=backup.Stop(), settings=SimpleNamespace(stall_seconds=900))
-    assert list(backup.mounted_files(runtime, store, tmp_path)) == ["folder/file"]
+    mount = mount_of_folder(store, tmp_path)
+    assert list(mount.files(tmp_path)) == ["folder/file"]
     with pytest.raises(backup.BackupError, match=r"listing .*file: Not a directory"):
-        backup.mounted_files(runtime, store, tmp_path / "folder" / "file")
+        mount.files(tmp_path / "folder" / "file")
 
 
 # --------------------------------------------------------------------------------------- Mounts that are dead
@@ -426,13 +426,13 @@ def test_the_next_command_removes_temporary_mounts_of_whatever_was_killed(
     elsewhere = tmp_path / "mine" / "source"
     for folder in (dead, elsewhere):
         folder.mkdir(parents=True)
-        command = backup.tigrisfs_command(store, "us-east-1", folder, True, PLAN)
-        child = backup.Child(command, backup.tigrisfs_environment(store, environment, PLAN), print, print)
+        command = backup.tigrisfs_command(store, "us-east-1", folder, True, PLAN, environment)
+        child = backup.Child(*command, print, print)
         wait_until(lambda folder=folder: mounts_below(folder), 20, "it is mounted")
         child.kill()
         assert child.wait(0) is not None
     with mounted(source, alive), backup.mounted(runtime, store, "us-east-1", read_only=True) as mount:
-        backup.wait_until_usable(runtime, mount)
+        mount.wait_until_usable()
         assert not dead.parent.exists()
         assert mounts_below(alive) == [alive]
         assert mounts_below(elsewhere) == [elsewhere]
@@ -451,10 +451,9 @@ def test_a_mount_that_cannot_be_detached_does_not_outlive_its_lease(
         pytest.raises(backup.BackupError),
         backup.mounted(runtime, store, "us-east-1", False, lease) as mount,
     ):
-        backup.wait_until_usable(runtime, mount)
+        mount.wait_until_usable()
         stream = (mount.path / "open").open("wb")
         monkeypatch.setattr(backup, "MOUNT_SECONDS", 0)
-        monkeypatch.setattr(backup, "BUSY_SECONDS", 0)
     assert not is_running(mount.child.pid)
     assert lease.expires
     with suppress(OSError):

@@ -195,7 +195,7 @@ def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(re
 def test_what_is_read_ahead_fits_in_a_quarter_of_the_cache(
     memory_mb: int, window_mib: float, piece_mib: float
 ) -> None:
-    plan = backup.memory_plan(settings_with(threads=2, stall_seconds=900), memory_mb)
+    plan = backup.MemoryPlan(settings_with(threads=2, stall_seconds=900), memory_mb)
     assert plan.window_bytes == window_mib * MEBIBYTE
     assert 4 * plan.window_bytes <= plan.source_cache_mb * MEBIBYTE
     assert plan.piece_bytes == piece_mib * MEBIBYTE

@@ -106,7 +106,6 @@ def test_a_shared_mount_that_moves_for_others_hides_nobody_who_is_stuck(
 ) -> None:
     monkeypatch.setattr(backup, "SHARED_BYTES", 1_000_000)
     own, source = mount_of("nothing"), mount_of("bytes")
-    source.is_shared = True
     stuck = backup.StallClock(STALL_SECONDS, [own, source], beside=lambda: 1)
     assert stands_still_for(stuck) < STALL_SECONDS
     steps = itertools.count()
