@@ -82,10 +82,12 @@ import threading
 import time
 import traceback
 import urllib.parse
+import weakref
 import xml.etree.ElementTree as ElementTree
 from argparse import ArgumentTypeError
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -2560,52 +2562,42 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- Read-ahead
-# borg reads the objects that it is told of one after the other, and waits for S3 at each. So threads read
-# what it is going to read through the same mount, and TigrisFS keeps it until borg comes. What is read is
-# taken as one stream; what is read ahead is a window of it that begins where the slowest borg is, and no borg
-# is told of an object before that has come into the window.
+# borg reads one object after the other, and waits for S3 at each. So threads read what it is going to read
+# through the same mount, piece by piece, and TigrisFS keeps that until borg comes. There is room for so much:
+# a piece gives its room back when the slowest borg has passed it, and no borg is told of an object before its
+# first piece has found room.
 
 
 @dataclass(eq=False, slots=True)
 class Upcoming:
-    """One of the objects that are read, one after the other, and its place in the stream."""
-
     path: str
-    size: int  # in bytes, as all that follows
-    modified: float = math.inf  # in seconds since 1970
-    fetch: Callable[[], None] | None = None  # reads it in another way than through the mount
-    number: int = 0  # among all, from 1 on
-    start: int = 0
+    size: int  # in bytes, as all that follows; 0: nobody reads it
+    fetch: Callable[[], Future[Any]] | None = None  # reads it past the mount
 
-    @property
-    def end(self) -> int:
-        """Where the next object begins. A small one counts for more, which bounds how many are ahead."""
-        return self.start + max(self.size, SMALLEST_PLACE_BYTES)
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    item: Upcoming
+    offset: int
+    end: tuple[int, int]  # the Reader.at of who has read it
+    room: int
+    kept: object = None  # what was fetched, until it is passed
 
 
 @dataclass(eq=False)
 class Reader:
     """One borg on its way through the objects."""
 
-    since: float = -math.inf  # what was last modified before that, it knows and does not read
+    since: float = -math.inf  # what was last modified before that (Unix), it knows and does not read
     child: Child | None = None  # None: it has not begun yet
-    done: int = 0  # how many objects are behind it
-    offset: int = 0  # how far it is in the next one
     began: float = 0.0
-    waits_since: float = 0.0  # for others; 0: it does not
-    waited_seconds: float = 0.0
+    at: tuple[int, int] = (0, 0)  # how many objects are behind it, and how far it is in the next one
+    is_ahead: bool = False  # and is told of nothing more, for the sake of others
+    waited_seconds: float = 0.0  # for others
 
-    def waited_for(self, now: float) -> float:
-        """How long it has waited for others until now."""
-        return self.waited_seconds + (now - self.waits_since if self.waits_since else 0.0)
-
-    def wait(self, is_waiting: bool) -> None:
-        """It waits for others, or it does not any more."""
-        now = time.monotonic()
-        if is_waiting and not self.waits_since:
-            self.waits_since = now
-        elif self.waits_since and not is_waiting:
-            self.waited_seconds, self.waits_since = self.waited_for(now), 0.0
+    @property
+    def waits(self) -> bool:
+        return self.is_ahead or bool(self.child and self.child.is_held(HELD_BACK))
 
 
 def file_position(pid: int, path: str) -> int:
@@ -2620,222 +2612,174 @@ def file_position(pid: int, path: str) -> int:
 NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at it
 
 
-def read_piece(path: str, offset: int, end: int) -> None:
-    if offset == end:
-        return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        while offset < end and (got := os.preadv(fd, [memoryview(NOWHERE)[: end - offset]], offset)):
-            offset += got
-    finally:
-        os.close(fd)
-
-
 class ReadAhead:
-    """Reads objects before one or more borgs do, and keeps these close enough together to share that.
+    """Reads objects before borgs do, and keeps these close enough together to share that.
 
-    It is a help only: what it cannot read, borg will report. A borg that is ahead of another waits; but not
-    when that one does not move, and not for longer than it has worked itself. Then the slower one is left to
-    read by itself.
+    What it cannot read, borg will report. A borg that is ahead of another waits, but not for longer than it
+    has worked itself. Then the slower one is left to read by itself.
     """
 
     def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
-        """Starts the threads. They begin when each reader has begun or left, or a while after the first."""
-        settings, threads = runtime.settings, runtime.settings.read_ahead_threads
-        plan = MemoryPlan(settings, runtime.memory_mb)
-        self.moved = 0  # grows with all that is read
-        self._window, self._piece_bytes = plan.window_bytes, plan.piece_bytes
-        self._items, self._readers = items, list(readers)
-        self._pieces: queue.SimpleQueue[tuple[Upcoming, int, int] | None] = queue.SimpleQueue()
-        self._threads = threads
-        self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._ahead: deque[Upcoming] = deque()
-        self._taken: float = 0  # objects that borgs may be told of
-        self._end, self._floor, self._moved_at = 0, 0, time.monotonic()
+        settings, plan = runtime.settings, MemoryPlan(runtime.settings, runtime.memory_mb)
+        self.moved = 0  # grows with all that is done for borg
         self.is_over = False
-        for work in (self._walk, self._watch, *[self._read] * threads):
+        self._window = self._room = plan.window_bytes
+        self._piece_bytes, self._threads = plan.piece_bytes, settings.read_ahead_threads
+        self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
+        self._items, self._readers = items, list(readers)
+        self._changed = threading.Condition()
+        self._ahead: deque[Piece] = deque()  # that have room
+        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()  # of these, what is to be read
+        self._taken = 0  # objects that borgs may be told of
+        self._walked = in_background(self._walk)
+        self._walked.add_done_callback(self._fail)
+        for work in (self._watch, *[self._read] * self._threads):
             threading.Thread(target=work, daemon=True).start()
 
     def began(self, reader: Reader, since: float, child: Child) -> None:
-        """`child` is the borg of `reader`, and knows all objects last modified before `since`."""
-        with self._lock:
-            reader.since, reader.child = since, child
-            reader.began = self._moved_at = time.monotonic()
+        with self._changed:
+            reader.since, reader.child, reader.began = since, child, time.monotonic()
             self._changed.notify_all()
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
-        """Returns when `reader` may be told of the object with this number."""
         self.wait_until(reader, lambda: number <= self._taken, number)
 
     def wait_until(self, reader: Reader, is_so: Callable[[], bool], number: int = 0) -> None:
-        """Returns when it is so, or at the end. `reader` waits for others where it is ahead of them.
-
-        It does not wait, though, before it is done with all objects that come before that `number`.
-        """
-        with self._lock:
-            while reader in self._readers and not self.is_over and not is_so():
-                reader.wait(reader.done + 1 >= number and reader.done > self._passed)
+        # Who is not done yet with all that comes before that `number` does not wait for others.
+        with self._changed:
+            while reader in self._readers and not (self.is_over or is_so()):
+                reader.is_ahead = self._passed[0] < reader.at[0] >= number - 1
                 self._changed.wait(POLL_SECONDS)
-            reader.wait(False)
+            reader.is_ahead = False
 
     def wait_until_passed(self, number: int) -> bool:
-        """Returns when all readers are done with this object; False at the end."""
-        with self._lock:
-            while not self.is_over and number > self._passed:
+        # False at the end.
+        with self._changed:
+            while not self.is_over and number > self._passed[0]:
                 self._changed.wait()
             return not self.is_over
 
-    def has_passed(self, number: int) -> bool:
-        """Whether this object is behind all readers."""
-        with self._lock:
-            return number <= self._passed
-
     @property
-    def _passed(self) -> float:
-        return min((reader.done for reader in self._readers), default=math.inf)
+    def _passed(self) -> tuple[float, int]:
+        return min((reader.at for reader in self._readers), default=(math.inf, 0))
 
     def is_left(self, reader: Reader) -> bool:
-        """Whether it goes on by itself."""
         return reader not in self._readers
 
-    def is_read(self, modified: float) -> bool:
-        """Whether one of the readers will read an object of this time."""
-        return any(modified >= reader.since for reader in self._readers)
-
     def done(self, reader: Reader, number: int, offset: int = 0) -> None:
-        """`reader` is done with so many objects, and is so far in the next one."""
-        with self._lock:
-            reader.done, reader.offset = max((reader.done, reader.offset), (number, offset))
+        with self._changed:
+            reader.at = max(reader.at, (number, offset))
             self._slide()
 
     def left(self, reader: Reader) -> None:
-        """`reader` is at its end, or goes on by itself."""
-        with self._lock:
-            if reader in self._readers:
-                self._readers.remove(reader)
-                self._hold(reader, False)
-                self._slide()
+        # At its end, or because it goes on by itself.
+        with self._changed:
+            self._readers = [each for each in self._readers if each is not reader]
+            if reader.child:
+                reader.child.hold(HELD_BACK, False)
+            self._slide()
 
     def close(self) -> None:
-        """Ends it. Nobody waits for the threads: one may be in a read that takes long."""
-        with self._lock:
-            self.is_over, self._taken = True, math.inf
+        # Nobody waits for the threads: one may be in a read that takes long.
+        with self._changed:
+            self.is_over = True
             for reader in self._readers:
-                self._hold(reader, False)
+                self.left(reader)
             self._changed.notify_all()
             for _ in range(self._threads):
                 self._pieces.put(None)
 
     def _slide(self) -> None:
-        """Moves the window to where the slowest reader is."""
-        passed, before = self._passed, self._floor
-        while self._ahead and self._ahead[0].number <= passed:
-            self._floor = self._ahead.popleft().end
-        if self._ahead:
-            item = self._ahead[0]
-            slowest = [
-                reader.offset for reader in self._readers if reader.done + 1 == item.number == passed + 1
-            ]
-            self._floor = max(self._floor, item.start + min(slowest, default=0))
-        if self._floor > before or not self._ahead:
-            self._moved_at = time.monotonic()
+        while self._ahead and self._ahead[0].end <= self._passed:
+            self._room += self._ahead[0].room
+            self._ahead.popleft().kept = None
         self._changed.notify_all()
 
-    def _hold(self, reader: Reader, is_held: bool) -> None:
-        """Stops a borg in an object that is larger than the window, or has it go on."""
-        if reader.child and is_held != reader.child.is_held(HELD_BACK):
-            reader.child.hold(HELD_BACK, is_held)
-            reader.wait(is_held)
-
     def _walk(self) -> None:
-        """The life of the thread that puts objects at the stream's end, when it is known who reads what."""
-        with self._lock:
-            while not self.is_over and (late := [reader for reader in self._readers if not reader.began]):
-                last = max(reader.began for reader in self._readers)
-                if last and time.monotonic() - last > JOIN_SECONDS:
-                    for reader in late:
-                        self.left(reader)
-                self._changed.wait(WATCH_SECONDS)
-        try:
-            for number, item in enumerate(self._items, 1):
-                if self.is_over:
-                    return
-                item.number = number
-                self._take(item)
-        except BaseException:
-            self.close()  # nobody waits for what does not come
-            raise
-
-    def _take(self, item: Upcoming) -> None:
-        """Takes an object in, piece by piece as there is room; who has none of it is told of it at once."""
-        with self._lock:
-            if not (self._threads and self._readers and self.is_read(item.modified)):
-                self._taken = item.number
-                self._changed.notify_all()
+        with self._changed:
+            while not (self.is_over or all(reader.began for reader in self._readers)):
+                self._changed.wait()
+        for number, item in enumerate(self._items, 1):
+            if self.is_over:
                 return
-            item.start = self._end
-            self._end = item.end
-            self._ahead.append(item)
-            step = max(item.size, 1) if item.fetch else self._piece_bytes
-            for offset in range(0, max(item.size, 1), step):
-                end = min(offset + step, item.size)
-                room = min(end, self._window) if item.fetch else end  # such a file is fetched as a whole
-                while not self.is_over and item.start + room - self._floor > self._window:
+            self._take(number, item)
+
+    def _fail(self, work: Future[None]) -> None:
+        if work.exception():  # nobody waits for what does not come
+            self.close()
+
+    def _take(self, number: int, item: Upcoming) -> None:
+        step = item.size if item.fetch else self._piece_bytes
+        with self._changed:
+            for offset in range(0, item.size if self._threads else 0, step):
+                size_bytes = min(step, item.size - offset)
+                # A small one counts for more, which bounds how many are ahead.
+                room = min(max(size_bytes, SMALLEST_PLACE_BYTES), self._window)
+                while not self.is_over and self._room < room:
                     self._changed.wait()
-                if self.is_over:
-                    return
-                self._pieces.put((item, offset, end))
-                self._taken = item.number
+                self._room -= room
+                self._ahead.append(Piece(item, offset, (number - 1, offset + size_bytes), room))
+                self._pieces.put(self._ahead[-1])
+                self._taken = number
                 self._changed.notify_all()
+            self._taken = number
+            self._changed.notify_all()
 
     def _read(self) -> None:
-        """The life of a thread that reads what borg has not passed yet."""
         while piece := self._pieces.get():
-            item, offset, end = piece
-            if self.is_over or (item.start + end <= self._floor and not item.fetch):
+            item, offset, (_, end) = piece.item, piece.offset, piece.end
+            if self.is_over or piece.end <= self._passed:
                 continue
             with contextlib.suppress(OSError):
                 if item.fetch:
-                    item.fetch()
+                    piece.kept = future = item.fetch()
+                    concurrent.futures.wait([future])  # how that goes is told to those who need it
+                    del future  # an idle thread keeps nothing
                 else:
-                    read_piece(item.path, offset, end)
+                    fd = os.open(item.path, os.O_RDONLY)
+                    try:
+                        while got := os.preadv(fd, [memoryview(NOWHERE)[: end - offset]], offset):
+                            offset += got
+                    finally:
+                        os.close(fd)
             self.moved += 1
 
     def _watch(self) -> None:
-        """The life of the thread that sees where in a large object borg is, and who waits for too long."""
         while not self.is_over:
+            before = time.monotonic()
             time.sleep(WATCH_SECONDS)
-            with self._lock:
+            with self._changed:
                 for reader in self._readers:
                     self._look(reader)
+                    if reader.waits:
+                        reader.waited_seconds += time.monotonic() - before
                 self._slide()
                 self._leave_behind()
 
     def _look(self, reader: Reader) -> None:
-        """Where a reader is within an object of several pieces; who is far ahead there is held."""
-        item = next((item for item in self._ahead if item.number > reader.done), None)
-        if not item or not reader.child or item.size <= self._piece_bytes:
-            self._hold(reader, False)
-            return
-        if item.number == reader.done + 1:
-            position = min(file_position(reader.child.pid, item.path), item.size - 1)
-            reader.offset = max(reader.offset, position)
-        lead = item.start + reader.offset - self._floor
-        if lead > self._window * 3 // 4 or lead < self._window // 2:
-            self._hold(reader, lead > self._window // 2)
+        # borg is told of objects, not of pieces: who is far ahead within a large one is stopped.
+        (done, offset), child, lead = reader.at, reader.child, 0
+        item = next((piece.item for piece in self._ahead if piece.end[0] == done), None)
+        if child and item and item.size > self._piece_bytes:
+            reader.at = done, max(offset, min(file_position(child.pid, item.path), item.size - 1))
+            lead = sum(piece.room for piece in self._ahead if piece.end <= reader.at)
+        if child and lead >= self._window * 3 // 4:
+            child.hold(HELD_BACK)
+        elif child and lead < self._window // 2:
+            child.hold(HELD_BACK, False)
 
     def _leave_behind(self) -> None:
-        """Leaves the slowest to itself when that has held up others for too long."""
-        now, passed = time.monotonic(), self._passed
-        stuck = now - self._moved_at > self._patience_seconds
-        if any(
-            stuck or reader.waited_for(now) > max(HOLD_SECONDS, (now - reader.began) / 2)
+        # Who does not begin, and the slowest where others have waited for too long.
+        now, (passed, _) = time.monotonic(), self._passed
+        began = max((reader.began for reader in self._readers), default=0.0)
+        is_slow = any(
+            reader.waited_seconds > max(self._patience_seconds, (now - reader.began) / 2)
             for reader in self._readers
-            if reader.waits_since
-        ):
-            for reader in [each for each in self._readers if each.done == passed and not each.waits_since]:
+            if reader.waits
+        )
+        for reader in self._readers:
+            is_late = began and not reader.began and now - began > JOIN_SECONDS
+            if is_late or (is_slow and reader.at[0] == passed and not reader.waits):
                 self.left(reader)
 
 
@@ -3022,7 +2966,7 @@ class Borg:
             fds = (fd, fed.read_end) if fed else (fd,)
             child = Child(argv, env, output.append, log.feed, fds, consume=consume)
             if fed:
-                fed.began(child)
+                fed.started(child)
             code = self._run_to_end(command, child, fed.moved if fed else waits)
         for found, show in ((log.errors, console.error), (log.warnings, console.warning)):
             if found.more:
@@ -4366,88 +4310,65 @@ def check_if_due(runtime: Runtime, repository: Repository) -> None:
 def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
     """One backup of the source to `targets`; prints what happens and returns the exit code.
 
-    Raises BackupError when no target could even be tried, Stopped on a stop signal, after everything is
-    undone.
+    Raises BackupError when no target could even be tried, Stopped after everything is undone.
     """
     what = f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
     names = [target.name for target in targets]
     runtime.console.info("run", what, "run_started", version=VERSION, targets=names)
-    if runtime.settings.source_metadata:
-        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
-        runtime.console.info("run", words)
     runs = [TargetRun(runtime, target) for target in targets]
     try:
-        source, *checks = preflight(runtime, targets)
-        if isinstance(source, BackupError):
-            raise source
+        found, *checks = preflight(runtime, targets)
+        if isinstance(found, BackupError):
+            raise found
         for run, check in zip(runs, checks, strict=True):
             run.check = check
-        with listed_source(runtime, source) as (catalog, unlistable):
-            back_up_all(runtime, source, catalog, unlistable, runs)
+        with listed_source(runtime, found) as source:
+            back_up_all(runtime, source, runs)
         runtime.stop.check()
     finally:
         conclude(runtime, runs, RUN_COLUMNS)
     return overall(runs)
 
 
-def back_up_all(
-    runtime: Runtime,
-    found: Preflight,
-    catalog: Catalog,
-    unlistable: Collection[str],
-    runs: Sequence[TargetRun],
-) -> None:
-    """Backs up to several targets at a time.
+def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
+    """Examines the source and all targets at the same time; the source's result is the first."""
+    stores = [runtime.settings.source, *(target.store for target in targets)]
+    clients = [S3Client(store, stop=runtime.stop) for store in stores]
+    checks = [functools.partial(examine, each, write=each.store.target is not None) for each in clients]
+    return side_by_side(checks, runtime.stop)
 
-    Mounts the source anew when it was lost on the way: that is the failure of the targets of that time only.
-    A target that got stuck is tried once more, and the source is mounted anew for it, too: it may be the one
-    that does not move.
-    """
-    source = runtime.settings.source
+
+def back_up_all(runtime: Runtime, source: Source, runs: Sequence[TargetRun]) -> None:
+    # Where a target got stuck, the source is mounted anew, too: it may be the one that does not move.
+    store, region = source.client.store, source.client.region
     at_once = MemoryPlan(runtime.settings, runtime.memory_mb).targets_at_once
     while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
-        tries = sum(run.tries for run in runs)
-        try:
-            with mounted(runtime, source, found.region, read_only=True, unlistable=unlistable) as mount:
-                for start in range(0, len(remaining), at_once):
-                    batch = remaining[start : start + at_once]
-                    back_up_batch(runtime, found, mount, catalog, batch)
-                    is_stuck = any(run.is_to_be_tried for run in batch)
-                    if is_stuck or not (mount.is_alive and mount.usable):
-                        break
-        except Stopped:
-            raise
-        except BackupError as error:
-            if tries == sum(run.tries for run in runs):
-                raise
-            runtime.console.warning("source", str(error))
+        with mounted(runtime, store, region, read_only=True, unlistable=source.unlistable) as mount:
+            for start in range(0, len(remaining), at_once):
+                batch = remaining[start : start + at_once]
+                back_up_batch(runtime, source, mount, batch)
+                if any(run.is_to_be_tried for run in batch) or not (mount.is_alive and mount.usable):
+                    break
 
 
-def back_up_batch(
-    runtime: Runtime, found: Preflight, mount: Mount, catalog: Catalog, batch: Sequence[TargetRun]
-) -> None:
-    """Backs up to some targets side by side; the source is read once for all. Raises Stopped."""
-    readers = [Reader() for _ in batch]
-    with full_disk_told(runtime.settings.source):
-        feeder = Feeder(runtime, found, mount, catalog, readers)
-
-    def work(run: TargetRun, reader: Reader) -> None:
-        try:
-            with run.trying():
-                run.back_up(feeder, reader)
-        finally:
-            feeder.ahead.left(reader)
-
-    with contextlib.closing(feeder):
-        pairs = zip(batch, readers, strict=True)
-        futures = [in_background(functools.partial(work, run, reader)) for run, reader in pairs]
-        # Each sees stop signals by itself, and has its own deadlines. But a signal that another thread gets
-        # is noted only when this one, the main thread, goes on: so it must not sleep for long.
-        for _ in waiting(*futures):
+def back_up_batch(runtime: Runtime, source: Source, mount: Mount, batch: Sequence[TargetRun]) -> None:
+    beside, names = source.catalog.path.parent, [run.name for run in batch]
+    with (
+        full_disk_told(source.client.store),
+        tempfile.TemporaryDirectory(dir=beside, ignore_cleanup_errors=True) as folder,
+        contextlib.closing(Feeder(runtime, source, mount, folder, names)) as feeder,
+    ):
+        work = []
+        for run, fed in zip(batch, feeder.readers, strict=True):
+            work.append(in_background(functools.partial(run.attempt, run.back_up, fed)))
+            work[-1].add_done_callback(lambda _, fed=fed: feeder.left(fed))
+        # Each sees stop signals by itself. But one that another thread gets is noted only when this one, the
+        # main thread, goes on: so it must not sleep for long.
+        for _ in waiting(*work):
             with contextlib.suppress(OSError):
-                os.utime(catalog.path.parent)  # or another run might take it for a dead one's
-    for future in futures:
-        future.result()
+                os.utime(beside)  # or another run might take it for a dead one's
+        for each in work:
+            each.result()
 
 
 def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
@@ -4456,8 +4377,7 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
     try:
         for run in runs:
             while run.is_to_be_tried:
-                with run.trying():
-                    run.maintain()
+                run.attempt(run.maintain)
     finally:
         conclude(runtime, runs, MAINTENANCE_COLUMNS)
     return overall(runs)
@@ -4478,11 +4398,9 @@ class TargetRun:
     check: Preflight | BackupError | None = None  # what S3 says of the store; None: not asked
     verdict: Verdict = Verdict.FAILURE
     reason: str = "was not run"
-    archive: str = ""
-    objects: int = 0
-    archived_bytes: int = 0
-    stored_bytes: int = 0
-    archives: dict[str, int] = field(default_factory=dict)  # of a maintenance: how many there were, and are
+    numbers: dict[str, Any] = field(  # of the new archive, as they are told
+        default_factory=lambda: {"archive": "", "objects": 0, "bytes": 0, "new_bytes": 0}
+    )
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)  # the reasons, where there are any
     failures: list[str] = field(default_factory=list)  # what fails it although its story goes on
@@ -4498,55 +4416,38 @@ class TargetRun:
         return not self.tries or (self.tries == 1 and bool(self.stuck))
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.target.name,
-            "result": self.verdict.value,
-            "reason": self.reason,
-            "archive": self.archive,
-            "objects": self.objects,
-            "bytes": self.archived_bytes,
-            "new_bytes": self.stored_bytes,
-            **self.archives,
-            "seconds": round(self.seconds, 3),
-        }
+        result = {"name": self.target.name, "result": self.verdict.value, "reason": self.reason}
+        return {**result, **self.numbers, "seconds": round(self.seconds, 3)}
 
     def info(self, *words: str, **details: Any) -> None:
         self.runtime.console.info(self.name, *words, **details)
 
-    def warn(self, reason: str) -> None:
-        """Tells why it ends with a warning at best."""
+    def warn(self, reason: str, *event: str, **details: Any) -> None:
         self.warnings.append(reason)
-        self.runtime.console.warning(self.name, reason)
+        self.runtime.console.warning(self.name, reason, *event, **details)
 
     def doubt(self, text: str) -> None:
-        """Tells what fails it although its story goes on, without pruning."""
+        # It fails, but its story goes on, without pruning.
         self.failures.append(f"{self.name}: {text}")
         self.runtime.console.error(self.name, self.failures[-1])
 
-    @contextlib.contextmanager
-    def trying(self) -> Iterator[None]:
+    def attempt(self, work: Callable[..., None], *values: Any) -> None:
         """A try. Whatever goes wrong in it becomes its outcome, so that the other targets go on.
 
-        What got stuck is to be tried once more. That try takes the lease as anybody else would: when it has
-        expired. What the killed tigrisfs had sent may still arrive until then, and would overwrite segments
-        that have the same numbers. Raises Stopped.
+        A second try takes the lease as anybody else would, when it has expired: until then what the killed
+        tigrisfs had sent may arrive, and would overwrite segments that have the same numbers. Raises Stopped.
         """
         start, runtime = time.monotonic(), self.runtime
-        fresh = TargetRun(
-            runtime, self.target, self.check
-        )  # what an earlier try has found counts for nothing
-        fresh.seconds, fresh.tries, fresh.stuck = self.seconds, self.tries + 1, self.stuck
-        vars(self).update(vars(fresh))
+        kept = {"seconds": self.seconds, "tries": self.tries + 1, "stuck": self.stuck}
+        vars(self).update(vars(TargetRun(runtime, self.target, self.check, **kept)))
         if self.tries > 1:  # LEASE_WAIT is about other runs
             settings = dataclasses.replace(runtime.settings, lease_wait_seconds=None)
             self.runtime = dataclasses.replace(runtime, settings=settings)
         try:
-            yield
-            if self.failures:
-                self.reason = self.failures[0]
-            else:
+            work(*values)
+            if not self.failures:
                 self.verdict = Verdict.WARNING if self.warnings else Verdict.OK
-                self.reason = next(filter(None, self.warnings), "")
+            self.reason = next(filter(None, self.failures or self.warnings), "")
         except Stopped:
             self.reason = "was stopped"
             raise
@@ -4558,59 +4459,45 @@ class TargetRun:
                 words = f"{self.stuck}; it is tried once more, with new mounts"
                 runtime.console.warning(self.name, words, "stuck")
             else:
-                runtime.console.error(self.name, str(error))
+                runtime.console.error(self.name, self.reason)
         except Exception as error:
             self.reason = f"{self.name}: {type(error).__name__}: {DEFECT}"
             runtime.console.defect(self.name, error)
         finally:
             self.seconds += time.monotonic() - start
             if self.tries > 1:
-                first = f"tried twice, as it got stuck: {self.stuck}"
-                self.reason = f"{first}; {self.reason}" if self.reason else first
+                self.reason = f"tried twice, as it got stuck: {self.stuck}; {self.reason}".rstrip("; ")
 
-    def back_up(self, feeder: Feeder, reader: Reader) -> None:
-        """Backs up, from taking the lease to giving it back. Raises BackupError."""
+    def back_up(self, fed: Fed) -> None:
         if isinstance(check := self.check, BackupError):
             raise check
-        runtime, target, catalog, label = (
-            self.runtime,
-            self.target,
-            feeder.catalog,
-            self.runtime.settings.label,
-        )
+        runtime, target, label = self.runtime, self.target, self.runtime.settings.label
+        catalog, mount = fed.feeder.catalog, fed.feeder.mount
         if self.tries > 1:  # a store that does not take writes any more is to be told in seconds
             check = preflight_one(runtime, target.store, write=True)
         client = S3Client(target.store, check.region, PROVEN, runtime.stop)
         with Lease(runtime, client, "a backup") as lease:
             is_new = prepare_repository(runtime, target, client, lease)
-            with writable(runtime, target, client, lease, [feeder.mount]) as repository:
-                feeder.mount.wait_until_usable()
+            with writable(runtime, target, client, lease, [mount]) as repository:
+                mount.wait_until_usable()
                 if is_new:  # `borg init` made an empty files cache
                     catalog.note_archive(repository.cache.name, label, 0, 0.0)
                 else:
                     check_encryption(runtime, repository)
-                    if not (repository.cache / "files").exists():
-                        words = "borg's cache of this repository is not there: the whole source is read again"
-                        volume = "A volume keeps it: docker run --volume s3borgbackup-cache:/cache"
-                        self.info(f"{words}, and the repository's index. {volume}")
-                self.create_archive(repository, feeder, reader)
-                is_whole = not self.failures
-                is_alike = self.is_like_last(repository, catalog)
-                is_pruned = bool(target.prune and self.objects and is_whole and is_alike)
-                is_compacted = is_pruned and target.compact_percent is not None
-                self.keep_up(repository, is_pruned, is_compacted, f"the archive {self.archive} is stored")
-            outlast_name(self.archive)
-        if self.objects and is_whole:  # what comes after another one is to be compared with the last good one
-            catalog.note_archive(repository.cache.name, label, self.objects)
+                self.create_archive(repository, fed)
+                archive, objects = self.numbers["archive"], self.numbers["objects"]
+                is_good = bool(objects and not self.failures)
+                is_pruned = self.is_like_last(repository, catalog) and is_good and bool(target.prune)
+                self.keep_up(repository, is_pruned, is_pruned, f"the archive {archive} is stored")
+            outlast_name(archive)
+        if is_good:  # what comes after another one is to be compared with the last good one
+            catalog.note_archive(repository.cache.name, label, objects)
         self.info(f"done: everything is uploaded to {target.store.location}")
         if target.encryption != "none" and (is_new or not check.holds(target.store, KEY_EXPORTED_NAME)):
-            self.info(
-                "its key was never exported; if that is lost, so is the backup:"
-                f" backup.py key-export {shlex.quote(target.name)} prints it, keep it with the passphrase"
-            )
+            export = f"backup.py key-export {shlex.quote(target.name)}"
+            self.info(f"its key was never exported; if that is lost, so is the backup: {export} prints it")
 
     def maintain(self) -> None:
-        """What a run does besides its archive. Raises BackupError."""
         runtime, target, label = self.runtime, self.target, self.runtime.settings.label
         with opened_for_writing(runtime, target, "maintenance") as repository:
             check_encryption(runtime, repository)
@@ -4622,30 +4509,26 @@ class TargetRun:
                 reason = f"the newest archive, {newest.name}, is empty; look at the source first"
             if reason:
                 self.warn(f"nothing is pruned: {reason}")
-            is_pruned, is_compacted = bool(target.prune) and not reason, target.compact_percent is not None
-            self.keep_up(repository, is_pruned, is_compacted, "it is pruned and compacted as asked")
-            after = archives_of(repository)[1]
-            self.archives = {"archives_before": len(before), "archives_after": len(after)}
+            is_pruned = bool(target.prune and not reason)
+            self.keep_up(repository, is_pruned, True, "it is pruned and compacted as asked")
+            self.numbers["archives_before"] = len(before)
+            self.numbers["archives_after"] = len(archives_of(repository)[1])
         self.info(f"done: everything is uploaded to {target.store.location}")
 
     def keep_up(self, repository: Repository, is_pruned: bool, is_compacted: bool, done: str) -> None:
-        """Prunes and compacts a repository where that is to be, and checks it where that is due.
-
-        Damage fails the target; what was `done` stands all the same. Raises BackupError.
-        """
-        borg, path, results = repository.borg, repository.mount.path, []
+        # Damage fails the target; what was `done` stands all the same.
+        borg, path, target = repository.borg, repository.mount.path, self.target
         if is_pruned:
-            results.append(borg.run(borg_prune(self.target, self.runtime.settings.label, path)))
-            first_words = [line.partition(" archive")[0] for line in results[-1].infos]
+            result = borg.run(borg_prune(target, self.runtime.settings.label, path))
+            self.warnings += [""] * (result.verdict is Verdict.WARNING)
+            first_words = [line.partition(" archive")[0] for line in result.infos]
             gone, kept = first_words.count("Pruning"), first_words.count("Keeping")
-            text = f"pruned {count(gone, 'archive')}, kept {kept:,}"
-            self.info(text, "pruned", pruned=gone, kept=kept)
-        if is_compacted:
-            results.append(borg.run(borg_compact(self.target, path)))
-            for line in results[-1].infos:
-                if line.startswith("compaction freed"):
-                    self.info(line)
-        self.warnings += ["" for result in results if result.verdict is Verdict.WARNING]
+            self.info(f"pruned {count(gone, 'archive')}, kept {kept:,}", "pruned", pruned=gone, kept=kept)
+        if is_compacted and target.compact_percent is not None:
+            result = borg.run(borg_compact(target, path))
+            self.warnings += [""] * (result.verdict is Verdict.WARNING)
+            for line in filter(lambda line: line.startswith("compaction freed"), result.infos):
+                self.info(line)
         try:
             check_if_due(self.runtime, repository)
         except (Stopped, Stuck):
@@ -4654,143 +4537,103 @@ class TargetRun:
             self.failures.append(f"{done}, but {error}")
             self.runtime.console.error(self.name, str(error))
 
-    def create_archive(self, repository: Repository, feeder: Feeder, reader: Reader) -> None:
-        """Makes a new archive and says what it holds, and what it lacks.
-
-        Raises BackupError, also when the source went away.
-        """
+    def create_archive(self, repository: Repository, fed: Fed) -> None:
         self.info("borg create begins")
-        clock, catalog, label = feeder.found.clock, feeder.catalog, self.runtime.settings.label
-        as_of = clock - timedelta(seconds=RACE_SECONDS)
-        fed = Fed(feeder, reader, self.name, known_until(catalog, repository.cache), as_of)
-        comment = f"{SOURCE_AS_OF}{clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
-        with contextlib.closing(fed):
-            try:
-                created = repository.borg.run(
-                    borg_create(self.target, label, repository.mount.path, comment), fed
-                )
-            except BackupError as error:
-                raise (
-                    error if isinstance(error, (Stopped, Stuck)) or not fed.failure else fed.failure
-                ) from None
+        source, label, path = fed.feeder.source, self.runtime.settings.label, repository.mount.path
+        as_of, files = source.clock - timedelta(seconds=RACE_SECONDS), repository.cache / "files"
+        if files.exists():  # what is older than this borg knows; else it is as old as the file
+            sql = "SELECT max(as_of) FROM archives WHERE repository = ?"
+            [[noted]] = source.catalog.execute(sql, [repository.cache.name])
+            since = files.stat().st_mtime if noted is None else noted
+        else:
+            volume = "docker run --volume s3borgbackup-cache:/cache keeps it"
+            self.info(f"borg's cache is not there, and all is read again: {volume}")
+            since = -math.inf
+        fed.prepare(since, as_of)
+        comment = f"{SOURCE_AS_OF}{source.clock:%Y-%m-%dT%H:%M:%SZ}{WITH_MANIFEST}"
+        try:
+            created = repository.borg.run(borg_create(self.target, label, path, comment), fed)
+        except BackupError as error:
+            if isinstance(error, (Stopped, Stuck)) or not fed.failure:
+                raise
+            raise fed.failure from None
+        finally:
+            fed.feeder.left(fed)
         archive = json.loads(created.output)["archive"]
-        stats = archive["stats"]
-        self.archive, self.objects = archive["name"], stats["nfiles"] - fed.has_manifest
-        self.archived_bytes = stats["original_size"] - fed.manifest_bytes
-        self.stored_bytes = stats["deduplicated_size"]
-        self.info(
-            f"archive {self.archive}: {count(self.objects, 'object')}, {size(self.archived_bytes)},"
-            f" {size(stats['compressed_size'])} compressed, {size(self.stored_bytes)} new in the repository",
-            "archive_created",
-            archive=self.archive,
-            objects=self.objects,
-            bytes=self.archived_bytes,
-            compressed_bytes=stats["compressed_size"],
-            new_bytes=self.stored_bytes,
-        )
-        self.judge_archive(fed, feeder)
+        name, stats = archive["name"], archive["stats"]
+        objects, packed = stats["nfiles"] - 1, stats["compressed_size"]
+        archived, new = stats["original_size"] - fed.manifest_bytes, stats["deduplicated_size"]
+        self.numbers = {"archive": name, "objects": objects, "bytes": archived, "new_bytes": new}
+        text = f"archive {name}: {count(objects, 'object')}, {size(archived)}, {size(packed)} compressed"
+        text += f", {size(new)} new in the repository"
+        self.info(text, "archive_created", compressed_bytes=packed, **self.numbers)
+        self.judge_archive(fed)
         if any(msgid for msgid, _ in created.warnings.named):  # what has none does not change its exit code
             self.warnings.append("")
-        lost = fed.files - stats["nfiles"]
-        if lost or not fed.has_manifest:
+        if lost := fed.files - stats["nfiles"]:
             what = f"{count(abs(lost), 'object')} {'less' if lost > 0 else 'more'} than borg was told of"
-            self.doubt(f"the archive holds {what if lost else 'no manifest'}. Run it again.")
-        catalog.note_archive(repository.cache.name, label, None, as_of.timestamp())
+            self.doubt(f"the archive holds {what}. Run it again.")
+        source.catalog.note_archive(repository.cache.name, label, None, as_of.timestamp())
 
-    def judge_archive(self, fed: Fed, feeder: Feeder) -> None:
-        """Tells what a new archive lacks, or holds as it never was.
-
-        Raises BackupError where the source is gone, or the archive empty though the source listed objects.
-        """
-        console, location = self.runtime.console, self.runtime.settings.source.location
-        if fed.refused.count or fed.unread.count:  # some objects, or is the source gone, or its keys revoked?
+    def judge_archive(self, fed: Fed) -> None:
+        console, feeder, location = self.runtime.console, fed.feeder, self.runtime.settings.source.location
+        if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
             examine(feeder.client, write=False)
-        if not self.objects and feeder.listed:
-            raise BackupError(
-                f"{self.name}: the archive {self.archive} is empty, and {location} was not",
-                "Run it again; nothing was pruned.",
-            )
-        if not self.objects:
+        if not self.numbers["objects"]:
+            if feeder.catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]:  # more than mere folders
+                what = f"the archive {self.numbers['archive']} is empty, and {location} was not"
+                raise BackupError(f"{self.name}: {what}", "Run it again; nothing was pruned.")
             self.warn(f"the source {location} lists no objects; nothing was pruned")
-        for found in (fed.refused, fed.unread, feeder.mixed):
+        for found in (fed.lacks, feeder.mixed):
             for key, reason in found.named:
                 console.warning(self.name, f"{key!r} is not, or not whole, in the archive: {reason}")
             if found.more:
                 console.warning(self.name, f"{found.more:,} more such objects")
-        if lacks := fed.refused.count + fed.unread.count + feeder.mixed.count:
+        if lacks := fed.lacks.count + feeder.mixed.count:
             self.warnings.append(f"the archive lacks {count(lacks, 'object')}")
         if fed.vanished:
             names = first_of(list(map(repr, fed.vanished)))
             self.info(f"deleted before it was read, and so not in the archive: {names}")
-        # Older archives may hold what could not be read, and must outlive that. But S3's own refusal (cold
-        # storage) lasts until a person does something, and meanwhile no archive will hold the object: pruning
-        # must not wait for that. (Where S3 suddenly refuses very many, the archive has shrunk, which stops
-        # pruning, too.) Nor must it wait for an object that is overwritten in every night's run.
-        if fed.unread.count:
+        # Older archives may hold what could not be read, and must outlive that. But S3's refusal (cold
+        # storage) lasts until a person acts: pruning must not wait for that (where S3 suddenly refuses very
+        # many, the archive has shrunk), nor for an object that is overwritten in every night's run.
+        if fed.unread:
             self.doubt(
-                f"{count(fed.unread.count, 'object')} of the source could not be read (named above). The"
-                " archive holds the others; nothing is pruned, as older ones may hold these. Run it again; if"
-                " it stays so, look at those objects."
+                f"{count(fed.unread, 'object')} of the source could not be read (named above). Nothing is"
+                " pruned, as older archives may hold these. Run it again; if it stays so, look at them."
             )
         if feeder.doubt:
             words = "whether objects were overwritten while they were read is not known"
             self.doubt(f"{words}, and nothing is pruned: {feeder.doubt}")
         for key in sorted(feeder.mount.log.shrunk):  # what became shorter borg sees end early, with no error
-            self.warnings.append("")
-            words = f"{key!r} was overwritten while it was read: it is incomplete in this archive"
-            console.warning(self.name, words)
+            self.warn(f"{key!r} was overwritten while it was read: it is incomplete in this archive")
 
     def is_like_last(self, repository: Repository, catalog: Catalog) -> bool:
-        """Whether the archive has nearly as many objects as the one before; else the source may be wrong.
-
-        Warns of that once: the next archive is compared with this one.
-        """
-        settings, console = self.runtime.settings, self.runtime.console
-        if not settings.shrink_percent:
-            return True
+        # Else the source may be wrong. This warns of it once: the next archive is compared with this one.
+        settings, objects = self.runtime.settings, self.numbers["objects"]
         sql = "SELECT objects FROM archives WHERE repository = ? AND label = ?"
-        noted = catalog.execute(sql, [repository.cache.name, settings.label])
-        last = noted[0][0] if noted else None
-        if last is None:
+        [[last]] = catalog.execute(sql, [repository.cache.name, settings.label])
+        if last is None and settings.shrink_percent:
             options = ["--last", "2", "--glob-archives", archive_pattern(settings.label)]
-            try:
-                archives = archives_of(repository, *options)[1]
-                last = next((each.objects for each in archives if each.name != self.archive), None)
-            except (Stopped, Stuck):
-                raise
-            except BackupError as error:  # the archive that was just made is worth more than this
-                console.warning(self.name, str(error))
-        if not has_shrunk(self.objects, last or 0, settings.shrink_percent):
+            before, *made = archives_of(repository, *options)[1]
+            last = before.objects if made else None
+        if not has_shrunk(objects, last or 0, settings.shrink_percent):
             return True
         reason = (
-            f"the archive has {count(self.objects, 'object')}, the one before it {last:,}:"
+            f"the archive has {count(objects, 'object')}, the one before it {last:,}:"
             f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
         )
-        self.warnings.insert(0, reason)  # it explains more than how many objects are missing
-        console.warning(self.name, reason, "shrunk", objects=self.objects, objects_before=last)
+        self.warn(reason, "shrunk", objects=objects, objects_before=last)
         return False
 
 
-def known_until(catalog: Catalog, cache: Path) -> float:
-    """Objects that were modified last before this time (Unix) borg knows, and will not read.
-
-    Without its files cache it knows none; where the catalog knows nothing of that, it is as old as it is.
-    """
-    try:
-        written = (cache / "files").stat().st_mtime
-    except OSError:
-        return -math.inf
-    [[noted]] = catalog.execute("SELECT max(as_of) FROM archives WHERE repository = ?", [cache.name])
-    return written if noted is None else noted
-
-
 def has_shrunk(objects: int, last: int, percent: int) -> bool:
-    """Whether more than `percent` of the objects are gone. None at all is somebody else's business."""
+    # None at all is somebody else's business.
     return percent > 0 and objects > 0 and objects * 100 < last * (100 - percent)
 
 
 def outlast_name(archive: str) -> None:
-    """Waits until the second in an archive's name is over: whoever comes next needs another one."""
+    # Until the second in an archive's name is over: whoever comes next needs another one.
     over = datetime.fromisoformat(archive[-len("2025-01-31T03:00:00") :]).timestamp() + 1
     time.sleep(min(1.0, max(0.0, over - time.time())))
 
@@ -4802,16 +4645,16 @@ MAINTENANCE_COLUMNS = ("target", "result", "archives", "duration")
 def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
     rows = [columns]
     for run in runs:
-        archives = "{archives_after:,} of {archives_before:,}".format(**run.archives) if run.archives else "-"
+        numbers = {"archives_before": 0, "archives_after": 0, **run.numbers}
         cells = {
             "target": run.target.name,
             "result": run.verdict.value,
-            "archives": archives,
-            "objects": f"{run.objects:,}",
-            "archived": size(run.archived_bytes),
-            "new stored": size(run.stored_bytes),
+            "archives": "{archives_after:,} of {archives_before:,}".format(**numbers),
+            "objects": f"{numbers['objects']:,}",
+            "archived": size(numbers["bytes"]),
+            "new stored": size(numbers["new_bytes"]),
             "duration": duration(run.seconds),
-            "archive": run.archive or "-",
+            "archive": numbers["archive"] or "-",
         }
         rows.append([cells[name] for name in columns])
     reasons = [f"{run.target.name}: {run.reason}" for run in runs if run.reason]
@@ -4819,106 +4662,94 @@ def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
 
 
 def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]) -> None:
-    """Prints how it went with each target, and notes it for those who are told."""
-    report = runtime.report
+    report, console = runtime.report, runtime.console
     report.targets, report.table = [run.as_json() for run in runs], summary(runs, columns)
-    if not runtime.console.as_json:
-        runtime.console.plain(report.table)
-        return
-    for run, details in zip(runs, report.targets, strict=True):
-        run.info(run.reason or run.verdict.value, "target_finished", **details)
+    if not console.as_json:
+        console.plain(report.table)
+    for run in runs if console.as_json else ():
+        run.info(run.reason or run.verdict.value, "target_finished", **run.as_json())
 
 
 def overall(runs: Sequence[TargetRun]) -> int:
+    codes = {Verdict.FAILURE: EXIT_FAILURE, Verdict.BUSY: EXIT_BUSY, Verdict.WARNING: EXIT_WARNINGS}
     verdicts = {run.verdict for run in runs}
-    if Verdict.FAILURE in verdicts:
-        return EXIT_FAILURE
-    if Verdict.BUSY in verdicts:
-        return EXIT_BUSY
-    return EXIT_WARNINGS if Verdict.WARNING in verdicts else EXIT_OK
+    return next((code for verdict, code in codes.items() if verdict in verdicts), EXIT_OK)
+
+
+@dataclass(frozen=True)
+class Source:
+    client: S3Client
+    clock: datetime  # the server's, before it was listed
+    catalog: Catalog
+    unlistable: Collection[str]  # folders that TigrisFS cannot list
 
 
 @contextlib.contextmanager
-def listed_source(runtime: Runtime, found: Preflight) -> Iterator[tuple[Catalog, Collection[str]]]:
-    """The source's listing in a catalog, with the headers that the last one knows; kept for the next run.
+def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
+    """The source's listing, with the headers that the last one knows; it is kept for the next run.
 
-    With it come the folders that TigrisFS cannot list. What is wrong with the last one, or with its place, is
-    told, and costs requests. Raises S3Error.
+    What is wrong with the last one, or with its place, is told, and costs requests.
     """
-    source, console = runtime.settings.source, runtime.console
-    name = hashlib.sha256(f"{source.endpoint} {source.location}".encode()).hexdigest()[:16]
+    store, console = runtime.settings.source, runtime.console
+    name = hashlib.sha256(f"{store.endpoint} {store.location}".encode()).hexdigest()[:16]
     kept = borg_folder(runtime.environ, "CACHE").parent / "s3borgbackup" / f"{name}.catalog"
-    with contextlib.ExitStack() as stack:
+    folder = kept.with_suffix(f".{runtime.run_id}")
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
-            folder = kept.with_suffix(f".{runtime.run_id}")
             folder.mkdir(parents=True)
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            for old in kept.parent.glob(f"{kept.stem}.*/"):  # runs that were killed have left them
+            for old in kept.parent.glob(f"{name}.*/"):  # runs that were killed have left them
                 with contextlib.suppress(OSError):
                     if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
                         shutil.rmtree(old, ignore_errors=True)
-            catalog, unlistable = catalog_of_source(runtime, found, folder, kept)
+            source = list_source(runtime, found, folder, kept)
         except (CatalogError, OSError) as error:
             words = "the catalog is not kept, and all headers are asked for again"
             console.warning("source", f"{words}: {error}")
             with contextlib.suppress(OSError):
                 os.truncate(folder / "catalog", 0)  # borg needs the room
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
-            kept = None
-            catalog, unlistable = catalog_of_source(runtime, found, folder, None)
+            folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)))
+            kept = folder / "kept"
+            source = list_source(runtime, found, folder, kept)
         try:
-            yield catalog, unlistable
+            yield source
         finally:
             try:
-                if kept and kept.exists():  # another run may have noted archives meanwhile
-                    catalog.take_over(kept)
-                catalog.close()
-                if kept:
-                    catalog.path.replace(kept)
+                if kept.exists():  # another run may have noted archives meanwhile
+                    source.catalog.take_over(kept)
+                source.catalog.close()
+                source.catalog.path.replace(kept)
             except (CatalogError, OSError) as error:
                 console.warning("source", f"the catalog is not kept: {error}")
 
 
-def catalog_of_source(
-    runtime: Runtime, found: Preflight, folder: Path, kept: Path | None
-) -> tuple[Catalog, Collection[str]]:
-    """Lists the source into a new catalog in `folder`; `kept` is the last one."""
-    source, console, catalog = runtime.settings.source, runtime.console, Catalog(folder / "catalog")
-    client = S3Client(source, found.region, PROVEN, runtime.stop)
-
-    def work() -> Collection[str]:
-        catalog.add(objects_of(client, console, found))
-        unlistable = catalog.unlistable()
-        catalog.hide(unlistable)
-        if kept and kept.exists():
-            try:
-                catalog.take_over(kept)
-            except CatalogError as error:
-                unusable = kept.with_suffix(".unusable")
-                kept.replace(unusable)
-                words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
-                console.warning("source", f"{error.message}; {words}")
-        return unlistable
-
-    unlistable = within(LIST_SECONDS, "source: listing it", work, runtime.stop)
+def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) -> Source:
+    console, catalog = runtime.console, Catalog(folder / "catalog")
+    client = S3Client(runtime.settings.source, found.region, PROVEN, runtime.stop)
+    catalog.add(objects_of(client, console, found))
+    unlistable = catalog.unlistable()
+    catalog.hide(unlistable)
+    try:
+        if kept.exists():
+            catalog.take_over(kept)
+    except CatalogError as error:
+        unusable = kept.with_suffix(".unusable")
+        kept.replace(unusable)
+        words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
+        console.warning("source", f"{error.message}; {words}")
     number, size_bytes = catalog.total()
     text = f"lists {count(number, 'object')}, {size(size_bytes)}"
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
-    if new := heads_to_ask(runtime, catalog):
-        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
-    return catalog, unlistable
-
-
-def heads_to_ask(runtime: Runtime, catalog: Catalog) -> int:
-    return catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
+    return Source(client, found.clock, catalog, unlistable)
 
 
 def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
-    """What a store lists, by the keys behind its prefix; `found` knows the beginning. Raises S3Error."""
-    prefix, first = client.store.key_prefix, found.keys if found else ()
-    following = found.following if found else None
-    rest = client.list_objects(prefix, where=following) if following or not found else ()
-    for number, each in enumerate(itertools.chain(first, rest), 1):
+    """What a store lists, by the keys behind its prefix; `found` knows the beginning."""
+    prefix, entries = client.store.key_prefix, client.list_objects(client.store.key_prefix)
+    if found:
+        rest = client.list_objects(prefix, where=found.following) if found.following else ()
+        entries = itertools.chain(found.keys, rest)
+    for number, each in enumerate(entries, 1):
         if not number % CATALOG_PAGE:
             console.progress(client.store.name, f"listing: {count(number, 'object')}")
         if key := each.key[len(prefix) :]:
@@ -4928,98 +4759,72 @@ def objects_of(client: S3Client, console: Console, found: Preflight | None = Non
 
 HEAD_THREADS = 64
 FETCHED_AT_ONCE = 16  # of what borg could not read
-UNREAD_AT_MOST = 10_000  # of it; if it is more, something else is wrong
 KNOWN_BYTES = 16 * 1024  # to pass an object that borg knows takes as long as to read so many
 
 TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
 
 
-class Feeder:
-    """What all borgs of a batch are fed from: catalog, mount, and our own client for what that cannot show.
+class Feeder(ReadAhead):
+    """What all borgs of a batch are fed from.
 
     Objects' headers are asked for behind the reads, as the answer then proves what was read.
     """
 
-    def __init__(
-        self, runtime: Runtime, found: Preflight, mount: Mount, catalog: Catalog, readers: Sequence[Reader]
-    ) -> None:
-        self.runtime, self.found, self.mount = runtime, found, mount
-        self.catalog, self.readers = catalog, readers
-        self.listed = catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]  # without mere folders
+    def __init__(self, runtime: Runtime, source: Source, mount: Mount, folder: str, names: list[str]) -> None:
+        self.runtime, self.source, self.mount, self._folder = runtime, source, mount, folder
+        self.catalog, self.client = source.catalog, source.client
+        self.readers = [Fed(self, name) for name in names]
         self.mixed = Findings()  # what may have been archived as no version ever was
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self.doubt = ""  # why that could not be looked at again
-        self.client = S3Client(runtime.settings.source, found.region, PROVEN, runtime.stop)
         self._asking = dataclasses.replace(self.client, is_direct=True)
-        self._prefix = runtime.settings.source.key_prefix
-        self._folder = Path(tempfile.mkdtemp(dir=catalog.path.parent))
-        Path(self._folder, odd_path("")).parent.mkdir(parents=True)
-        self._moved, self._refusals, self._tags_refused = 0, 0, False
-        self._lock, self._choosing, self._writing = threading.Lock(), threading.Lock(), threading.Lock()
-        self._fetched: dict[str, tuple[concurrent.futures.Future[str], set[Reader]]] = {}
-        self._to_ask = (
-            (number, each)
-            for number, each in enumerate(catalog.rows(), 1)
-            if each.facts is None and each.is_shown
-        )
-        self.ahead = ReadAhead(runtime, self._items(), readers)
-        threads = min(HEAD_THREADS, heads_to_ask(runtime, catalog))
-        self._heads = [in_background(self._ask) for _ in range(threads)]
-
-    def close(self) -> None:
-        self.ahead.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def moved(self) -> int:
-        """Grows with whatever is done for borg."""
-        return self._moved + self.ahead.moved
+        self._prefix = self.client.store.key_prefix
+        self._refusals, self._tags_refused = 0, threading.Lock()
+        self._choosing, self._writing = threading.Lock(), threading.Lock()
+        # By key. A file goes when nobody has it any more: it is neither ahead of a borg nor told to one.
+        self._fetched = weakref.WeakValueDictionary[str, Future[str]]()
+        rows = enumerate(self.catalog.rows(), 1)
+        self._to_ask = (row for row in rows if row[1].facts is None and row[1].is_shown)
+        super().__init__(runtime, self._objects(), self.readers)
+        new = self.catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
+        self._heads = [in_background(self._ask) for _ in range(min(HEAD_THREADS, new))]
+        for head in self._heads:
+            head.add_done_callback(self._fail)
 
     def path(self, each: S3Object) -> str:
         return f"{self.mount.path}/{each.key.rstrip('/')}"
 
-    def _items(self) -> Iterator[Upcoming]:
-        """All objects. Each one's folders are listed before, so that TigrisFS looks nothing up one by one."""
+    def _objects(self) -> Iterator[Upcoming]:
+        # Each one's folders are listed before, so that TigrisFS looks nothing up one by one.
         listed: list[str] = []
-        try:
-            for each in self.catalog.rows():
-                if not each.is_shown:
-                    yield Upcoming("", each.size_bytes, fetch=functools.partial(self._fetch_ahead, each))
-                    continue
-                while listed and not each.key.startswith(listed[-1]):
-                    listed.pop()
-                for folder in folders_of(each.key)[len(listed) :]:
-                    listed.append(folder)
-                    if folder not in self.mount.unlistable:
-                        with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
-                            for _ in found:  # TigrisFS asks for page after page
-                                self._moved += 1
-                modified, is_asked = each.last_modified.timestamp(), each.facts is None and self._heads
-                if each.size_bytes and not is_asked and self.ahead.is_read(modified):
-                    self.is_unproven = True
-                yield Upcoming(self.path(each), each.size_bytes, modified)
-        except BackupError as error:
-            if not self.ahead.is_over:
-                self.runtime.console.error("source", str(error))
-                self.ahead.close()
+        for each in self.catalog.rows():
+            if not each.is_shown:  # an empty one is fetched, too
+                yield Upcoming("", max(each.size_bytes, 1), fetch=functools.partial(self.fetched, each))
+                continue
+            folders = folders_of(each.key)
+            for folder in folders:
+                if folder not in listed and folder not in self.mount.unlistable:
+                    with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
+                        for _ in found:  # TigrisFS asks for page after page
+                            self.moved += 1
+            listed = folders
+            modified = each.last_modified.timestamp()
+            is_read = each.size_bytes and any(modified >= reader.since for reader in self._readers)
+            if is_read and not (each.facts is None and self._heads):
+                self.is_unproven = True
+            yield Upcoming(self.path(each), each.size_bytes if is_read else 0)
 
     def _ask(self) -> None:
-        """Asks for the headers of what is behind all readers, one object after the other."""
-        try:
-            while not self.ahead.is_over:
-                with self._choosing:  # one of the threads waits, the others for that one
-                    number, each = next(self._to_ask, (0, None))
-                    if each is None or not self.ahead.wait_until_passed(number):
-                        return
-                if self._refusals < MAX_NAMED:
-                    self._learn(each)
-                self._moved += 1
-        except BaseException:
-            self.ahead.close()  # nobody waits for what does not come
-            raise
+        while True:
+            with self._choosing:  # one of the threads waits, the others for that one
+                number, each = next(self._to_ask, (0, None))
+                if not each or not self.wait_until_passed(number):
+                    return
+            if self._refusals < MAX_NAMED:
+                self._learn(each)
+            self.moved += 1
 
     def _learn(self, each: S3Object) -> None:
-        """Asks S3 for an object's headers, and so for the version that it has now."""
         try:
             now = self._version(each, self._asking.request("HEAD", f"{self._prefix}{each.key}"))
             if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
@@ -5029,7 +4834,7 @@ class Feeder:
         except (S3Error, CatalogError) as error:
             if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
                 return
-            with self._lock:  # each number is somebody's: one of them tells
+            with self._changed:  # each number is somebody's: one of them tells
                 self.is_unproven, self._refusals = True, self._refusals + 1
                 number = self._refusals
             if number in (1, MAX_NAMED):
@@ -5039,28 +4844,17 @@ class Feeder:
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
         facts: dict[str, Any] = {"headers": headers_of(answer)}
-        if tags := self._tags(each.key) if answer.has_tags else {}:
-            facts["tags"] = tags
+        if answer.has_tags and not self._tags_refused.locked():  # else that was told
+            try:
+                facts["tags"] = self.client.tags(f"{self._prefix}{each.key}")
+            except S3Error as error:
+                if error.status == 403 and self._tags_refused.acquire(blocking=False):
+                    self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
         if storage_class := answer.headers.get("x-amz-storage-class"):
             facts["storage_class"] = storage_class
-        size_bytes, modified = int(answer.headers["content-length"]), answer.time("Last-Modified")
-        return S3Object(
-            each.key, size_bytes, modified or each.last_modified, answer.etag, each.is_shown, facts
-        )
-
-    def _tags(self, key: str) -> dict[str, str]:
-        """An object's tags. That they may not be read is told once."""
-        if self._tags_refused:
-            return {}
-        try:
-            return self.client.tags(f"{self._prefix}{key}")
-        except S3Error as error:
-            with self._lock:
-                is_news = error.status == 403 and not self._tags_refused
-                self._tags_refused |= is_news
-            if is_news:
-                self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
-            return {}
+        size_bytes = int(answer.headers["content-length"])
+        modified = answer.time("Last-Modified") or each.last_modified
+        return S3Object(each.key, size_bytes, modified, answer.etag, each.is_shown, facts)
 
     def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
         """What to note of an object that had another version when it was listed.
@@ -5069,8 +4863,7 @@ class Feeder:
         """
         modified = each.last_modified.timestamp()
         try:
-            name = f"source: stat of {each.key!r}"
-            shown = within(MOUNT_SECONDS, name, lambda: os.stat(self.path(each)))
+            shown = within(MOUNT_SECONDS, f"source: {each.key!r}", lambda: os.stat(self.path(each)))
         except OSError as error:
             self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
             return dataclasses.replace(now, etag="")
@@ -5087,63 +4880,39 @@ class Feeder:
             return now
         return dataclasses.replace(now, size_bytes=shown.st_size, etag="")
 
-    def _fetch_ahead(self, each: S3Object) -> None:
-        concurrent.futures.wait([self.fetched(each)])  # how that goes is told to those who need it
+    def _new_file(self, path: str) -> str:
+        # borg archives it by what follows the dot (the slashdot hack of its documentation).
+        file = f"{tempfile.mkdtemp(dir=self._folder)}/./{path}"
+        os.makedirs(os.path.dirname(file))
+        return file
 
-    def fetched(self, each: S3Object, reader: Reader | None = None) -> concurrent.futures.Future[str]:
-        """The path, for borg, of a file with an object's content, which our own client fetches.
-
-        It is there until `reader` gives it back. Ends with S3Error and OSError.
-        """
-        with self._lock:
-            if each.key not in self._fetched:
-                self._fetched[each.key] = in_background(functools.partial(self._fetch, each)), set()
-            future, users = self._fetched[each.key]
-            if reader:
-                users.add(reader)
+    def fetched(self, each: S3Object) -> Future[str]:
+        """The file that our client fetches; it is there for as long as somebody has the future."""
+        with self._changed:
+            if not (future := self._fetched.get(each.key)):
+                file = self._new_file(odd_path(each.key))
+                self._fetched[each.key] = future = in_background(functools.partial(self._fetch, each, file))
+                weakref.finalize(future, shutil.rmtree, file.partition("/./")[0], ignore_errors=True)
         return future
 
-    def result(self, future: concurrent.futures.Future[Result]) -> Result:
-        """What comes of it. Raises Stopped, and what it ends with."""
-        for _ in waiting(future):
-            self.runtime.stop.check()
-        return future.result()
-
-    def _fetch(self, each: S3Object) -> str:
-        path = Path(self._folder, odd_path(each.key))
-        with path.open("wb") as stream:
+    def _fetch(self, each: S3Object, file: str) -> str:
+        with open(file, "wb") as stream:
             for answer in self.client.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
-                self._moved += 1
-        now = dataclasses.replace(self._version(each, answer), size_bytes=path.stat().st_size)
-        os.utime(path, (now.last_modified.timestamp(),) * 2)
+                self.moved += 1
+        now = dataclasses.replace(self._version(each, answer), size_bytes=os.path.getsize(file))
+        os.utime(file, (now.last_modified.timestamp(),) * 2)
         self.catalog.add([now])
-        # borg archives it by what follows the dot (the slashdot hack of its documentation).
-        return f"{self._folder}/./{odd_path(each.key)}"
-
-    def give_back(self, each: S3Object, reader: Reader, number: int) -> None:
-        """`reader` needs a file of `fetched` no more; it goes when all have passed it."""
-        with self._lock:
-            _, users = self._fetched[each.key]
-            users.discard(reader)
-            if not users and self.ahead.has_passed(number):
-                del self._fetched[each.key]
-                Path(self._folder, odd_path(each.key)).unlink(missing_ok=True)
+        return file
 
     def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
-        """The path, for borg, of the manifest of an archive that lacks what has vanished.
-
-        It is written when all headers are there.
-        """
-        self.ahead.wait_until(reader, lambda: all(head.done() for head in self._heads))
-        for head in self._heads:
-            self.result(head)
-        if self.ahead.is_over:
-            raise BackupError("source: the reading of its listing has ended too early", TRY_AGAIN)
-        folder, is_late = tempfile.mkdtemp(dir=self._folder), self.ahead.is_left(reader)
-        path = Path(folder, MANIFEST_PATH)
-        path.parent.mkdir(parents=True)
-        with self._writing, path.open("w", encoding="ascii") as stream:
+        """Writes a manifest when all headers are there."""
+        work = [self._walked, *self._heads]
+        self.wait_until(reader, lambda: all(each.done() for each in work))
+        for each in work:
+            each.result()
+        file, is_late = self._new_file(MANIFEST_PATH), self.is_left(reader)
+        with self._writing, open(file, "w", encoding="ascii") as stream:
             # Others' headers were asked for before a late one has read.
             if (self.is_unproven or is_late) and self.runtime.settings.audit:
                 try:
@@ -5153,13 +4922,12 @@ class Feeder:
             for each in self.catalog.rows():
                 if each.key not in vanished:
                     stream.write(f"{manifest_line(each)}\n")
-                    self._moved += 1
-        return f"{folder}/./{MANIFEST_PATH}"
+                    self.moved += 1
+        return file
 
     def _look_again(self) -> None:
-        """Lists the source once more, where objects were read whose headers have not been asked for since."""
         for now in objects_of(self.client, self.runtime.console):
-            self._moved += 1
+            self.moved += 1
             each = self.catalog.get(now.key)
             if not each or not each.is_shown or (now.etag and not each.etag):  # that was noted before
                 continue
@@ -5168,247 +4936,170 @@ class Feeder:
                 self.catalog.add([dataclasses.replace(noted, is_shown=True, facts=None)])
 
 
-@dataclass(slots=True)
-class Told:
-    sent: int  # how many it had been told of then
-    number: int  # in the catalog
-    each: S3Object
-    is_fetched: bool  # by our own client
-
-
-MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH)
+MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH, is_shown=False)
 
 
 def is_folder(each: S3Object) -> bool:
-    """Whether an object is a folder for borg, and no file."""
     return each.is_shown and each.key.endswith("/")
 
 
-class Fed:
+class Fed(Reader):
     """One borg that is fed: what it was told of, and what has become of that."""
 
-    def __init__(self, feeder: Feeder, reader: Reader, name: str, since: float, as_of: datetime) -> None:
-        """It knows what was last modified before `since`, and may trust what is older than `as_of`."""
-        self.read_end, self._write_end = os.pipe()
-        trusted_before = int(as_of.timestamp()) * 10**9
-        self.environment = {
-            "S3BORGBACKUP_FED": str(self.read_end),
-            "S3BORGBACKUP_TRUSTED_BEFORE": str(trusted_before),
-        }
+    def __init__(self, feeder: Feeder, name: str) -> None:
+        super().__init__()
+        self.feeder = feeder
         self.files = 0  # that its archive is to hold
-        self.refused, self.unread = Findings(), Findings()  # what its archive lacks
+        self.lacks, self.unread = Findings(), 0  # what it lacks, and how much of that S3 did not refuse
         self.vanished: dict[str, None] = {}  # keys
         self.failure: Exception | None = None  # of ours
-        self.has_manifest, self.manifest_bytes = False, 0
-        self._feeder, self._reader, self._name, self._since = feeder, reader, name, since
-        self._changed, self._is_over = threading.Condition(), False
-        self._under_way: deque[Told] = deque()
-        self._sent, self._refusals, self._more_unread = 0, 0, 0
-        self._unread: list[S3Object] = []
-        self._moved, self._seen = 0.0, (0, 0.0)
-        new = "modified >= ? OR NOT is_shown"
-        self._objects, self._bytes = feeder.catalog.total()
-        objects, size_bytes = feeder.catalog.total(new, [max(since, 0) * 10**6])
-        self._effort = size_bytes + objects * SMALLEST_PLACE_BYTES + self._objects * KNOWN_BYTES
-        self._began, self._done = time.monotonic(), (0, 0, 0)
+        self.manifest_bytes = 0
+        self._name, self._changed = name, threading.Condition()
+        # What borg was told of and is not done with: number, object, what keeps its file.
+        self._under_way: deque[tuple[int, S3Object, object]] = deque()
+        self._behind = 0  # how many it was told of before these
+        self._number = 0  # of the last object that it was told of, or is not to be
+        self._unread: set[int] = set()  # numbers
+        self._refusals = self._done_bytes = self._done_effort = 0
 
-    def began(self, child: Child) -> None:
-        """`child` is the borg; it reads our pipe."""
+    def prepare(self, since: float, as_of: datetime) -> None:
+        """For a borg that knows what is older than `since`, and may trust what is older than `as_of`."""
+        self.since = since
+        self.read_end, self._write_end = os.pipe()
+        self.environment = {
+            "S3BORGBACKUP_FED": str(self.read_end),
+            "S3BORGBACKUP_TRUSTED_BEFORE": str(int(as_of.timestamp()) * 10**9),
+        }
+        total = self.feeder.catalog.total
+        self._total = total()
+        objects, size_bytes = total("modified >= ? OR NOT is_shown", [max(since, 0) * 10**6])
+        self._effort = size_bytes + objects * SMALLEST_PLACE_BYTES + self._total[0] * KNOWN_BYTES
+
+    def started(self, child: Child) -> None:
         os.close(self.read_end)
-        self._feeder.ahead.began(self._reader, self._since, child)
+        self.feeder.began(self, self.since, child)
         in_background(self._feed)
-
-    def close(self) -> None:
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
-        self._feeder.ahead.left(self._reader)
 
     def moved(self) -> float:
         """A meter: it grows while borg waits for us, and we are at work or wait for another borg."""
-        now, before = (self._feeder.moved, time.monotonic()), self._seen
-        self._seen = now
-        if self._reader.waits_since:
-            self._moved += now[1] - before[1]
-        elif not self._under_way:
-            self._moved += now[0] - before[0]
-        return self._moved
+        return 0 if self._under_way else self.feeder.moved + self.waited_seconds
 
     def take(self, event: Mapping[str, Any]) -> None:
         """What borg reports: how it went with one of the files, or how many are behind it."""
-        number, passed = event["number"], []
         with self._changed:
+            place = event["number"] - self._behind
             if event["type"] == "fed_status":
-                each = next(entry.each for entry in self._under_way if entry.sent == number)
-                if event["status"] in "AMC":  # it reads what it should know: another version, perhaps
-                    if each.is_shown and each.last_modified.timestamp() < self._since:
-                        self._feeder.is_unproven = True
-                elif event["status"] == "E" or not is_folder(each):
-                    self.files -= not is_folder(each)
-                    if len(self._unread) < UNREAD_AT_MOST:
-                        self._unread.append(each)
-                    else:
-                        self._more_unread += 1
+                number, each, _ = self._under_way[place - 1]
+                self._judge(number, each, event["status"])
                 return
-            while self._under_way and self._under_way[0].sent <= number:
-                passed.append(self._under_way.popleft())
+            passed = [self._under_way.popleft()[1] for _ in range(place)]
+            self._behind += place
+            self._tell_done()
             self._changed.notify_all()
         if passed:
-            self._feeder.ahead.done(self._reader, passed[-1].number)
-        for entry in passed:
-            if entry.is_fetched:
-                self._feeder.give_back(entry.each, self._reader, entry.number)
-        self._tell_progress([entry.each for entry in passed])
+            self._tell_progress(passed)
+
+    def _judge(self, number: int, each: S3Object, status: str) -> None:
+        if status in "AMC":  # it reads what it should know: another version, perhaps
+            if each.is_shown and each.last_modified.timestamp() < self.since:
+                self.feeder.is_unproven = True
+        elif status == "E" or not is_folder(each):
+            self.files -= not is_folder(each)
+            self._unread.add(number)
+
+    def _tell_done(self) -> None:
+        self.feeder.done(self, self._under_way[0][0] - 1 if self._under_way else self._number)
 
     def _feed(self) -> None:
+        feeder = self.feeder
         try:
-            with open(self._write_end, "wb", buffering=0) as self._pipe:
-                number = 0
-                for number, each in enumerate(self._feeder.catalog.rows(), 1):
-                    self._feeder.ahead.wait_until_near(self._reader, number)
+            with full_disk_told(feeder.client.store), open(self._write_end, "wb", buffering=0) as self._pipe:
+                for number, each in enumerate(feeder.catalog.rows(), 1):
+                    feeder.wait_until_near(self, number)
                     if each.is_shown:
-                        self._tell(number, each, self._feeder.path(each))
+                        self._tell(number, each, feeder.path(each))
                     else:
-                        self._tell_fetched(number, [each])
+                        self._tell_fetched([(number, each)])
                 self._wait_until_done()
-                self._fetch_unread(number)
-                manifest = self._feeder.manifest(self._reader, self.vanished)
-                self._tell(number, MANIFEST, manifest)
+                self._fetch_unread()
+                manifest = feeder.manifest(self, self.vanished)
+                self.manifest_bytes = os.path.getsize(manifest)
+                self._tell(self._number, MANIFEST, manifest)
                 self._wait_until_done()
-                self.has_manifest = MANIFEST not in self._unread
-                self.manifest_bytes = os.path.getsize(manifest) if self.has_manifest else 0
-                for each in self._unread:
-                    self.unread.add(each.key, UNREAD)
+                self.unread += len(self._unread)  # of our own files, on a disk that fails
                 self._pipe.write(b"\0")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
-        except OSError as error:
-            words = f"{self._name}: what borg is to read cannot be written: {error.strerror}"
-            self.failure = BackupError(words, DISK_HELP)
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
-    def _tell(self, number: int, each: S3Object, path: str, is_fetched: bool = False) -> None:
+    def _tell(self, number: int, each: S3Object, path: str, file: object = None) -> None:
         with self._changed:
-            self._sent += 1
-            self._under_way.append(Told(self._sent, number, each, is_fetched))
+            self._number = number
+            self._under_way.append((number, each, file))
             self.files += not is_folder(each)
         self._pipe.write(os.fsencode(path) + b"\0")
 
-    def _tell_fetched(self, number: int, objects: Sequence[S3Object]) -> None:
-        """Tells borg of objects that our own client fetches, some at a time."""
-        fetches = [self._feeder.fetched(each, self._reader) for each in objects]
-        for each, fetch in zip(objects, fetches, strict=True):
+    def _tell_fetched(self, objects: Sequence[tuple[int, S3Object]]) -> None:
+        for number, each, file in [(*pair, self.feeder.fetched(pair[1])) for pair in objects]:
             try:
-                self._tell(number, each, self._feeder.result(fetch), is_fetched=True)
-            except Stopped:
-                raise
+                self._tell(number, each, file.result(), file)
             except BackupError as error:
-                self._skip(number, each, error)
+                with self._changed:
+                    self._number = number
+                    self._tell_done()
+                self._lack(each, error)
 
-    def _skip(self, number: int, each: S3Object, error: BackupError) -> None:
-        """Notes why borg is not told of an object, in S3's words where these are the reason."""
-        with self._changed:  # it is done with this one when it is done with all before
-            if self._under_way:
-                self._under_way[-1].number = number
-            else:
-                self._feeder.ahead.done(self._reader, number)
+    def _lack(self, each: S3Object, error: BackupError) -> None:
         status = error.status if isinstance(error, S3Error) else 0
         if status == 404:
             self.vanished[each.key] = None
         elif status in REFUSALS:
             self._refusals += 1
-            self.refused.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
+            self.lacks.add(each.key, f"S3 refuses it: {error.code}{error.message.partition(error.code)[2]}")
         else:
-            self.unread.add(each.key, f"{UNREAD}: {error.message}")
+            self.unread += 1
+            self.lacks.add(each.key, f"{UNREAD}: {error.message}")
 
-    def _fetch_unread(self, number: int) -> None:
-        """Fetches what borg could not read, unless S3 refuses very many."""
-        unread, self._unread = self._unread, []
-        for start in range(0, len(unread), FETCHED_AT_ONCE):
-            some = unread[start : start + FETCHED_AT_ONCE]
+    def _fetch_unread(self) -> None:
+        # What borg could not read, unless S3 refuses very many.
+        unread, self._unread = self._unread, set()
+        rows = self.feeder.catalog.rows() if unread else ()
+        again = (pair for pair in enumerate(rows, 1) if pair[0] in unread)
+        while some := list(itertools.islice(again, FETCHED_AT_ONCE)):
             if self._refusals < MAX_NAMED:
-                self._tell_fetched(number, some)
+                self._tell_fetched(some)
             else:
-                self._more_unread += len(some)
+                self.lacks.count += len(some)
         self._wait_until_done()
-        (self.refused if self._refusals >= MAX_NAMED else self.unread).count += self._more_unread
 
     def _wait_until_done(self) -> None:
-        """Returns when borg has read all that it was told of. Raises BrokenPipeError when it has ended."""
         with self._changed:
             while self._under_way:
-                if self._is_over:
+                if self.child.ended.done():
                     raise BrokenPipeError
                 self._changed.wait(POLL_SECONDS)
 
     def _tell_progress(self, passed: Sequence[S3Object]) -> None:
-        """Says how far it is. What borg knows is passed soon; a small object takes longer than its bytes."""
-        objects, size_bytes, effort = self._done
+        # What borg knows is passed soon, and a small object takes longer than its bytes.
         for each in passed:
-            is_new = not each.is_shown or each.last_modified.timestamp() >= self._since
-            effort += KNOWN_BYTES + (SMALLEST_PLACE_BYTES + each.size_bytes if is_new else 0)
-            size_bytes += each.size_bytes
-        objects = min(objects + len(passed), self._objects)
-        self._done = objects, size_bytes, effort
-        share = min(1.0, effort / self._effort) if self._effort else 1.0
-        seconds = (time.monotonic() - self._began) * (1 - share) / share if share else 0.0
-        self._feeder.runtime.console.progress(
+            is_new = not each.is_shown or each.last_modified.timestamp() >= self.since
+            self._done_bytes += each.size_bytes
+            self._done_effort += KNOWN_BYTES + is_new * (SMALLEST_PLACE_BYTES + each.size_bytes)
+        share = min(1.0, self._done_effort / max(1, self._effort))
+        seconds, percent = (time.monotonic() - self.began) * (1 - share) / share, math.floor(share * 100)
+        objects, size_bytes = self._total
+        self.feeder.runtime.console.progress(
             self._name,
-            f"{objects:,} of {count(self._objects, 'object')}, {size(size_bytes)} of {size(self._bytes)},"
-            f" {math.floor(share * 100)} %, {duration(seconds)} left",
-            objects=objects,
-            bytes=size_bytes,
-            objects_total=self._objects,
-            bytes_total=self._bytes,
-            percent=math.floor(share * 100),
+            f"{self.at[0]:,} of {count(objects, 'object')}, {size(self._done_bytes)} of {size(size_bytes)},"
+            f" {percent} %, {duration(seconds)} left",
+            objects=self.at[0],
+            bytes=self._done_bytes,
+            objects_total=objects,
+            bytes_total=size_bytes,
+            percent=percent,
             seconds_left=round(seconds),
         )
-
-
-def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | BackupError]:
-    """Examines the source and all targets at the same time; the source's result is the first."""
-    stores = [runtime.settings.source, *(target.store for target in targets)]
-    checks = [
-        functools.partial(examine, S3Client(store, stop=runtime.stop), write=store.target is not None)
-        for store in stores
-    ]
-    *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
-    runtime.stop.check()  # the only reason why that one could fail
-    return [copies.get(store.target, result) for store, result in zip(stores, found, strict=True)]
-
-
-def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
-    """An error for each of `targets` whose repository has the id of another one's, by the target's name.
-
-    borg keeps one cache for both, and takes the one for a manipulated version of the other. The first one in
-    the configuration may go on.
-    """
-
-    def identity(target: Target) -> str:
-        patience = Patience() if target in targets else Patience(2, 0, 0)
-        client = S3Client(target.store, patience=patience, stop=runtime.stop)
-        answer = client.find(f"{target.store.key_prefix}config")
-        found = CONFIG_ID.search(answer.body.decode("utf-8", "replace")) if answer else None
-        return found[1] if found else ""
-
-    configured = runtime.settings.targets
-    if len(configured) < 2:
-        return {}
-    ids = side_by_side([functools.partial(identity, target) for target in configured], runtime.stop)
-    first: dict[str, Target] = {}
-    errors = {}
-    for target, repository in zip(configured, ids, strict=True):
-        if isinstance(repository, BackupError) or not repository:
-            continue
-        other = first.setdefault(repository, target)
-        if other is not target:
-            errors[target.name] = BackupError(
-                f"{target.store.name}: its repository has the id of {other.store.name}'s: one is a copy of"
-                " the other, and borg cannot tell them apart",
-                f"Point {target.store.setting('path')} at an empty place: a run makes a repository there.",
-            )
-    return errors
 
 
 @dataclass(frozen=True)
@@ -5424,7 +5115,7 @@ class Archive:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Archive:
-        """From an entry of borg's JSON, which has what was asked for, and always the name and the time."""
+        """From an entry of borg's JSON, which always has the name and the time."""
         name, comment = entry["name"], entry.get("comment", "")
         start, end = (borg_time(entry.get(key, entry["time"])).astimezone() for key in ("time", "end"))
         as_of = borg_time(entry["time"]) - timedelta(seconds=CLOCK_ERROR_SECONDS)
@@ -5437,9 +5128,8 @@ class Archive:
             named = datetime.fromisoformat(name[-len("2025-01-31T03:00:00") :]).replace(tzinfo=None)
             earlier = start.replace(tzinfo=None) - named
             start -= earlier if timedelta(0) <= earlier < timedelta(seconds=5) else timedelta(0)
-        objects, archived_bytes = (
-            number if isinstance(number, int) else None for number in map(entry.get, ("nfiles", "size"))
-        )
+        numbers = entry.get("nfiles"), entry.get("size")
+        objects, archived_bytes = (number if isinstance(number, int) else None for number in numbers)
         if objects and comment.endswith(WITH_MANIFEST):
             objects -= 1
         return cls(name, start, end, as_of, objects, archived_bytes)
@@ -5453,10 +5143,7 @@ ONLY_NAMES = ("--format", "{archive}")  # and times, which cost no request for e
 
 
 def archives_of(repository: Repository, *options: str) -> tuple[str, list[Archive]]:
-    """A repository's encryption mode, and its archives, oldest first: a request for each.
-
-    `options` choose some of them, or less of each. Raises BackupError.
-    """
+    """The encryption mode, and the archives, oldest first: a request for each, but for ONLY_NAMES."""
     details = "{archive}{time}{end}{comment}{nfiles}{size}"  # the last two: see BORG_ADDITIONS
     words = ["list", "--json", "--format", details, *options, str(repository.borg.repository)]
     listed = json.loads(repository.borg.run(words).output)
@@ -5464,26 +5151,24 @@ def archives_of(repository: Repository, *options: str) -> tuple[str, list[Archiv
 
 
 def newest_of(archives: Sequence[Archive], label: str) -> Archive | None:
-    own = [each for each in archives if fnmatch.fnmatchcase(each.name, archive_pattern(label))]
-    return own[-1] if own else None
+    pattern = archive_pattern(label)
+    return next((each for each in reversed(archives) if fnmatch.fnmatchcase(each.name, pattern)), None)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def duration(seconds: float) -> str:
     """`12 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole >= 60:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
 # ----------------------------------------------------------------------------------------------- Operations

@@ -133,6 +133,13 @@ def test_what_is_noted_of_an_object_that_was_overwritten_after_it_was_listed(
     assert (found.size_bytes, found.etag) == noted
 
 
+def test_that_borg_reads_a_manifest_is_no_reason_to_list_the_source_again() -> None:
+    """It is older than anything that borg knows, and always new."""
+    fed = SimpleNamespace(since=LISTED_AT.timestamp(), feeder=SimpleNamespace(is_unproven=False))
+    backup.Fed._judge(fed, 1, backup.MANIFEST, "A")
+    assert not fed.feeder.is_unproven
+
+
 CATALOG = """
 import datetime, pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])

@@ -131,11 +131,11 @@ def test_who_is_busy_does_not_wait_for_others(readers: Readers) -> None:
     ahead, (fast, slow) = readers([1] * 40)
     ahead.done(fast, 3)
     assert not is_told(ahead, fast, 17)
-    assert not fast.waits_since
+    assert not fast.is_ahead
     ahead.done(fast, 16)
-    wait_until(lambda: fast.waits_since, 5, "it waits")
+    wait_until(lambda: fast.is_ahead, 5, "it waits")
     ahead.done(slow, 16)
-    wait_until(lambda: not fast.waits_since, 5, "it goes on")
+    wait_until(lambda: not fast.is_ahead, 5, "it goes on")
 
 
 def test_who_is_ahead_within_an_object_larger_than_the_window_is_stopped_until_the_other_comes_nearer(
@@ -174,7 +174,6 @@ def test_without_threads_nobody_is_held_back(readers: Readers) -> None:
     assert is_told(ahead, fast, 40, 10)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(readers: Readers) -> None:
     def items() -> Iterator[backup.Upcoming]:
         yield backup.Upcoming("/dev/null", 0)
@@ -183,7 +182,7 @@ def test_when_the_objects_cannot_be_listed_to_their_end_nobody_waits_for_ever(re
     settings = settings_with(threads=2, stall_seconds=900)
     reader = backup.Reader()
     ahead = backup.ReadAhead(SimpleNamespace(settings=settings, memory_mb=300), items(), [reader])
-    ahead.began(reader, -math.inf, SimpleNamespace(pid=os.getpid(), is_held=lambda why: False))
+    ahead.began(reader, -math.inf, SimpleNamespace(is_held=lambda _: False, let_go=lambda _: None))
     assert is_told(ahead, reader, 1000, 10)
     assert not ahead.wait_until_passed(1000)
 
