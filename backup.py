@@ -86,7 +86,7 @@ import weakref
 import xml.etree.ElementTree as ElementTree
 from argparse import ArgumentTypeError
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -5379,25 +5379,21 @@ def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
 
 # -------------------------------------------------------------------------------------------------- Restore
 
-# `borg extract` writes one file after the other, knows nothing of what is there already, and says nothing of
-# what S3 got. So borg writes the archive to a pipe, as a tar file, and threads write what comes out of it,
-# into a folder, or into a bucket by requests of our own. All that is known of an object is a row in a file,
-# the plan: what the archive's list and manifest say of it, what lies where it goes, and what is to be done.
-# So nothing is overwritten unasked, and a restore that was interrupted goes on where it was: what is a
-# beginning of what is to be written counts as half-written.
+# `borg extract` writes one file after the other, and knows neither what is there already nor what S3 got. So
+# borg writes a tar file to a pipe, and threads write what comes out of it, into a folder, or by requests of
+# our own into a bucket. A row of the plan, a file, has all that is known of an object: what the archive's
+# list and manifest say, what lies where it goes, and what is to be done.
 
-PREVIOUS_NAMED = 20  # objects that would be overwritten
 # What one object's name is to blame for, and not the place.
 UNWRITABLE = (
     *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ELOOP, errno.EFBIG),
 )
 UNTAKEN_STATUSES = (400, 404, 405, 409, 414)  # the same of S3, unless it is a code that S3_HINTS knows
-NO_METADATA = (errno.ENOTSUP, errno.EPERM, errno.E2BIG, errno.ENOSPC, errno.ERANGE)
 
 MIB = 1024 * 1024
 PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
-MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
+MAX_PARTS, MAX_KEY_BYTES = 10_000, 1024  # S3's limits
 # The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
 COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
 MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
@@ -5417,21 +5413,20 @@ def end_of_time(text: str) -> datetime:
 def choose_archive(
     archives: Sequence[Archive], label: str, name: str | None, until: datetime | None = None
 ) -> tuple[Archive, str]:
-    """The archive that is meant, and why it is that one. Raises BackupError where there is none."""
+    """The archive that is meant, and why that one."""
+    known = [each for each in archives if fnmatch.fnmatchcase(each.name, archive_pattern(label))]
+    which = f"the newest of label {label!r}" if known else "the newest of any label"
+    known = known or list(archives)
     if name:
-        for each in archives:
-            if each.name == name:
-                return each, "as named"
-        raise BackupError(f"there is no archive {name!r}", "`backup.py list` shows what there is.")
-    own = [each for each in archives if fnmatch.fnmatchcase(each.name, archive_pattern(label))]
-    known, of_what = (own, f"of label {label!r}") if own else (archives, "of any label")
+        known, which = [each for each in archives if each.name == name], f"the one named {name!r}"
     if until:
         known = [each for each in known if each.start < until]
-        of_what += f" until {local_time(until - timedelta(seconds=1))}"
+        which += f" until {local_time(until - timedelta(seconds=1))}"
     if not known:
-        hint = f"The oldest archive is of {local_time(archives[0].start)}." if archives else ""
-        raise BackupError(f"there is no archive {of_what}", hint or "Run a backup first.")
-    return known[-1], f"the newest {of_what}"
+        hint = "The oldest archive is of {}; `backup.py list` shows what there is."
+        hint = hint.format(local_time(archives[0].start)) if archives else "Run a backup first."
+        raise BackupError(f"archive not found: {which}", hint)
+    return known[-1], which
 
 
 class Fate(enum.Enum):
@@ -5446,22 +5441,16 @@ class Fate(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An object in an archive, and what lies where it is to be written."""
-
     key: str
     path: str  # in the archive; empty: there is nothing to be read of it
     size_bytes: int
     modified: int  # Unix time in seconds
-    etag: str = ""  # when it was archived
-    facts: Mapping[str, Any] = field(default_factory=dict)  # as of S3Object
+    headers: Mapping[str, str] | None = None  # those that can be given to another object; None: not known
+    tags: Mapping[str, str] = field(default_factory=dict)
     there_bytes: int | None = None  # None: nothing is there
     there_etag: str = ""  # of an object
     there_modified: int | None = None  # of a file
     fate: Fate = Fate.UNKNOWN
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return dict(self.facts.get("headers", {}))
 
 
 PLAN_TABLES = """
@@ -5475,29 +5464,29 @@ CREATE TABLE items (
 ) WITHOUT ROWID;
 CREATE INDEX in_order ON items (place);
 """
-DAMAGED = "'is damaged in the repository: parts of it are zeros'"
 # What the manifest says of content holds where the archive has that version. Of an object that no mount shows
-# there is a copy; one that a mount should have shown, and could not, may be in either place.
+# there is a copy, of kind `own`; one that a mount should have shown, and could not, may be in either place.
 PLAN_ITEMS = (
-    f"""
-    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
-    SELECT substr(path, :start), path, place, entries.size, entries.modified,
-        CASE WHEN objects.size = entries.size AND objects.modified / 1000000 = entries.modified
-            THEN objects.etag ELSE '' END,
-        CASE kind WHEN '-' THEN 'unknown' ELSE 'left out' END,
-        CASE WHEN kind != '-' THEN 'is no plain file, and is left out' WHEN NOT is_whole THEN {DAMAGED} END
-    FROM entries LEFT JOIN objects ON objects.key = substr(path, :start)
-    WHERE kind != 'd' AND path >= :low AND path < :high
+    """
+    INSERT OR IGNORE INTO objects SELECT substr(path, :start), size, modified * 1000000, '', 1, NULL
+    FROM entries WHERE kind NOT IN ('d', 'own') AND path >= :low AND path < :high
     """,
-    f"""
-    INSERT OR REPLACE INTO items (key, path, place, size, modified, etag, fate, warning)
-    SELECT key, path, place, coalesce(entries.size, objects.size), objects.modified / 1000000,
-        CASE WHEN objects.size != entries.size THEN '' ELSE etag END,
-        CASE WHEN path IS NULL AND objects.size > 0 THEN 'left out' ELSE 'unknown' END,
-        CASE WHEN NOT is_whole THEN {DAMAGED} WHEN path IS NULL AND objects.size > 0
-            THEN 'is missing: the manifest has it, and the archive has not' END
-    FROM objects LEFT JOIN entries ON path = odd_path(key)
-    WHERE path IS NOT NULL OR NOT EXISTS (SELECT 1 FROM items WHERE items.key = objects.key)
+    """
+    INSERT INTO items (key, path, place, size, modified, etag, fate, warning)
+    SELECT key, path, place, coalesce(entries.size, objects.size),
+        CASE kind WHEN '-' THEN entries.modified ELSE objects.modified / 1000000 END,
+        CASE WHEN path IS NULL OR (entries.size = objects.size AND (
+            kind = 'own' OR entries.modified = objects.modified / 1000000
+        )) THEN etag ELSE '' END,
+        CASE WHEN kind IN ('-', 'own') OR (path IS NULL AND objects.size = 0) THEN 'unknown'
+            ELSE 'left out' END,
+        CASE WHEN path IS NULL AND objects.size > 0
+            THEN 'is missing: the manifest has it, and the archive has not'
+            WHEN kind NOT IN ('-', 'own') THEN 'is no plain file, and is left out'
+            WHEN NOT is_whole THEN 'is damaged in the repository: parts of it are zeros' END
+    FROM objects LEFT JOIN entries ON kind != 'd' AND path = coalesce(
+        (SELECT path FROM entries WHERE path = odd_path(key)), CAST(:prefix || key AS BLOB)
+    )
     """,
     """
     INSERT OR IGNORE INTO items (key, size, modified)
@@ -5508,8 +5497,20 @@ PLAN_ITEMS = (
     )
     """,
 )
+# ETags are opaque, that of a multipart upload depends on its parts: where both are known they are equal or
+# not, and else the times are, in whole seconds, as HTTP and tar have them. A file gets its time when it is
+# complete.
+FIRST_FATES = """
+UPDATE items SET fate = CASE
+    WHEN there_size IS NULL OR (there_size = 0 AND size > 0) THEN 'write'
+    WHEN there_size > size THEN 'different'
+    WHEN there_size = size AND (size = 0 OR CASE WHEN '' IN (etag, there_etag)
+        THEN there_modified = modified ELSE etag = there_etag END) THEN 'there'
+    ELSE 'unknown' END
+WHERE fate = 'unknown'
+"""
 # What is in a bucket: not a folder that an older archive has because nothing is in it.
-COUNTED = "(place IS NOT NULL OR key IN (SELECT key FROM objects))"
+COUNTED = "key IN (SELECT key FROM objects)"
 # SeaweedFS may lose one of `a` and `a/b` for good where both are written at the same moment.
 ABOVE_OTHERS = IS_COVERED.replace("objects", "items")
 CLASHES, KEPT = "fate IN ('different', 'headers')", f"fate = 'there' AND {COUNTED}"
@@ -5523,8 +5524,13 @@ def parse_entry(place: int, line: bytes) -> tuple[Any, ...]:
     return encode_key(given["path"]), place, kind, given["size"], modified, given["healthy"]
 
 
+def below(folder: str) -> tuple[bytes, bytes]:
+    """The first key that may be in a folder, and the first one behind it: 0 comes after the slash."""
+    return encode_key(f"{folder}/"), encode_key(f"{folder}0")
+
+
 class Plan(Catalog):
-    """What an archive holds, what lies where that goes, what is to be done; its objects are the manifest."""
+    """What is to be done about an archive's objects; those of the catalog are the manifest's."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -5536,7 +5542,6 @@ class Plan(Catalog):
             self._db.executescript(PLAN_TABLES)
 
     def read(self, repository: Repository, archive: str, source: Path) -> None:
-        """Takes in what an archive holds. `source` is where the source would be mounted now."""
         self.repository, self.archive = repository, archive
         borg, place = repository.borg, f"{repository.borg.repository}::{archive}"
         borg.run(
@@ -5564,58 +5569,49 @@ class Plan(Catalog):
         Keys stand behind the path under which the source was mounted then, which a run archived first; where
         there is none, as in what somebody archived by hand, the paths are the keys.
         """
-        own = (encode_key(OWN_FOLDER), encode_key(f"{OWN_FOLDER[:-1]}0")) if self.has_manifest else (b"", b"")
-        others, guesses = "(path < ? OR path >= ?)", [str(source).lstrip("/")]
-        sql = f"SELECT path, kind FROM entries WHERE {others} ORDER BY place LIMIT 1"
-        for path, kind in self.execute(sql, own):
-            before, name, below = f"{decode_key(path)}/".partition(f"/{source.name}/")
-            if name and (self.has_manifest or (kind == "d" and not below)):
-                guesses.append(f"{before}/{source.name}")
+        if self.has_manifest:
+            sql = "UPDATE entries SET kind = 'own' WHERE path >= ? AND path < ?"
+            self.execute(sql, below(OWN_FOLDER.rstrip("/")))
+        [(first, kind)] = self.execute("SELECT min(path), kind FROM entries WHERE kind != 'own'")
+        [(last,)] = self.execute("SELECT max(path) FROM entries WHERE kind != 'own'")
+        before, name, key = f"{decode_key(first or b'')}/".partition(f"/{source.name}/")
+        guesses = [str(source).lstrip("/")]
+        if name and (self.has_manifest or (kind == "d" and not key)):
+            guesses.append(f"{before}/{source.name}")
+        low, high = b"", b"\xff" * 5
         for guess in guesses:
-            low, high = encode_key(f"{guess}/"), encode_key(f"{guess}0")
-            sql = (
-                f"SELECT 1 FROM entries WHERE {others} AND path != ? AND NOT (path >= ? AND path < ?) LIMIT 1"
-            )
-            if not self.execute(sql, [*own, encode_key(guess), low, high]):
-                self.prefix = f"{guess}/"
+            start, end = below(guess)
+            if first is None or (last < end and (first >= start or first == encode_key(guess))):
+                self.prefix, low, high = f"{guess}/", start, end
                 break
-        else:
-            low, high = b"", b"\xff" * 5
         for sql in PLAN_ITEMS:
-            self.execute(sql, {"start": len(low) + 1, "low": low, "high": high})
+            self.execute(sql, {"prefix": self.prefix, "start": len(low) + 1, "low": low, "high": high})
 
     def select(self, paths: Sequence[str]) -> None:
-        """Leaves only what `paths` name: keys or folders, as they stand, or else as borg shows them.
-
-        Raises BackupError for what names none.
-        """
-        unmet, where = [], "key = ? OR (key >= ? AND key < ?)"
+        """Leaves only what `paths` name: keys or folders, as they stand, or else as borg shows them."""
         for path in paths:
             bare = path.strip("/")
             for name in (path, bare, bare.removeprefix(self.prefix)):
-                folder = name.rstrip("/")
-                values = [encode_key(each) for each in (name, f"{folder}/", f"{folder}0")]
-                if self.execute(f"SELECT 1 FROM items WHERE {where} LIMIT 1", values):
-                    self.execute(f"UPDATE items SET is_chosen = 1 WHERE {where}", values)
+                values = [encode_key(name), *below(name.rstrip("/"))]
+                sql = "UPDATE items SET is_chosen = 1 WHERE key = ? OR (key >= ? AND key < ?) RETURNING 1"
+                if self.execute(sql, values):
                     break
             else:
-                unmet.append(path)
-        if unmet:
-            raise BackupError(
-                f"the archive holds nothing at {', '.join(map(repr, unmet))}",
-                "A PATH is an object's key or a folder of keys; --dry-run without one lists them.",
-            )
+                hint = "A PATH is an object's key or a folder of keys; --dry-run without one lists them."
+                raise BackupError(f"the archive holds nothing at {path!r}", hint)
         if paths:
             self.execute("DELETE FROM items WHERE NOT is_chosen")
 
-    def choose(self, where: str, chosen: Iterator[bool]) -> None:
-        """Chooses objects out of those for which `where` holds: of each `chosen` says whether it is one."""
+    def choose(self, where: str, sample: float, seed: int) -> None:
+        """Chooses a number of objects, or a share of them, which is one at least."""
+        number = sample if isinstance(sample, int) else max(1, round(sample * self.sums(where)[0]))
         with self._told():
-            self._db.create_function("is_next_chosen", 1, lambda _: next(chosen))
-        self.execute(f"UPDATE items SET is_chosen = is_next_chosen(place) WHERE {where}")
+            self._db.create_function("chance", 0, random.Random(seed).random)
+        chosen = f"SELECT key FROM items WHERE {where} ORDER BY chance() LIMIT {number}"
+        self.execute(f"UPDATE items SET is_chosen = 1 WHERE key IN ({chosen})")
 
     def find(self, there: Iterable[tuple[int, str, int | None, bytes]]) -> None:
-        """Notes what lies where objects go: size, ETag or Unix time, and key. All else is not there."""
+        """Notes what lies where objects go: size, ETag or Unix time, and key."""
         self.execute("UPDATE items SET there_size = NULL, there_etag = ''")
         sql = "UPDATE items SET there_size = ?, there_etag = ?, there_modified = ? WHERE key = ?"
         for page in pages(there):
@@ -5623,18 +5619,20 @@ class Plan(Catalog):
                 self._db.executemany(sql, page)
 
     def items(self, where: str = "1", by: str = "key") -> Iterator[Item]:
-        """The objects for which `where` holds, a condition of SQL, by key or by place in the archive."""
+        """Objects for which a condition of SQL holds, by key or by place in the archive."""
         sql = f"""
-            SELECT items.{by}, items.key, items.path, items.size, items.modified, items.etag, facts,
+            SELECT items.{by}, items.key, items.path, items.size, items.modified, facts,
                 there_size, there_etag, there_modified, fate
             FROM items LEFT JOIN objects USING (key)
             WHERE items.{by} > ? AND ({where}) ORDER BY items.{by} LIMIT {CATALOG_PAGE}
         """
         last: object = b"" if by == "key" else -1
         while page := self.execute(sql, [last]):
-            for last, key, path, *archived, facts, there_bytes, etag, modified, fate in page:  # noqa: B007
-                there = json.loads(facts or "{}"), there_bytes, etag, modified
-                yield Item(decode_key(key), decode_key(path or b""), *archived, *there, Fate(fate))
+            for last, key, path, size_bytes, modified, known, *there, fate in page:  # noqa: B007
+                facts = json.loads(known or "{}")
+                headers = kept_headers(facts["headers"]) if "headers" in facts else None
+                told = size_bytes, modified, headers, facts.get("tags", {})
+                yield Item(decode_key(key), decode_key(path or b""), *told, *there, Fate(fate))
 
     def sums(self, where: str) -> tuple[int, int]:
         return self.execute(f"SELECT count(*), coalesce(sum(size), 0) FROM items WHERE {where}")[0]
@@ -5645,7 +5643,6 @@ class Plan(Catalog):
         return f"{count(number, 'object')}, {size(size_bytes)}"
 
     def note(self, item: Item, fate: Fate, sent: str = "") -> None:
-        """Notes what is to be done about an object, or that it is written, and with which ETag."""
         self._notes.append((fate.value, sent.strip('"'), encode_key(item.key)))
         if len(self._notes) >= CATALOG_PAGE:  # one by one, threads would wait for each other most of the time
             self.execute("SELECT 1")
@@ -5657,29 +5654,13 @@ class Plan(Catalog):
             return super().execute(sql, values)
 
 
-def first_fate(item: Item) -> Fate:
-    """What size and time say, and an ETag that is as it was. A file gets its time when it is complete."""
-    there_bytes = item.there_bytes
-    if there_bytes is None or there_bytes == 0 < item.size_bytes:
-        return Fate.WRITE
-    if there_bytes > item.size_bytes:
-        return Fate.DIFFERENT
-    is_same = not item.size_bytes or item.there_modified == item.modified
-    if there_bytes == item.size_bytes and (is_same or (item.etag and item.etag == item.there_etag)):
-        return Fate.KEEP
-    return Fate.UNKNOWN
-
-
 def part_bytes(size_bytes: int) -> int:
-    """How large the parts of an object are: all are equal but for the last one."""
+    """How large an object's parts are, all but the last one."""
     return max(PART_BYTES, -(-size_bytes // (MAX_PARTS * MIB)) * MIB)
 
 
 def fate_by_etag(item: Item, stream: IO[bytes], etags_are_md5: bool) -> Fate:
-    """What the ETag says: the MD5 of the content, or that of the MD5s of equal parts, and their number.
-
-    One that differs only counts where it is known to be an MD5 of all the content.
-    """
+    """What the ETag says: the MD5 of the content, or that of the MD5s of equal parts, and their number."""
     number, sizes = item.there_etag.partition("-")[2], {item.size_bytes}
     if number:
         common = (*(mib * MIB for mib in COMMON_PARTS), part_bytes(item.size_bytes))
@@ -5694,11 +5675,10 @@ def fate_by_etag(item: Item, stream: IO[bytes], etags_are_md5: bool) -> Fate:
                 parts.append(MD5())
             parts[-1].update(data)
     for parts in sums.values():
-        digests = [part.digest() for part in parts]
-        etag = f"{MD5(b''.join(digests)).hexdigest()}-{number}" if number else digests[0].hex()
-        if etag == item.there_etag:
+        digests = b"".join(part.digest() for part in parts)
+        if item.there_etag == (f"{MD5(digests).hexdigest()}-{number}" if number else digests.hex()):
             return Fate.KEEP
-    return Fate.DIFFERENT if etags_are_md5 and not number else Fate.UNKNOWN
+    return Fate.DIFFERENT if etags_are_md5 and not number else Fate.UNKNOWN  # parts may be of any size
 
 
 def fate_by_content(there: Iterable[bytes], stream: IO[bytes]) -> Fate:
@@ -5716,8 +5696,7 @@ Work = Callable[..., Any]
 class Transfer:
     """Work on a plan's objects, in threads side by side, on no more bytes than there is memory for.
 
-    A failure ends all, and nobody waits for a thread that hangs. Methods raise what has failed first, and
-    Stopped.
+    Methods raise what has failed first, which ends all, and Stopped. Nobody waits for a thread that hangs.
     """
 
     name = "restore"
@@ -5730,8 +5709,8 @@ class Transfer:
         self.lock, self._changed = threading.Lock(), threading.Condition()
         self.goal, self.objects, self.bytes = "", 0, 0  # what is done, of what
         self._told = 0.0  # when that was told last
-        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], object]]] = queue.SimpleQueue()
-        self._busy_bytes, self._threads = 0, 0
+        self._threads = concurrent.futures.ThreadPoolExecutor(RESTORE_THREADS)
+        self._busy_bytes = 0
         self._failures: list[BaseException] = []
 
     def add(self, objects: int, more_bytes: int) -> None:
@@ -5744,27 +5723,22 @@ class Transfer:
             self.console.progress(self.name, f"{done} {self.goal}")
 
     def start(self, size_bytes: int, work: Work, *given: Any) -> None:
-        """Has a thread do `work`, as soon as there is room for its bytes."""
         share = min(self.memory_bytes, max(size_bytes, self.memory_bytes // WAITING_OBJECTS))
-        self._wait_until_busy_with(self.memory_bytes - share)
-        with self._changed:
-            self._busy_bytes += share
-        if self._threads < RESTORE_THREADS:
-            self._threads += 1
-            in_background(self._serve)
-        self._jobs.put((share, functools.partial(work, *given)))
 
-    def _serve(self) -> None:
-        while True:
-            share, work = self._jobs.get()
+        def do() -> None:
             try:
                 if not self._failures:
-                    work()
+                    work(*given)
             except BaseException as error:
                 self._failures.append(error)
             with self._changed:
                 self._busy_bytes -= share
                 self._changed.notify_all()
+
+        self._wait_until_busy_with(self.memory_bytes - share)
+        with self._changed:
+            self._busy_bytes += share
+        self._threads.submit(do)
 
     def _wait_until_busy_with(self, most_bytes: int) -> None:
         with self._changed:
@@ -5785,7 +5759,6 @@ class Transfer:
                 self._changed.wait_for(lambda: not self._busy_bytes, CLEANUP_SECONDS)
 
     def for_each(self, where: str, work: Work, *more: Any) -> None:
-        """Has threads do `work` about each object for which `where` holds."""
         with self.awaited():
             for item in self.plan.items(where):
                 self.start(0, work, item, *more)
@@ -5795,11 +5768,7 @@ class Transfer:
         return time.monotonic() if self._busy_bytes else 0
 
     def export(self, verb: str, where: str, handle: Work) -> None:
-        """Hands each object for which `where` holds out of the archive to `handle`, in several threads.
-
-        That is given an Item, its content as a stream, and its user metadata. Raises what that raises first,
-        and BackupError where the archive does not give all of them.
-        """
+        """Hands objects and their content to `handle`, in several threads."""
         plan, where, missing = self.plan, f"place IS NOT NULL AND ({where})", ""
         number, _ = plan.sums(where)
         if not number:
@@ -5820,13 +5789,18 @@ class Transfer:
                         break
                 else:
                     return
-                headers, start = member.pax_headers.items(), len(TAR_METADATA)
-                metadata = {name[start:]: text for name, text in headers if name.startswith(TAR_METADATA)}
-                content: Any = tar.extractfile(member)
+                own = {
+                    name.replace(TAR_METADATA, USER_METADATA): text
+                    for name, text in member.pax_headers.items()
+                    if name.startswith(TAR_METADATA)
+                }
+                # Older archives have user metadata there, and no headers.
+                given = dataclasses.replace(item, headers=own) if own and not item.headers else item
+                content = tar.extractfile(member)
                 if item.size_bytes > self.small_bytes:
-                    work(item, content, metadata)
+                    work(given, content)
                 else:
-                    self.start(item.size_bytes, work, item, io.BytesIO(content.read()), metadata)
+                    self.start(item.size_bytes, work, given, io.BytesIO(content.read()))
             missing = ""
 
         def consume(stream: IO[bytes]) -> None:
@@ -5837,33 +5811,25 @@ class Transfer:
                     take(tar)
                 drain(stream)
 
-        borg, target = plan.repository.borg, plan.repository.target
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-            chosen = Path(folder, "chosen")
-            with chosen.open("w", encoding="ascii") as lines:
-                lines.writelines(f"{json.dumps(item.path)}\n" for item in plan.items(where, "place"))
-            try:
-                borg.run(
-                    ["export-tar", "--tar-filter", "", f"{borg.repository}::{plan.archive}", "-"],
-                    consume=consume,
-                    own={"S3BORGBACKUP_EXPORTED": str(chosen)},
-                    waits=self.waited,
-                )
-            except BackupError as error:
-                if missing and error.message.startswith(f"{target.store.name}: borg "):
-                    error.message += f" (while {missing!r} was read)"
-                raise
+        borg, target, chosen = plan.repository.borg, plan.repository.target, plan.path.with_name("chosen")
+        with chosen.open("w", encoding="ascii") as lines:
+            lines.writelines(f"{json.dumps(item.path)}\n" for item in plan.items(where, "place"))
+        command = ["export-tar", "--tar-filter", "", f"{borg.repository}::{plan.archive}", "-"]
+        own = {"S3BORGBACKUP_EXPORTED": str(chosen)}
+        try:
+            borg.run(command, consume=consume, own=own, waits=self.waited)
+        except BackupError as error:
+            if missing and error.message.startswith(f"{target.store.name}: borg "):
+                error.message += f" (while {missing!r} was read)"
+            raise
         if self.objects < number:
             first = f"; {missing!r} is missing" if missing else ""
             words = f"the archive gave {self.objects:,} of {count(number, 'object')}{first}"
             raise BackupError(f"{target.store.name}: {words}", DAMAGE_HELP.format(name=target.name))
 
     def in_pieces(self, item: Item, content: IO[bytes], step: int, work: Work, conclude: Work) -> None:
-        """Has threads do `work` with each piece of a content and its number, from 0 on.
-
-        The last one concludes, with all results.
-        """
-        pieces, results = range(-(-item.size_bytes // step)), dict[int, Any]()
+        """Has threads `work` at pieces of a content; the last one concludes, with all results."""
+        pieces, results = range(max(1, -(-item.size_bytes // step))), dict[int, Any]()
 
         def do(number: int, piece: bytes) -> None:
             result = work(number, piece)
@@ -5878,23 +5844,17 @@ class Transfer:
             self.start(len(piece), do, number, piece)
 
 
-class Restoration(Transfer):
-    """A restore of a plan's objects.
+RUN_AGAIN = "run it again: it goes on where it was."
 
-    Subclasses know the place: whether it takes an object (`mistake`), what is `there` (and `comparisons`),
-    how to write (`prepare`, `write`), and what is to be written once more (`finish`).
-    """
+
+class Restoration(Transfer):
+    """A restore. Subclasses know the place."""
 
     def __init__(self, runtime: Runtime, plan: Plan, title: str) -> None:
         super().__init__(runtime, plan)
         self.title, self.losses, self.warnings = title, Counter[str](), 0
 
-    @property
-    def exit_code(self) -> int:
-        return EXIT_WARNINGS if self.warnings else EXIT_OK
-
     def warn(self, text: str) -> None:
-        """Tells what is not restored, or not as it was."""
         with self.lock:
             self.warnings += 1
         if self.warnings <= MAX_NAMED:
@@ -5905,78 +5865,43 @@ class Restoration(Transfer):
         self.warn(f"{item.key!r} could not be restored: {reason}")
 
     def compare(self) -> None:
-        """Finds out what is to be done about each object, and tells what cannot be restored.
-
-        Where size and time do not tell, content is compared.
-        """
         plan = self.plan
         for key, warning in plan.execute("SELECT key, warning FROM items WHERE warning IS NOT NULL"):
             self.warn(f"{decode_key(key)!r} {warning}")
         plan.find(self.there())
-        for item in plan.items("fate = 'unknown'"):
-            if mistake := self.mistake(item):
-                self.leave_out(item, mistake)
-            else:
-                plan.note(item, first_fate(item))
+        plan.execute(FIRST_FATES)
         for comparison in self.comparisons:
             self.export("compared", "fate = 'unknown'", comparison)
 
-    def tell(self, overwrite: bool) -> int:
-        """Prints what a restore would do, one line for each object, and in all; returns the exit code."""
-        refused = "overwrite" if overwrite else "refuse"
+    def announce(self, overwrite: bool, dry_run: bool) -> None:
+        refused, number = "overwrite" if overwrite else "refuse", self.plan.sums(CLASHES)[0]
         words = {fate: (fate.value, "") for fate in Fate}
         words |= {Fate.DIFFERENT: (refused, ""), Fate.HEADERS: (refused, " (other headers)")}
-        for item in self.plan.items(f"{COUNTED} OR fate = 'different'"):
+        for item in self.plan.items(f"{COUNTED} OR fate = 'different'") if dry_run else ():
             word, why = words[item.fate]
             self.console.plain(f"{word:9}  {size(item.size_bytes):>8}  {printable(item.key)}{why}")
         for fate, (word, why) in words.items():
             if self.plan.sums(where := f"fate = '{fate.value}'")[0]:
-                text = f"{word}{why}: {self.plan.summary(where)}"
-                self.console.info("restore", f"dry run to {self.title}: {text}")
-        return EXIT_FAILURE if self.plan.sums(CLASHES)[0] and not overwrite else self.exit_code
-
-    def confirm(self, overwrite: bool) -> None:
-        """Says what will be written. Raises BackupError where that would overwrite what must not be."""
-        number = self.plan.sums(CLASHES)[0]
-        if number and not overwrite:
-            for item in itertools.islice(self.plan.items(CLASHES), PREVIOUS_NAMED):
-                what = "headers or tags" if item.fate is Fate.HEADERS else "content"
-                self.console.error("restore", f"{item.key!r} is there with other {what}")
-            raise BackupError(
-                f"{count(number, 'object')} in {self.title} would be overwritten; nothing was written",
-                "Restore to another place, or say --overwrite.",
-            )
-        self.plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
-        kept = self.plan.sums(KEPT)[0]
-        there = f"; {count(kept, 'object')} there already" if kept else ""
-        summary = self.plan.summary("fate IN ('write', 'headers')")
-        self.console.info("restore", f"to {self.title}: {summary}{there}")
+                text = f"to {self.title}: {word}{why}: {self.plan.summary(where)}"
+                self.console.info("restore", f"dry run {text}" if dry_run else text)
+        if not number or overwrite:
+            self.plan.execute("UPDATE items SET fate = 'write' WHERE fate = 'different'")
+            return
+        for item in itertools.islice(self.plan.items(CLASHES), MAX_NAMED):
+            what = "headers or tags" if item.fate is Fate.HEADERS else "content"
+            self.console.error("restore", f"{item.key!r} is there with other {what}")
+        raise BackupError(
+            f"{count(number, 'object')} in {self.title} would be overwritten; nothing was written",
+            "Restore to another place, or say --overwrite.",
+        )
 
     def write_all(self) -> None:
-        """Writes what is to be written, and what the place has lost of it once more.
-
-        Raises BackupError unless all of it is there.
-        """
-        self.prepare()
-        for _ in range(2):
-            for part in (ABOVE_OTHERS, f"NOT {ABOVE_OTHERS}"):
-                where = f"fate = 'write' AND {part}"
-                self.for_each(f"place IS NULL AND {where}", self.write, io.BytesIO(), {})
-                self.export("restored", where, self.write)
-            self.finish()
-            number, _ = self.plan.sums("fate = 'write'")
-            if not number:
-                return
-        mistakes = [
-            f"{item.key!r} {'is missing' if item.there_bytes is None else 'is not as it was written'}"
-            for item in itertools.islice(self.plan.items("fate = 'write'"), 5)
-        ]
-        more = f" and {number - 5:,} more" if number > 5 else ""
-        words = f"{self.title} does not hold what was restored: {'; '.join(mistakes)}{more}"
-        raise BackupError(words, "Run it again: it goes on where it was.")
+        for part in (ABOVE_OTHERS, f"NOT {ABOVE_OTHERS}"):
+            where = f"fate = 'write' AND {part}"
+            self.for_each(f"place IS NULL AND {where}", self.write, io.BytesIO())
+            self.export("restored", where, self.write)
 
     def report(self, seconds: float) -> int:
-        """Says what was restored, and what was lost of it; returns the exit code."""
         for what, number in sorted(self.losses.items()):
             self.warn(f"{self.title} takes no {what}: {count(number, 'object')} lost it")
         if not self.plan.sums("place IS NOT NULL")[0]:
@@ -5986,7 +5911,7 @@ class Restoration(Transfer):
         kept, done = self.plan.sums(KEPT)[0], self.plan.summary("fate = 'restored'")
         there = f"; {kept:,} were there already" if kept else ""
         self.console.info("restore", f"restored {done}, to {self.title} in {duration(seconds)}{there}")
-        return self.exit_code
+        return EXIT_WARNINGS if self.warnings else EXIT_OK
 
 
 class ToFolder(Restoration):
@@ -5994,26 +5919,39 @@ class ToFolder(Restoration):
 
     small_bytes = 256 * 1024
 
-    def __init__(self, runtime: Runtime, plan: Plan, root: Path) -> None:
-        super().__init__(runtime, plan, str(root))
-        self._root, self._folders, self.comparisons = root, set[str](), [self.compare_content]
+    def __init__(self, runtime: Runtime, plan: Plan, folder: Path, dry_run: bool) -> None:
+        self._root, self._folders, self.comparisons = folder.absolute(), set[str](), [self.compare_content]
+        super().__init__(runtime, plan, str(self._root))
+        try:
+            if not dry_run:
+                self._root.mkdir(parents=True, exist_ok=True)
+            device = os.stat(f"{self._root}/").st_dev
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            words = f"cannot restore to {self.title}: {error.strerror}"
+            raise BackupError(words, "Choose another folder.") from None
+        if mount_table().get("/") == "overlay" and device == os.stat("/").st_dev:
+            words = f"{self.title} is inside the container, and will be gone with it; mount a folder of the"
+            words += f' machine there: docker run -v "$PWD/restored:{self.title}"'
+            self.console.warning("restore", words)
 
     def waited(self) -> float:
         return self.objects + self.bytes  # a disk may hang for ever
 
-    def mistake(self, item: Item) -> str:
-        name = item.key if item.size_bytes else item.key.removesuffix("/")
-        return "no file can have that name" if UNREPRESENTABLE.search(name) else ""
-
     def there(self) -> Iterator[tuple[int, str, int, bytes]]:  # what is no file cannot be overwritten
-        for item in self.plan.items():
-            with contextlib.suppress(OSError, ValueError):  # nothing there, or no file can have that name
-                status, is_folder = os.lstat(f"{self._root}/{item.key}"), item.key.endswith("/")
+        for item in self.plan.items("fate = 'unknown'"):
+            is_folder = item.key.endswith("/") and not item.size_bytes
+            if UNREPRESENTABLE.search(item.key[:-1] if is_folder else item.key):
+                self.leave_out(item, "no file can have that name")
+                continue
+            with contextlib.suppress(OSError):
+                status = os.lstat(f"{self._root}/{item.key}")
                 if is_folder or stat.S_ISREG(status.st_mode):
                     size_bytes = 0 if is_folder else status.st_size
                     yield size_bytes, "", math.floor(status.st_mtime), encode_key(item.key)
 
-    def compare_content(self, item: Item, stream: IO[bytes], _: object) -> None:
+    def compare_content(self, item: Item, stream: IO[bytes]) -> None:
         try:
             with open(f"{self._root}/{item.key}", "rb") as there:
                 self.plan.note(item, fate_by_content(iter(lambda: there.read(READ_BYTES), b""), stream))
@@ -6021,170 +5959,149 @@ class ToFolder(Restoration):
             words = f"{item.key!r} in {self.title} cannot be compared: {error.strerror}"
             raise BackupError(words, TRY_AGAIN) from error
 
-    def prepare(self) -> None:
-        """Raises BackupError where the disk is certain to be too small.
-
-        What is complete, but has not got its time, as a restore was killed, gets it.
-        """
-        growth = "sum(max(0, size - coalesce(there_size, 0)))"
-        [(needed,)] = self.plan.execute(f"SELECT coalesce({growth}, 0) FROM items WHERE fate = 'write'")
+    def write_all(self) -> None:
+        growth = "coalesce(sum(max(0, size - coalesce(there_size, 0))), 0)"
+        [(needed,)] = self.plan.execute(f"SELECT {growth} FROM items WHERE fate = 'write'")
         disk = os.statvfs(self._root)
         free = disk.f_bavail * disk.f_frsize
         if needed > free and disk.f_blocks:
             words = f"{self.title} has {size(free)} free, and {size(needed)} are to be added"
             hint = "Make room, restore a part of it, or restore to another place."
             raise BackupError(f"{words}; nothing was written", hint)
-        old = "fate = 'there' AND there_modified != items.modified"
-        for item in self.plan.items(f"{old} AND place IS NOT NULL"):
+        # What is complete, but has not got its time, as a restore was killed, gets it.
+        for item in self.plan.items(f"{KEPT} AND there_modified != items.modified AND place IS NOT NULL"):
             try:
                 times = item.modified, item.modified
                 os.utime(f"{self._root}/{item.key}", times, follow_symlinks=False)
             except OSError as error:
                 self.leave_out(item, f"its time cannot be set: {error.strerror}")
+        super().write_all()
+        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        failed = LIBC.syncfs(fd)
+        os.close(fd)
+        if failed:
+            words = f"{self.title}: the disk could not take what was written"
+            raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
 
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        """Writes one object. Raises BackupError where the disk is to blame, and not the object's name."""
-        path, start = f"{self._root}/{item.key}", len(USER_METADATA)
-        own = {name[start:]: text for name, text in item.headers.items() if name.startswith(USER_METADATA)}
+    def write(self, item: Item, stream: IO[bytes]) -> None:
+        path = f"{self._root}/{item.key}"
+        folder = os.path.dirname(path)
         try:
-            folder = os.path.dirname(path)
             if folder not in self._folders:
                 os.makedirs(folder, exist_ok=True)
                 self._folders.add(folder)
             if not path.endswith("/"):
-                self._fill(item, path, stream, {**metadata, **own})
+                self._fill(item, path, stream)
             self.plan.note(item, Fate.DONE)
         except OSError as error:
             if error.errno in UNWRITABLE:
                 self.leave_out(item, error.strerror or str(error))
                 return
-            hint = "Make room, and run it again" if error.errno in FULL_DISK else "Run it again"
+            hint = f"Make room, and {RUN_AGAIN}" if error.errno in FULL_DISK else RUN_AGAIN.capitalize()
             words = f"cannot write {item.key!r} to {self.title}: {error.strerror}"
-            raise BackupError(words, f"{hint}: it goes on where it was.") from error
+            raise BackupError(words, hint) from error
 
-    def _fill(self, item: Item, path: str, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
+    def _fill(self, item: Item, path: str, stream: IO[bytes]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags | (os.O_EXCL if item.there_bytes is None else os.O_TRUNC), 0o644)
-        with open(fd, "wb", buffering=0) as file:
+        with open(fd, "wb") as file:
             while data := stream.read(READ_BYTES):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                file.write(data)
                 self.add(0, len(data))
-            for name, value in metadata.items():
-                try:
-                    os.setxattr(fd, f"user.{name}", encode_key(value))
-                except OSError as error:
-                    if error.errno not in NO_METADATA:
-                        raise
-                    self.losses["user metadata"] += 1
+            file.flush()
+            for name, text in (item.headers or {}).items():
+                if name.startswith(USER_METADATA):
+                    try:
+                        os.setxattr(fd, f"user.{name.removeprefix(USER_METADATA)}", encode_key(text))
+                    except OSError as error:
+                        self.losses[f"user metadata ({error.strerror})"] += 1
             os.utime(fd, (item.modified, item.modified))  # last: this says that it is complete
-
-    def finish(self) -> None:
-        """Waits until the disk has what was written. Raises BackupError where it could not take it."""
-        fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            if LIBC.syncfs(fd):
-                words = f"{self.title}: the disk could not take what was written"
-                raise BackupError(f"{words}: {os.strerror(ctypes.get_errno())}", "Run it again.")
-        finally:
-            os.close(fd)
-
-
-# A restore that has begun to upload in parts says so, again and again: who finds that nobody does any more
-# ends these uploads.
-RESTORING_NAME = f"{OWN_PREFIX}restoring-"
-NOTE_SECONDS, NOTE_LIFETIME_SECONDS = 5, 20
 
 
 class Uploads:
-    """The uploads in parts that a restore has begun: none is left when it, or a later one, is at its end.
+    """The uploads in parts that a restore has begun: when it, or a later one, ends, none is left.
 
-    A note beside the objects has them, and is written again and again. Nobody else's are touched.
+    A file in /cache has them, locked while the restore lives. Nobody else's are touched.
     """
 
     def __init__(self, runtime: Runtime, client: S3Client) -> None:
-        self._runtime, self._client = runtime, client
-        self._notes = f"{client.store.key_prefix}{RESTORING_NAME}"
-        self._note = f"{self._notes}{runtime.run_id}"
-        self._begun: dict[str, tuple[str, str]] = {}  # by key: since when, and the id when it is known
-        self._lock, self._over, self._is_noted = threading.Lock(), threading.Event(), False
+        self._client, self._lock = client, threading.Lock()
+        self._begun: dict[str, Sequence[str]] = {}  # by key: since when, and the id when it is known
+        place = hashlib.sha256(f"{client.store.endpoint} {client.store.location}".encode()).hexdigest()[:16]
+        folder = borg_folder(runtime.environ, "CACHE", ".cache").parent / "s3borgbackup"
+        self._path = folder / f"{place}.uploads-{runtime.run_id}"
 
-    def note(self, key: str = "", begun: tuple[str, str] | None = None, patience: Patience = PROVEN) -> None:
-        """Notes since when an object's is under way, and its id when it is known, or that it is over."""
-        with self._lock:
+    def __enter__(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = lock_file(self._path)
+            for path in self._path.parent.glob(f"{self._path.stem}.uploads-*"):
+                if left := lock_file(path):  # that restore was killed
+                    with left, contextlib.suppress(S3Error, ValueError):
+                        left.seek(0)
+                        noted = dict(map(json.loads, left)).items()
+                        self._end_all([(key, begun) for key, begun in noted if begun])
+                        path.unlink()
+        except OSError:  # without a cache that can be written to it cannot be known after SIGKILL
+            self._file = open(os.devnull, "w", encoding="ascii")
+
+    def __exit__(self, *_: object) -> None:
+        patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
+        self._client = dataclasses.replace(self._client, patience=patience)
+        with self._file, contextlib.suppress(BackupError):
+            self._end_all(list(self._begun.items()))
+            self._path.unlink(missing_ok=True)
+
+    def note(self, key: str, *begun: str) -> None:
+        """Notes since when an object's is under way, and its id if known, or that it is over."""
+        with self._lock, contextlib.suppress(OSError):
             self._begun.pop(key, None)
             self._begun |= {key: begun} if begun else {}
-            if self._over.is_set():
-                return
-            if not self._is_noted:
-                self._is_noted = True
-                in_background(self._beat)
-            dataclasses.replace(self._client, patience=patience).put(
-                self._note, json.dumps(self._begun).encode()
-            )
+            print(json.dumps([key, begun]), file=self._file, flush=True)
 
-    def end_others(self, key: str, since: str, upload: str) -> None:
-        """An earlier try may have begun one before this, and its answer was lost."""
-        self._end(self._client, key, (since, ""), EPOCH, last=upload)
+    def begin(self, key: str, headers: Headers) -> str:
+        since = utc_now(self._client)
+        self.note(key, since, "")
+        answer = self._client.request("POST", key, [("uploads", "")], headers)
+        upload = xml_text(answer.body, "UploadId")
+        self.note(key, since, upload)
+        self._end_all([(key, (since, each)) for each in self._tries(key, since, upload)])
+        return upload
 
-    def _beat(self) -> None:
-        while not self._over.wait(NOTE_SECONDS):
-            with contextlib.suppress(BackupError):
-                self.note(patience=HASTY)
+    def _tries(self, key: str, since: str, last: str = "") -> list[str]:
+        """The tries to begin an upload whose answers were lost: since then, and before the `last` one."""
+        query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
+        try:
+            listed = ElementTree.fromstring(self._client.request("GET", query=query).body)
+        except S3Error as error:
+            if error.status not in REFUSALS:
+                raise
+            return []  # the key may not list them (s3:ListBucketMultipartUploads)
+        began = {
+            each.findtext("{*}UploadId", ""): datetime.fromisoformat(each.findtext("{*}Initiated", ""))
+            for each in listed.iterfind("{*}Upload")
+            if urllib.parse.unquote_plus(each.findtext("{*}Key", "")) == key
+        }
+        start = datetime.fromisoformat(since)
+        end = began.pop(last, EPOCH if last else start + timedelta(seconds=2 * PROVEN_PATIENCE_SECONDS))
+        return [each for each, when in began.items() if start <= when <= end]
 
-    @staticmethod
-    def _end(client: S3Client, key: str, begun: Sequence[str], until: datetime, last: str = "") -> None:
-        """Ends an upload, or where its id is not known those that began until then, or before the `last`."""
-        since, known = begun
-        ids = [known] if known else []
-        if not known:
-            query = [("uploads", ""), ("prefix", key), ("encoding-type", "url")]
-            uploads = ElementTree.fromstring(client.request("GET", query=query).body).iterfind("{*}Upload")
-            began = {
-                each.findtext("{*}UploadId", ""): datetime.fromisoformat(each.findtext("{*}Initiated", ""))
-                for each in uploads
-                if urllib.parse.unquote_plus(each.findtext("{*}Key", "")) == key
-            }
-            start, end = datetime.fromisoformat(since), began.pop(last, until)
-            ids = [each for each, when in began.items() if start <= when <= end]
-        for each in ids:
+    def _end_all(self, begun: Iterable[tuple[str, Sequence[str]]]) -> None:
+        def end(key: str, upload: str) -> None:
             try:
-                client.request("DELETE", key, [("uploadId", each)])
+                self._client.request("DELETE", key, [("uploadId", upload)])
             except S3Error as error:
                 if error.status != 404:
                     raise
 
-    def _end_all(self, note: str, begun: Mapping[str, Sequence[str]], until: datetime) -> None:
-        """Ends what a note has, and deletes it."""
-        client = dataclasses.replace(
-            self._client, patience=Patience(failing_seconds=CONNECT_PATIENCE_SECONDS)
-        )
-        work = [functools.partial(self._end, client, *each, until) for each in begun.items()]
+        work = [
+            functools.partial(end, key, each)
+            for key, (since, upload) in begun
+            for each in ([upload] if upload else self._tries(key, since))
+        ]
         for result in side_by_side(work, Stop()):
             if isinstance(result, BackupError):
                 raise result
-        client.delete(note)
-
-    def __enter__(self) -> Uploads:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends our own, and when all went well those in notes that nobody has written for a while."""
-        self._over.set()
-        with self._lock, contextlib.suppress(BackupError):
-            if self._is_noted:
-                self._end_all(self._note, self._begun, self._client.clock + timedelta(days=1))
-        deadline = time.monotonic() + NOTE_LIFETIME_SECONDS + 1
-        while not kind and (notes := list(self._client.list_objects(self._notes))):
-            for note in notes:
-                if self._client.clock - note.last_modified > timedelta(seconds=NOTE_LIFETIME_SECONDS):
-                    until = note.last_modified + 2 * timedelta(seconds=NOTE_SECONDS)
-                    self._end_all(note.key, json.loads(self._client.get(note.key)), until)
-            if time.monotonic() > deadline:
-                break
-            self._runtime.console.progress("restore", "waiting to see whether another restore is alive")
-            self._runtime.stop.wait(1)
 
 
 def readable(value: str) -> str:
@@ -6194,22 +6111,38 @@ def readable(value: str) -> str:
     return " ".join(value.split())
 
 
+def other_headers(
+    item: Item, answer: Answer, client: S3Client, key: str, dropped: Set[str] = frozenset()
+) -> list[str]:
+    """Which headers, or `tags`, are not as archived, but for those that a store has `dropped`."""
+    then, now = item.headers, headers_of(answer)
+    if then is None:
+        return []
+    # What has no type gets one that differs from server to server.
+    names = {*then, *now} - dropped - ({"content-type"} - then.keys())
+    other = sorted(name for name in names if readable(then.get(name, "")) != readable(now.get(name, "")))
+    if TAGGING not in dropped and (item.tags or answer.has_tags):
+        with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+            other += [] if client.tags(key) == item.tags else ["tags"]
+    return other
+
+
 class ToBucket(Restoration):
     """Into a bucket, by requests of our own."""
 
     small_bytes = PART_BYTES
 
-    def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, uploads: Uploads, dry: bool) -> None:
-        """Tries out what the store keeps, unless this is a `dry` run. Raises S3Error."""
-        super().__init__(runtime, plan, f"{client.store.location} at {client.store.endpoint}")
-        self._client, self._direct = client, dataclasses.replace(client, is_direct=True)
-        self._prefix = client.store.key_prefix
-        self._uploads = uploads
-        self._etags_are_md5, self._dropped = (False, set[str]()) if dry else self._try_out()
+    def __init__(self, runtime: Runtime, plan: Plan, store: Store, dry_run: bool) -> None:
+        super().__init__(runtime, plan, f"{store.location} at {store.endpoint}")
+        found = preflight_one(runtime, store, write=not dry_run)
+        self._client = client = S3Client(store, found.region, PROVEN, runtime.stop)
+        self._direct = dataclasses.replace(client, is_direct=True)
+        self._prefix, self._uploads = store.key_prefix, Uploads(runtime, client)
+        self._etags_are_md5, self._dropped = (False, set[str]()) if dry_run else self._try_out()
         self.comparisons = [self.compare_etag, self.compare_content]
 
     def _try_out(self) -> tuple[bool, set[str]]:
-        """Whether an ETag is an MD5, which it is not with some kinds of encryption; what is dropped."""
+        """Whether an ETag is an MD5, which some kinds of encryption change; what is dropped."""
         client, start = self._client, f"{self._prefix}{PROBE_NAME}"
         for entry in client.list_objects(start):  # what a restore that was killed left
             client.delete(entry.key)
@@ -6218,20 +6151,12 @@ class ToBucket(Restoration):
             try:
                 answer = client.put(key, body, {**KEPT_HEADERS, TAGGING: "a=b"})
                 kept = {TAGGING} if client.tags(key) else set()
-            except S3Error as error:
-                if error.status not in (*REFUSALS, *UNTAKEN_STATUSES, 501):
-                    raise
+            except S3Error:  # the server does not know tags, or the key may not write or read them
                 answer, kept = client.put(key, body, KEPT_HEADERS), set()
             dropped = {*KEPT_HEADERS, TAGGING} - kept - headers_of(client.request("HEAD", key)).keys()
             return answer.etag == MD5(body).hexdigest(), dropped
         finally:
             client.delete(key)
-
-    def mistake(self, item: Item) -> str:
-        length = len(encode_key(self._prefix + item.key))
-        if length > MAX_KEY_BYTES:
-            return f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
-        return "S3 takes objects of up to 5 TiB" if item.size_bytes > MAX_OBJECT_BYTES else ""
 
     def there(self) -> Iterator[tuple[int, str, None, bytes]]:
         [ends] = self.plan.execute("SELECT min(key), max(key) FROM items")
@@ -6240,46 +6165,57 @@ class ToBucket(Restoration):
             yield each.size_bytes, each.etag, None, encode_key(each.key[len(self._prefix) :])
 
     def compare(self) -> None:
+        before = len(encode_key(self._prefix))
+        for item in self.plan.items(f"fate = 'unknown' AND length(key) > {MAX_KEY_BYTES - before}"):
+            length = before + len(encode_key(item.key))
+            self.leave_out(item, f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}")
         super().compare()
         self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
 
-    def compare_etag(self, item: Item, stream: IO[bytes], _: object) -> None:
+    def compare_etag(self, item: Item, stream: IO[bytes]) -> None:
         self.plan.note(item, fate_by_etag(item, stream, self._etags_are_md5))
 
-    def compare_content(self, item: Item, stream: IO[bytes], _: object) -> None:
-        size_bytes, step = item.there_bytes or 0, LARGEST_PIECE_BYTES
-        spans = [(start, min(start + step, size_bytes) - 1) for start in range(0, size_bytes, step)]
-        there = (self._direct.get(self._prefix + item.key, span) for span in spans)
-        self.plan.note(item, fate_by_content(there, stream))
+    def compare_content(self, item: Item, stream: IO[bytes]) -> None:
+        answers = self._direct.download(self._prefix + item.key, item.there_bytes or 0)
+        self.plan.note(item, fate_by_content((answer.body for answer in answers), stream))
 
     def compare_headers(self, item: Item) -> None:
-        """Notes an object that is there with the same content, and with other headers or tags."""
-        key, wanted = self._prefix + item.key, item.headers
-        if "headers" not in item.facts:
-            return
+        key = self._prefix + item.key
         try:
-            found, tags = headers_of(self._direct.request("HEAD", key)), item.facts.get("tags")
-            names = (wanted.keys() | found.keys()) - self._dropped
-            names -= {"content-type"} - wanted.keys()  # whatever the server calls what has none
-            differ = any(readable(wanted.get(name, "")) != readable(found.get(name, "")) for name in names)
-            if differ or (tags and TAGGING not in self._dropped and self._direct.tags(key) != tags):
+            answer = self._direct.request("HEAD", key)
+            if other_headers(item, answer, self._direct, key, self._dropped):
                 self.plan.note(item, Fate.HEADERS)
         except S3Error as error:
             self._leave_out(item, error)
 
     def _leave_out(self, item: Item, error: S3Error) -> None:
-        """Notes that S3 does not take this one object. Raises `error` where it is about more than that."""
+        """Raises `error` where it is about more than this one object."""
         if error.status not in UNTAKEN_STATUSES or error.code in S3_HINTS.keys() - {"NotS3"}:
             raise error
         self.leave_out(item, error.message.partition("): ")[2] or error.message)
 
-    def prepare(self) -> None:
-        """Gives objects with the right content their headers, by copies onto themselves."""
+    def write_all(self) -> None:
         self.for_each("fate = 'headers'", self._copy)
+        with self._uploads:
+            super().write_all()
+        if not self.plan.sums("fate = 'restored'")[0]:
+            return  # it was listed just before
+        deadline = time.monotonic() + LISTING_SECONDS
+        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
+        where = f"fate IN ('restored', 'there') AND {wrong}"
+        self.plan.find(self.there())
+        while number := self.plan.sums(where)[0]:
+            if time.monotonic() > deadline:
+                first = next(self.plan.items(where)).key
+                words = f"{self.title} does not hold {count(number, 'object')} as restored, {first!r} for one"
+                raise BackupError(words, RUN_AGAIN.capitalize())
+            self.runtime.stop.wait(1)
+            self.plan.find(self.there())
 
     def _copy(self, item: Item) -> None:
-        key, headers = self._prefix + item.key, self._headers_for(item, {})
-        headers |= {"x-amz-tagging-directive": "REPLACE"} if TAGGING in headers else {}
+        """Gives an object with the right content its headers, by a copy onto itself."""
+        key, headers = self._prefix + item.key, self._headers_for(item)
+        headers |= {} if TAGGING in self._dropped else {"x-amz-tagging-directive": "REPLACE"}
         headers["x-amz-metadata-directive"] = "REPLACE"
         headers["x-amz-copy-source"] = uri_encode(f"/{self._client.store.bucket}/{key}", safe="/")
         try:
@@ -6290,41 +6226,27 @@ class ToBucket(Restoration):
                 raise
             self.plan.note(item, Fate.WRITE)
 
-    def _headers_for(self, item: Item, metadata: Mapping[str, str]) -> dict[str, str]:
-        """What an object is written with; `metadata` is what older archives have of it."""
-        headers = item.headers or {f"{USER_METADATA}{name}": value for name, value in metadata.items()}
-        if tags := item.facts.get("tags"):
-            headers[TAGGING] = urllib.parse.urlencode(tags, quote_via=urllib.parse.quote)
+    def _headers_for(self, item: Item) -> dict[str, str]:
+        headers = dict(item.headers or {})
+        if item.tags:
+            headers[TAGGING] = urllib.parse.urlencode(item.tags, quote_via=urllib.parse.quote)
         with self.lock:
             self.losses.update(headers.keys() & self._dropped)
         return {name: value for name, value in headers.items() if name not in self._dropped}
 
-    def write(self, item: Item, stream: IO[bytes], metadata: Mapping[str, str]) -> None:
-        """Writes one object; a large one is there when all threads have ended. Raises S3Error."""
-        key, headers = self._prefix + item.key, self._headers_for(item, metadata)
-        if item.size_bytes > PART_BYTES:
-            self._upload(item, key, headers, stream)
-            return
+    def write(self, item: Item, stream: IO[bytes]) -> None:
+        key, headers = self._prefix + item.key, self._headers_for(item)
         try:
-            answer = self._direct.put(key, stream.read(), headers)
-            self.add(0, item.size_bytes)
-            self.plan.note(item, Fate.DONE, answer.etag)
-        except S3Error as error:
-            self._leave_out(item, error)
-
-    def _upload(self, item: Item, key: str, headers: Mapping[str, str], stream: IO[bytes]) -> None:
-        """Begins an upload, and has threads send its parts and end it. No thread waits for this one."""
-        since = utc_now(self._client)
-        self._uploads.note(key, (since, ""))
-        try:
-            begun = self._client.request("POST", key, [("uploads", "")], headers)
+            if item.size_bytes <= PART_BYTES:
+                answer = self._direct.put(key, stream.read(), headers)
+                self.add(0, item.size_bytes)
+                self.plan.note(item, Fate.DONE, answer.etag)
+                return
+            upload = self._uploads.begin(key, headers)
         except S3Error as error:
             self._leave_out(item, error)
             self._uploads.note(key)
             return
-        upload = xml_text(begun.body, "UploadId")
-        self._uploads.note(key, (since, upload))
-        self._uploads.end_others(key, since, upload)
 
         def send(number: int, body: bytes) -> str:
             query = [("partNumber", str(number + 1)), ("uploadId", upload)]
@@ -6337,8 +6259,7 @@ class ToBucket(Restoration):
 
     def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str]) -> None:
         body = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>".encode()
-        patience = dataclasses.replace(PROVEN, answer_seconds=300)
-        client = dataclasses.replace(self._direct, patience=patience)
+        client = dataclasses.replace(self._direct, patience=dataclasses.replace(PROVEN, answer_seconds=300))
         try:
             answer = client.request("POST", key, [("uploadId", upload)], body=body)
             etag = xml_text(answer.body, "ETag")
@@ -6346,39 +6267,31 @@ class ToBucket(Restoration):
             if error.code != "NoSuchUpload":
                 self._leave_out(item, error)
                 return
-            there = client.request("HEAD", key)  # an answer that was lost may have been a success
-            etag = there.etag
-            if there.headers.get("content-length") != str(item.size_bytes) or etag == item.there_etag:
+            etag = client.request("HEAD", key).etag  # an answer that was lost may have been a success
+            if etag == item.there_etag:
                 raise
         self._uploads.note(key)
         self.plan.note(item, Fate.DONE, etag)
 
-    def finish(self) -> None:
-        if not self.plan.sums("fate = 'restored'")[0]:
-            return  # it was listed just before
-        deadline = time.monotonic() + LISTING_SECONDS
-        wrong = "(there_size IS NULL OR there_size != items.size OR (sent != '' AND sent != there_etag))"
-        where = f"fate IN ('restored', 'there') AND {wrong}"
-        self.plan.find(self.there())
-        while self.plan.sums(where)[0] and time.monotonic() < deadline:
-            self.runtime.stop.wait(1)
-            self.plan.find(self.there())
-        self.plan.execute(f"UPDATE items SET fate = 'write' WHERE {where}")
 
-
-def restore_archive(runtime: Runtime, given: argparse.Namespace) -> int:
-    """Restores an archive, or a part of it, as the command line says; returns the exit code.
-
-    Raises BackupError.
-    """
-    start, settings, target = time.monotonic(), runtime.settings, given.target
+def restore(runtime: Runtime, **arguments: Any) -> int:
+    """Restores an archive, or a part of it, as the command line says; returns the exit code."""
+    start, given = time.monotonic(), argparse.Namespace(**arguments)
+    settings, target = runtime.settings, given.target
+    path = given.metadata if given.metadata and not given.dry_run else os.devnull
+    try:
+        metadata = open(path, "w", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
     with (
+        metadata,
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
         contextlib.closing(Plan(Path(folder, "plan"))) as plan,
-        opened_metadata(given) as metadata,
     ):
-        reading = opened_for_reading(runtime, target, "a restore")
-        with opened_place(runtime, given, plan) as place, reading as repository:
+        # A missing permission is told within seconds.
+        kind, where = (ToFolder, given.folder) if given.folder else (ToBucket, given.bucket)
+        place = kind(runtime, plan, where, given.dry_run)
+        with opened_for_reading(runtime, target, "a restore") as repository:
             archives = archives_of(repository, *ONLY_NAMES)[1]
             archive, why = choose_archive(archives, settings.label, given.archive, given.until)
             what = f"archive {archive.name} of target {target.name} ({why})"
@@ -6386,9 +6299,9 @@ def restore_archive(runtime: Runtime, given: argparse.Namespace) -> int:
             plan.read(repository, archive.name, settings.mount_point(settings.source))
             plan.select(given.paths)
             place.compare()
+            place.announce(given.overwrite, given.dry_run)
             if given.dry_run:
-                return place.tell(given.overwrite)
-            place.confirm(given.overwrite)
+                return EXIT_WARNINGS if place.warnings else EXIT_OK
             place.write_all()
         if given.metadata:
             there = "key IN (SELECT key FROM items WHERE fate IN ('restored', 'there'))"
@@ -6396,193 +6309,98 @@ def restore_archive(runtime: Runtime, given: argparse.Namespace) -> int:
         return place.report(time.monotonic() - start)
 
 
-def opened_metadata(given: argparse.Namespace) -> IO[str]:
-    """The file for what is known of the objects. Raises BackupError."""
-    path = given.metadata if given.metadata and not given.dry_run else os.devnull
-    try:
-        return open(path, "w", encoding="ascii")
-    except OSError as error:
-        raise BackupError(f"cannot write {path}: {error.strerror}", "Correct --metadata.") from None
-
-
-@contextlib.contextmanager
-def opened_place(runtime: Runtime, given: argparse.Namespace, plan: Plan) -> Iterator[ToFolder | ToBucket]:
-    """What restores to where the command line says, ready to be written to, unless it only asks.
-
-    Raises BackupError, within seconds where a permission is missing.
-    """
-    if given.folder:
-        yield ToFolder(runtime, plan, opened_folder(runtime, given.folder, given.dry_run))
-        return
-    found = preflight_one(runtime, given.bucket, write=not given.dry_run)
-    client = S3Client(given.bucket, found.region, PROVEN, runtime.stop)
-    uploads = Uploads(runtime, client)
-    with contextlib.nullcontext() if given.dry_run else uploads:
-        yield ToBucket(runtime, plan, client, uploads, given.dry_run)
-
-
-def opened_folder(runtime: Runtime, folder: Path, dry_run: bool) -> Path:
-    """A folder to restore into, which is made where it is not there. Raises BackupError."""
-    try:
-        if not dry_run:
-            folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        root = folder.resolve()
-        is_inside = mount_table().get("/") == "overlay" and root.stat().st_dev == os.stat("/").st_dev
-    except FileNotFoundError:
-        return folder
-    except OSError as error:
-        raise BackupError(f"cannot restore to {folder}: {error.strerror}", "Choose another folder.") from None
-    if is_inside:
-        words = f"{root} is a folder inside the container, and will be gone with it; mount one of the machine"
-        runtime.console.warning("restore", f'{words} there: docker run -v "$PWD/restored:{root}"')
-    return root
-
-
 # --------------------------------------------------------------------------------------------- Verification
 
-# Is an archive good? What the source lists now comes into a table beside the plan, which has what the archive
-# holds and what its manifest says of that: each object's fate is what a restore into the source would have to
-# do about it. A sample leaves borg as for a restore, and borg verifies what it reads; it is compared piece by
-# piece with what S3 itself gives. So memory grows neither with the bucket, nor with the sample, nor with an
-# object's size.
+# Is an archive good? What the source lists now comes into a table beside the plan, and each object's fate is
+# what a restore into the source would have to do about it. A sample leaves borg as for a restore, verified by
+# borg, and is compared piece by piece with what S3 gives: memory grows neither with the bucket, nor with the
+# sample, nor with an object's size.
 
 DEFAULT_SAMPLE = "300"  # where 1 % of the objects are bad, one of them is among 300 with a chance of 95 %
 FETCHED_BYTES = 2 * MIB  # of an object, at a time
 
-# ETags are opaque, that of a multipart upload depends on its parts: they are equal or not. Times are in whole
-# seconds, as HTTP and tar have them.
-COMPARE_CONTENT = (
-    """
-    UPDATE items SET there_size = now.size, there_etag = now.etag, there_modified = now.modified / 1000000
-    FROM source.objects AS now WHERE now.key = items.key
-    """,
-    f"""
-    UPDATE items SET fate = CASE
-        WHEN there_size IS NULL THEN 'write'
-        WHEN there_size = size AND CASE WHEN '' IN (etag, there_etag)
-            THEN there_modified = modified ELSE there_etag = etag END THEN 'there'
-        ELSE 'different' END
-    WHERE fate = 'unknown' AND {COUNTED}
-    """,
-)
-ARCHIVED = "fate IN ('there', 'different', 'write')"
-# An archive without a manifest does not tell the empty objects that stand for folders.
-LISTED = "source.objects AS now WHERE NOT (:old AND now.size = 0 AND substr(key, -1) = X'2F')"
-NOT_THEN = f"{LISTED} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
-OLDER = f"{NOT_THEN} AND modified < :before"
-LOST_OR_LATE = """
-'of ' || strftime('%Y-%m-%dT%H:%M:%SZ', modified / 1000000, 'unixepoch') || ': the backup missed it, or it'
-|| ' came later with an older time (a delete marker was removed, or it is a replica); the next has it'
+FIND_LISTED = """
+UPDATE items SET there_size = now.size, there_etag = now.etag, there_modified = now.modified / 1000000
+FROM source.objects AS now WHERE now.key = items.key
 """
+ARCHIVED = f"fate != 'left out' AND {COUNTED}"
+NO_MOUNT_SHOWS = "no file can have this name, or it is hidden by objects below the same name"
+LOST_OR_LATE = (
+    "the backup missed it, or it came later with an older time (a delete marker was removed, or it is a"
+    " replica); the next has it"
+)
 
-# What is counted of all objects and of the sample; of some kinds the first objects are named, too.
-COUNTED_OF_ALL = ("archived", "listed", "new", "missing", "unarchivable", "appeared", "changed", "deleted")
-COUNTED_OF_SAMPLE = (
-    *("sampled", "sampled_bytes", "equal", "extracted"),
-    *("differing", "headers_changed", "unreadable"),
-)
-NAMED = (
-    *("missing", "differing", "headers_changed", "unreadable"),
-    *("unarchivable", "appeared", "changed", "deleted"),
-)
-VERIFICATION_ROWS = (
-    ("archive", "{archive} of {target}: the source as of {as_of}"),
-    ("compared", "{archived_objects} archived, {listed:,} in the source now"),
-    ("missing", "{missing:,} that the source had before"),
-    ("unarchivable", "{unarchivable:,} that no mount can show"),
-    ("since then", "{new:,} new, {changed:,} changed, {deleted:,} deleted"),
-    ("", "{appeared:,} appeared with an older time"),
-    ("sample", "{sampled_objects}, {sampled_size}, --seed {seed}"),
-    ("", "{equal:,} equal the source byte for byte"),
-    ("", "{extracted:,} extracted, as the source has changed: borg's hashes hold"),
-    ("", "{differing:,} differ, {headers_changed:,} in headers or tags"),
-    ("", "{unreadable:,} could not be read in the source"),
-    ("result", "{result}"),
-)
+# What is counted of all objects and of the sample; but for these the first objects are named, too.
+OF_ALL = ("archived", "listed", "new", "missing", "unarchivable", "appeared", "changed", "deleted")
+OF_SAMPLE = ("sampled", "sampled_bytes", "equal", "extracted", "differing", "headers_changed", "unreadable")
+ONLY_COUNTED = ("archived", "listed", "new", "sampled", "sampled_bytes", "equal", "extracted")
+
+VERIFICATION_TEXT = """\
+archive       {archive} of {target}: the source as of {as_of}
+compared      {archived:,} archived, {listed:,} in the source now
+missing       {missing:,} that the source had before
+unarchivable  {unarchivable:,} that no mount can show
+since then    {new:,} new, {changed:,} changed, {deleted:,} deleted
+              {appeared:,} appeared with an older time
+sample        {sampled:,} with {sampled_size}, --seed {seed}
+              {equal:,} equal the source byte for byte
+              {extracted:,} extracted, as the source has changed: borg's hashes hold
+              {differing:,} differ, {headers_changed:,} in headers or tags
+              {unreadable:,} could not be read in the source
+result        {result}"""
 
 
 def parse_sample(text: str) -> float:
     """How many objects are proved: a number of them, which is an int, or a share. Raises ValueError."""
-    if text == "all":
-        return 1.0
-    found = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text)
+    pattern = r"([0-9]{1,9})|([0-9]{1,3}(?:\.[0-9]{1,6})?)%"
+    found = re.fullmatch(pattern, "100%" if text == "all" else text)
     sample = found and (int(found[1]) if found[1] else float(found[2]) / 100)
     if not sample or (isinstance(sample, float) and sample > 1):
         raise ValueError(text)
     return sample
 
 
-def in_sample(sample: float, total: int, seed: int) -> Iterator[bool]:
-    """Whether each of `total` objects is in the sample, with the same chance; the same for the same seed.
-
-    Of a share at least one is. (Algorithm S in Knuth's "Seminumerical Algorithms", 3.4.2.)
-    """
-    chance, wanted = random.Random(seed), sample if isinstance(sample, int) else max(1, round(sample * total))
-    for left in range(total, 0, -1):
-        is_chosen = chance.random() * left < wanted
-        wanted -= is_chosen
-        yield is_chosen
-
-
 class Verification:
-    """What is found about an archive."""
-
     def __init__(self, target: str, seed: int) -> None:
         self.target, self.seed, self.archive, self.as_of = target, seed, "", ""
         self.error = ""  # why it could not be verified to the end
-        self.counts = Counter(dict.fromkeys((*COUNTED_OF_ALL, *COUNTED_OF_SAMPLE), 0))
-        self.named: dict[str, list[tuple[str, str]]] = {kind: [] for kind in NAMED}  # keys and reasons
-
-    def add(self, kind: str, key: str, reason: str) -> None:
-        self.counts[kind] += 1
-        if self.counts[kind] <= MAX_NAMED:
-            self.named[kind].append((key, reason))
+        self.found = {kind: Findings() for kind in (*OF_ALL, *OF_SAMPLE)}  # keys and reasons
 
     @property
     def verdict(self) -> Verdict:
         """Whether the archive is good. What changed in the source since says nothing about that."""
-        if self.error or self.counts["missing"] or self.counts["differing"]:
+        if self.error or self.found["missing"].count or self.found["differing"].count:
             return Verdict.FAILURE
-        doubts = self.counts["unarchivable"] + self.counts["unreadable"] + self.counts["headers_changed"]
-        return Verdict.WARNING if doubts else Verdict.OK
+        doubts = (self.found[kind].count for kind in ("unarchivable", "unreadable", "headers_changed"))
+        return Verdict.WARNING if any(doubts) else Verdict.OK
 
     def as_json(self) -> str:
-        found: dict[str, Any] = dict(self.counts)
-        for kind, named in self.named.items():
-            objects = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in named]
-            found[kind] = {"count": self.counts[kind], "objects": objects}
-        sample = {"seed": self.seed, **{kind: found.pop(kind) for kind in COUNTED_OF_SAMPLE}}
-        facts = {
-            "target": self.target,
-            "archive": self.archive,
-            "as_of": self.as_of or None,
-            "error": self.error,
-        }
-        return json.dumps({**facts, **found, "sample": sample, "result": self.verdict.value})
+        found: dict[str, Any] = {}
+        for kind, each in self.found.items():
+            objects = [{"key": key, **({"reason": reason} if reason else {})} for key, reason in each.named]
+            found[kind] = each.count if kind in ONLY_COUNTED else {"count": each.count, "objects": objects}
+        sample = {"seed": self.seed, **{kind: found.pop(kind) for kind in OF_SAMPLE}}
+        facts = {"target": self.target, "archive": self.archive, "as_of": self.as_of or None}
+        found |= {"sample": sample, "result": self.verdict.value}
+        return json.dumps({**facts, "error": self.error, **found})
 
     def as_text(self) -> str:
         named = [
             f"{kind.replace('_', ' ')}: {printable(repr(key))}{f': {reason}' if reason else ''}"
-            for kind, objects in self.named.items()
-            for key, reason in objects
+            for kind, each in self.found.items()
+            for key, reason in each.named
         ]
-        words = {**vars(self), **self.counts, "result": self.verdict.value}
-        words |= {"archive": self.archive or "-", "as_of": self.as_of or "an unknown time"}
-        words |= {f"{kind}_objects": count(self.counts[kind], "object") for kind in ("archived", "sampled")}
-        words["sampled_size"] = size(self.counts["sampled_bytes"])
-        rows = table([(title, text.format(**words)) for title, text in VERIFICATION_ROWS])
-        return "\n".join([*named, *rows, *([f"error: {self.error}"] if self.error else [])])
+        words = {**vars(self), **{kind: each.count for kind, each in self.found.items()}}
+        words |= {"archive": self.archive or "-", "as_of": self.as_of or "-", "result": self.verdict.value}
+        words["sampled_size"] = size(words["sampled_bytes"])
+        error = [f"error: {self.error}"] if self.error else []
+        return "\n".join([*named, VERIFICATION_TEXT.format(**words), *error])
 
 
 def run_verify(
     runtime: Runtime, target: Target, archive: str | None, sample: float, seed: int, as_json: bool
 ) -> int:
-    """Compares an archive with what the source lists now, and proves a sample of it.
-
-    Prints what is found, also where that is an error, and returns the exit code. Raises Stopped.
-    """
+    """Prints what is found about an archive, also where that is an error; returns the exit code."""
     found = Verification(target.name, seed)
     try:
         verify(runtime, target, archive, sample, found)
@@ -6604,12 +6422,13 @@ def verify(runtime: Runtime, target: Target, name: str | None, sample: float, fo
         opened_for_reading(runtime, target, "`verify`") as repository,
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
     ):
-        archives = archives_of(repository, *ONLY_NAMES)[1]
-        if not name and not newest_of(archives, label):
+        pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
+        archives = archives_of(repository, "--last", "1", "--glob-archives", pattern)[1]
+        if not archives:
+            which = repr(name) if name else f"of BACKUP_LABEL {label!r}"
             hint = f"`backup.py list {target.name}` shows what there is."
-            raise BackupError(f"{target.store.name}: no archive of BACKUP_LABEL {label!r}", hint)
-        pattern = re.sub(r"[*?[]", r"[\g<0>]", choose_archive(archives, label, name)[0].name)
-        [archive] = archives_of(repository, "--glob-archives", pattern)[1]
+            raise BackupError(f"{target.store.name}: there is no archive {which}", hint)
+        archive = archives[0]
         found.archive, found.as_of = archive.name, f"{archive.as_of:%Y-%m-%dT%H:%M:%SZ}"
         runtime.console.info(target.store.name, f"{archive.name} is compared with {source.location}")
         with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
@@ -6622,18 +6441,12 @@ def verify(runtime: Runtime, target: Target, name: str | None, sample: float, fo
             verifier = Verifier(runtime, plan, client, found)
             within(LIST_SECONDS, "comparing the lists", lambda: verifier.compare(archive.as_of), stop)
             verifier.prove(sample)
-        if found.counts["unreadable"]:  # some objects, or are the keys revoked?
+        if found.found["unreadable"].count:  # some objects, or are the keys revoked?
             examine(client, write=False)
 
 
-# What S3 says when an object is gone, or shorter than it was (and gives something else than the span).
-OTHER_NOW = frozenset({404, 416, 200, 206})
-
-
 class Verifier(Transfer):
-    """Compares an archive with the source, and writes down in `found` what it finds."""
-
-    name, small_bytes = "verify", FETCHED_BYTES
+    name, small_bytes = "verify", -1
 
     def __init__(self, runtime: Runtime, plan: Plan, client: S3Client, found: Verification) -> None:
         super().__init__(runtime, plan)
@@ -6641,59 +6454,48 @@ class Verifier(Transfer):
         self._client, self._found = dataclasses.replace(client, is_direct=True), found
 
     def compare(self, as_of: datetime) -> None:
-        """Finds what the archive lacks of the source as of then, and what has changed since."""
-        plan, found, is_old = self.plan, self._found, not self.plan.has_manifest
+        plan, is_old = self.plan, int(not self.plan.has_manifest)
         before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        # An archive without a manifest does not tell the empty objects that stand for folders.
+        listed = f"source.objects AS now WHERE NOT ({is_old} AND now.size = 0 AND substr(key, -1) = X'2F')"
+        not_then = f"{listed} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+        older = f"{not_then} AND modified < {before}"
+        lost = "items WHERE path IS NULL AND size > 0", "its content is not in the archive"
         kinds = {
-            "changed": ("items WHERE fate = 'different'", "''"),
-            "deleted": ("items WHERE fate = 'write'", "''"),
-            "archived": (f"items WHERE {ARCHIVED}", "''"),
-            "listed": (LISTED, "''"),
-            "new": (f"{NOT_THEN} AND modified >= :before", "''"),
+            "changed": (f"items WHERE {ARCHIVED} AND there_size NOT NULL AND fate != 'there'", ""),
+            "deleted": (f"items WHERE {ARCHIVED} AND there_size IS NULL", ""),
+            "archived": (f"items WHERE {ARCHIVED}", ""),
+            "listed": (listed, ""),
+            "new": (f"{not_then} AND modified >= {before}", ""),
+            "missing": (f"{older} AND is_shown", LOST_OR_LATE) if is_old else lost,
+            "unarchivable": (f"{older} AND {is_old} AND NOT is_shown", NO_MOUNT_SHOWS),
+            "appeared": (f"{older} AND NOT {is_old}", "the source did not list it then"),
         }
-        if is_old:
-            kinds["missing"] = f"{OLDER} AND is_shown", LOST_OR_LATE
-            kinds["unarchivable"] = f"{OLDER} AND NOT is_shown", "''"
-        else:
-            lost = "'its content is not in the archive'"
-            kinds["missing"] = "items WHERE path IS NULL AND size > 0", lost
-            kinds["appeared"] = OLDER, "'the source did not list it when the archive was made'"
-        for statement in COMPARE_CONTENT:
+        for statement in (FIND_LISTED, FIRST_FATES):
             plan.execute(statement)
-        values = {"old": is_old, "before": before}
         for kind, (where, reason) in kinds.items():
-            [(found.counts[kind],)] = plan.execute(f"SELECT count(*) FROM {where}", values)
-            if kind in NAMED:
-                sql = f"SELECT key, {reason} FROM {where} ORDER BY key LIMIT {MAX_NAMED}"
-                found.named[kind] = [(decode_key(key), text) for key, text in plan.execute(sql, values)]
-        reasons = "no file can have this name", "it is hidden by objects below the same name"
-        unarchivable = found.named["unarchivable"]
-        unarchivable[:] = [(key, reasons[is_showable(key, 1)]) for key, _ in unarchivable]
+            [(number,)] = plan.execute(f"SELECT count(*) FROM {where}")
+            keys = plan.execute(f"SELECT key FROM {where} ORDER BY key LIMIT {MAX_NAMED}")
+            named = [(decode_key(key), reason) for (key,) in keys] if kind not in ONLY_COUNTED else []
+            self._found.found[kind] = Findings(named, number)
 
     def prove(self, sample: float) -> None:
-        """Chooses a sample, and compares it. Raises BackupError where borg finds damage."""
-        where = f"place IS NOT NULL AND {ARCHIVED}"
-        self.plan.choose(where, in_sample(sample, self.plan.sums(where)[0], self._found.seed))
+        self.plan.choose(f"place IS NOT NULL AND {ARCHIVED}", sample, self._found.seed)
         number = self.plan.sums("is_chosen")[0]
         self.console.info(self.plan.repository.target.store.name, f"{count(number, 'object')} are proved")
         self.export("proved", "is_chosen", self._prove)
 
-    def _prove(self, item: Item, content: IO[bytes], _: object) -> None:
-        """Compares an object; where the source has another version, borg's hashes say that it is good."""
-        judge, conclude = functools.partial(self._judge, item), functools.partial(self._conclude, item)
-        if item.fate is not Fate.KEEP:
-            drain(content)
-            conclude([("extracted", "")])
-        elif item.size_bytes <= FETCHED_BYTES:
-            conclude([judge(0, content.read())])
+    def _prove(self, item: Item, content: IO[bytes]) -> None:
+        """Where the source has another version, borg's hashes say that an object is good."""
+        if item.fate is Fate.KEEP:
+            work = functools.partial(self._judge, item), functools.partial(self._conclude, item)
+            self.in_pieces(item, content, FETCHED_BYTES, *work)
         else:
-            self.in_pieces(item, content, FETCHED_BYTES, judge, conclude)
+            drain(content)
+            self._conclude(item, [("extracted", "")])
 
     def _judge(self, item: Item, number: int, archived: bytes) -> tuple[str, str]:
-        """What a piece turns out to be, a kind of what is counted, and why.
-
-        Of one that is equal, which headers and tags of the object are not.
-        """
+        """What a piece turns out to be, and why; where it is equal, which headers are not."""
         key, first = f"{self._client.store.key_prefix}{item.key}", number * FETCHED_BYTES
         try:
             if archived:
@@ -6701,13 +6503,14 @@ class Verifier(Transfer):
             else:
                 answer = self._client.request("HEAD", key)
         except S3Error as error:
-            if error.status in OTHER_NOW:
+            if error.status in (404, 416, 200, 206):  # it is gone, or shorter, so that another span came
                 return "extracted", ""
             if not error.status:  # the source does not answer at all
                 raise
             return "unreadable", f"{error.code}{error.message.partition(error.code)[2]}"
         if archived == answer.body:
-            return "equal", "" if number else ", ".join(self._other_headers(item, key, answer))
+            is_known = self.plan.has_manifest and not number
+            return "equal", ", ".join(other_headers(item, answer, self._client, key)) if is_known else ""
         modified = answer.time("Last-Modified")
         if answer.etag != item.there_etag or not modified or int(modified.timestamp()) != item.there_modified:
             return "extracted", ""
@@ -6715,30 +6518,20 @@ class Verifier(Transfer):
         place = next(itertools.compress(itertools.count(first), unlike))
         return "differing", f"its content differs from byte {place:,} on"
 
-    def _other_headers(self, item: Item, key: str, answer: Answer) -> list[str]:
-        """Those that are not as the archive has them, if it has them."""
-        if "headers" not in item.facts:
-            return []
-        then, now = item.facts["headers"], headers_of(answer)
-        other = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
-        if answer.has_tags:
-            with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
-                other += [] if self._client.tags(key) == item.facts.get("tags", {}) else ["tags"]
-        return other
-
     def _conclude(self, item: Item, pieces: Sequence[tuple[str, str]]) -> None:
-        found = self._found
         kind, reason = next((piece for piece in pieces if piece[0] != "equal"), pieces[0])
         with self.lock:
-            found.counts.update({"sampled": 1, "sampled_bytes": item.size_bytes})
-            if kind in NAMED:
-                found.add(kind, item.key, reason)
+            found = self._found.found
+            found["sampled"].count += 1
+            found["sampled_bytes"].count += item.size_bytes
+            if kind not in ONLY_COUNTED:
+                found[kind].add(item.key, reason)
                 return
-            found.counts[kind] += 1
+            found[kind].count += 1
             if reason and item.there_modified == item.modified:
-                found.add("headers_changed", item.key, reason)
+                found["headers_changed"].add(item.key, reason)
             elif reason:
-                found.add("changed", item.key, f"its content is the same, but not: {reason}")
+                found["changed"].add(item.key, f"its content is the same, but not: {reason}")
 
 
 # ---------------------------------------------------------------------------------------------- Manual mode
@@ -6991,10 +6784,6 @@ def run_check(runtime: Runtime, target: Target, max_duration: int | None, verify
     return EXIT_OK
 
 
-def run_restore(runtime: Runtime, **given: Any) -> int:
-    return restore_archive(runtime, argparse.Namespace(**given))
-
-
 ARCHIVE = Value("an archive's name, or leave it out for the newest", matching(".+"))
 PATH = Value("an object's key or a folder of keys, or leave it out to restore all", matching(".*[^/].*"))
 FILE = Value("a path", matching(".+", Path))
@@ -7061,7 +6850,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., int], str, str]] = {
         "check a repository with `borg check`, whole or for some time; never repairs",
     ),
     "restore": (
-        run_restore,
+        restore,
         "target paths archive|until (folder|bucket) metadata overwrite dry_run",
         "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
     ),

@@ -1,5 +1,6 @@
 """`verify NAME`: an archive is compared with the live bucket, and a sample of it is proved."""
 
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -62,9 +64,20 @@ def test_a_sample_is_a_number_a_share_or_all(text: str, expected: float | None) 
 
 def choose(sample: str, seed: int, count: int) -> list[int]:
     """Which of `count` objects are chosen."""
-    chosen = list(backup.in_sample(backup.parse_sample(sample), count, seed))
-    assert len(chosen) == count
-    return [number for number, is_chosen in enumerate(chosen, 1) if is_chosen]
+    plan = plan_of(count)
+    plan.execute("UPDATE items SET is_chosen = 0")
+    plan.choose("1", backup.parse_sample(sample), seed)
+    return [int(item.key) for item in plan.items("is_chosen")]
+
+
+@functools.lru_cache
+def plan_of(count: int) -> backup.Plan:
+    """The plan of an archive with so many objects."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = backup.Plan(Path(folder, "plan"))
+    for number in range(1, count + 1):
+        plan.execute("INSERT INTO items (key, size) VALUES (?, 1)", [f"{number:04}".encode()])
+    return plan
 
 
 @pytest.mark.parametrize("sample", ["7", "10%", "all", "1000"])
@@ -133,7 +146,7 @@ def test_an_archive_says_as_of_when_it_has_the_source(comment: str, expected: da
 )
 def test_what_changed_since_is_no_fault_of_the_archive(kind: str, verdict: backup.Verdict) -> None:
     found = backup.Verification("first", 1)
-    found.add(kind, "a\nkey", "why")
+    found.found[kind].add("a\nkey", "why")
     assert found.verdict is verdict
     assert json.loads(found.as_json())["result"] == verdict.value
     assert "a\\nkey" in found.as_text()
