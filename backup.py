@@ -164,21 +164,18 @@ EXIT_BUSY, EXIT_CONFIGURATION = 75, 78  # EX_TEMPFAIL and EX_CONFIG of <sysexits
 
 # --------------------------------------------------------------------------------------------------- Errors
 
-
 TRY_AGAIN = "Run it again; LOG_LEVEL=debug tells more."
 DISK_HELP = "The disk of /cache, /config or /tmp is full: make room, and run it again."
 TRY_LATER = "The server is in trouble: run it again later."
 
 
+@dataclass(eq=False)
 class BackupError(Exception):
     """Something that a user must hear of: what happened to which store, and what to do about it."""
 
+    message: str
+    hint: str = ""
     exit_code = EXIT_FAILURE
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
 
     def __str__(self) -> str:
         line = f"{self.message.rstrip('.')}. {self.hint}" if self.hint else self.message
@@ -201,13 +198,12 @@ class StillRunning(BackupError):
     exit_code = EXIT_BUSY
 
 
+@dataclass(eq=False)
 class S3Error(BackupError):
     """An answer of the S3 server that is not success, or no answer (`status` 0); `code` is S3's own."""
 
-    def __init__(self, message: str, hint: str, status: int, code: str) -> None:
-        super().__init__(message, hint)
-        self.status = status
-        self.code = code
+    status: int = 0
+    code: str = ""
 
 
 class Stuck(BackupError):
@@ -219,8 +215,6 @@ class Hung(Stuck):
 
 
 class Stopped(BackupError):
-    """A stop signal came."""
-
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.exit_code = 128 + signum
@@ -240,49 +234,36 @@ class Value:
     """What may stand in one place: in a variable, in the JSON of one, behind an option."""
 
     help: str  # what to write there
-    parse: Callable[[str], Any]  # raises ArgumentTypeError to say what is wrong, or ValueError
+    parse: Callable[[str], Any]  # raises ArgumentTypeError to say what is wrong, or any other error
     default: Any = None  # "" where something has to be written
 
     def __call__(self, text: str) -> Any:
-        """What `text` means. Raises ArgumentTypeError, which says what to write instead."""
         try:
             return self.parse(text)
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{error}; write {self.help}") from None
-        except (ValueError, LookupError, OverflowError):
+        except (ValueError, LookupError, OverflowError, TypeError):
             raise ArgumentTypeError(f"write {self.help}") from None
 
 
-def setting(name: str, words: str, parse: Callable[[str], Any], default: Any = None, **options: Any) -> Any:
-    """A field of a class of settings: a variable, or a key in the JSON of one; `words` say what to write."""
+def setting(name: str, allowed: Any, default: Any = None, words: str = "", **options: Any) -> Any:
+    """A variable, or a key in the JSON of one; `allowed` are numbers, words (with meanings), or a parser."""
+    parse = allowed
+    if isinstance(allowed, range):
+        about = f"a whole number from {allowed[0]} to {allowed[-1]}{words}"
+        parse, words = lambda text: allowed[allowed.index(int(text))], about
+    elif not callable(allowed):
+        meanings = allowed if isinstance(allowed, dict) else {word: word for word in allowed}
+        parse, words = lambda text: meanings[text.lower()], words or " or ".join(meanings)
     return field(default=default, metadata={name: Value(words, parse, default)}, **options)
 
 
-def one_of(name: str, meanings: Mapping[str, Any] | Sequence[str], default: Any, words: str = "") -> Any:
-    """The same for one of these words, in any case; it is read as what it means."""
-    values = meanings if isinstance(meanings, Mapping) else {word: word for word in meanings}
-    return setting(name, words or " or ".join(values), lambda text: values[text.lower()], default)
-
-
-def whole_number(name: str, allowed: range, default: int | None, about: str = "") -> Any:
-    words = f"a whole number from {allowed[0]} to {allowed[-1]}{about}"
-    return setting(name, words, lambda text: allowed[allowed.index(int(text))], default)
-
-
 def rows(kind: type) -> dict[str, Value]:
-    """All that can be set in a class of settings, by the name that a user knows."""
     return {name: value for each in dataclasses.fields(kind) for name, value in each.metadata.items()}
 
 
-def matching(pattern: str, result: Callable[[str], Any] = str, words: str = "") -> Callable[[str], Any]:
-    """A parser of texts that the pattern matches as a whole; `words` say what is wrong with others."""
-
-    def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text, re.DOTALL):
-            raise ArgumentTypeError(words) if words else ValueError
-        return result(text)
-
-    return parse
+def matching(pattern: str, result: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    return lambda text: result(re.fullmatch(pattern, text, re.DOTALL)[0])
 
 
 def parse_url(text: str) -> str:
@@ -297,15 +278,12 @@ def parse_url(text: str) -> str:
 
 
 def parse_endpoint(text: str) -> str:
-    if re.search("//[^/]*[@?#]|//[^/]*/.", parse_url(text)):
-        raise ArgumentTypeError("holds more: the bucket goes into the path, keys into their own settings")
-    if not text.isascii():
-        raise ArgumentTypeError("is not ASCII")
+    if not text.isascii() or not re.fullmatch("[^:]+://[^/@?#]+/?", parse_url(text)):
+        raise ArgumentTypeError("is not an ASCII host and port: the path has the bucket, keys are apart")
     return text.rstrip("/")
 
 
 def parse_path(text: str) -> tuple[str, str]:
-    """Bucket and prefix."""
     bucket, _, prefix = text.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
         hint = f" (did you mean {bucket.replace('/', ':', 1)!r}?)" if "/" in bucket.strip("/") else ""
@@ -313,10 +291,7 @@ def parse_path(text: str) -> tuple[str, str]:
     parts = prefix.strip("/").split("/")
     folder = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f]+")
     if parts != [""] and not all(folder.fullmatch(part) and len(part.encode()) < 256 for part in parts):
-        raise ArgumentTypeError(
-            "the prefix has a part that no folder can be named after"
-            " (empty, '.', '..', over 255 bytes, or with a control character)"
-        )
+        raise ArgumentTypeError("no folder can be named as a part of the prefix (empty, '.', '..', too long)")
     return bucket, "/".join(parts)
 
 
@@ -332,13 +307,11 @@ PRUNE_OPTION = re.compile(
 
 
 def parse_prune(text: str) -> tuple[str, ...]:
-    """The words of a target's `prune`; refused where borg 1.4 would refuse them, or they keep nothing."""
+    """Refused is what borg 1.4 would refuse, and what keeps nothing."""
     line = " ".join(shlex.split(text))
     if unknown := PRUNE_OPTION.sub("", line).split():
-        raise ArgumentTypeError(
-            f"{unknown[0]!r} has no place here: which archives are pruned follows from BACKUP_LABEL;"
-            " to prune nothing leave `prune` out"
-        )
+        words = "BACKUP_LABEL says which archives are pruned; to prune nothing leave `prune` out"
+        raise ArgumentTypeError(f"{unknown[0]!r} has no place here: {words}")
     if line and not any(within or int(number or 0) for number, within in PRUNE_OPTION.findall(line)):
         raise ArgumentTypeError("keeps nothing")
     if "--keep-13weekly" in line and "--keep-3monthly" in line:
@@ -355,10 +328,8 @@ class CheckPlan:
 
 
 def parse_check(text: str) -> CheckPlan:
-    """A duration (`90s`, `30m`, `2h`) or `full`, and a period where it is not done in each run."""
-    periods = "|".join(CHECK_PERIODS)
-    found = re.fullmatch(rf"(?:full|0*([1-9][0-9]{{0,5}})([smh]))(?:/({periods}))?", text)
-    if not found:
+    pattern = rf"(?:full|0*([1-9][0-9]{{0,5}})([smh]))(?:/({'|'.join(CHECK_PERIODS)}))?"
+    if not (found := re.fullmatch(pattern, text)):
         raise ArgumentTypeError(f"{text!r} is not understood")
     number, unit, every = found.groups()
     return CheckPlan(int(number) * {"s": 1, "m": 60, "h": 3600}[unit] if unit else None, every or "")
@@ -373,10 +344,6 @@ def parse_json(text: str) -> dict[str, Any]:
                 raise ArgumentTypeError(f"{json.dumps(name)} is there twice; keep one")
         return dict(pairs)
 
-    if text[0] in "'\"" and text[-1] == text[0]:
-        raise ArgumentTypeError(
-            "is quoted as a whole, and Docker's env files keep that: remove the outer quotes"
-        )
     try:
         document = json.loads(text, object_pairs_hook=unique_pairs)
     except json.JSONDecodeError as error:
@@ -386,12 +353,12 @@ def parse_json(text: str) -> dict[str, Any]:
     return document
 
 
-# What a request's headers and a mount's environment can hold. Only a file (`_FILE`) loses the line end at its
-# end: a value that others read, too, is not ours to correct.
-NOT_ASCII = "has a blank or a line end around it (`echo` adds one), or what is not printable ASCII"
-WORD, WORDS = matching("[!-~]+", words=NOT_ASCII), matching("[!-~]([ -~]*[!-~])?", words=NOT_ASCII)
+# Only a file (`_FILE`) loses the line end at its end: a value that others read, too, is not ours to correct.
+WORD, WORDS = matching("[!-~]+"), matching("[!-~]([ -~]*[!-~])?")
+WORD_HELP = "printable ASCII, no blank or line end around it (`echo` adds one)"
 
 ENDPOINT_HELP = "the S3 server's URL, such as https://s3.eu-west-1.amazonaws.com"
+PATH_HELP = "<bucket> or <bucket>:<prefix>"
 
 
 @dataclass(frozen=True)
@@ -399,21 +366,23 @@ class Store:
     """A bucket, or what lies below a prefix in it, and how to reach it. `target` is None for the source."""
 
     target: str | None
-    endpoint: str = setting("endpoint", ENDPOINT_HELP, parse_endpoint, "")
-    bucket: str = setting("path", "<bucket> or <bucket>:<prefix>", parse_path, "")
+    endpoint: str = setting("endpoint", parse_endpoint, "", ENDPOINT_HELP)
+    bucket: str = setting("path", parse_path, "", PATH_HELP)
     prefix: str = ""  # without slashes at its ends; empty for the whole bucket
-    access_key_id: str = setting("access_key_id", "the key's id", WORD, "", repr=False)
-    secret_access_key: str = setting("secret_access_key", "the key's secret", WORDS, "", repr=False)
-    region: str | None = setting("region", "the bucket's region", WORD)
+    access_key_id: str = setting("access_key_id", WORD, "", f"the key's id: {WORD_HELP}", repr=False)
+    secret_access_key: str = setting("secret_access_key", WORDS, "", f"the secret: {WORD_HELP}", repr=False)
+    region: str | None = setting("region", WORD, None, f"the region: {WORD_HELP}")
+    # Of a bucket that is restored into: the settings that it has from the source.
+    shared: Collection[str] | None = None
 
     @property
     def name(self) -> str:
-        """What the store is called in output and on the command line: `source` or `target-NAME`."""
-        return "source" if self.target is None else f"target-{self.target}"
+        if self.target is None:
+            return "source" if self.shared is None else "destination"
+        return f"target-{self.target}"
 
     @property
     def location(self) -> str:
-        """`bucket` or `bucket:prefix`, as the configuration has it."""
         return f"{self.bucket}:{self.prefix}" if self.prefix else self.bucket
 
     @property
@@ -422,37 +391,15 @@ class Store:
 
     def setting(self, key: str) -> str:
         """Where a user finds the setting `key` (`path`, `access_key_id`, ...) of this store."""
-        if self.target is None:
-            return f"SOURCE_{key.upper()}"
-        variable = "TARGET_SECRETS" if key in SECRET_KEYS else "TARGETS"
-        return f'{variable} "{self.target}"."{key}"'
-
-    def missing(self) -> list[str]:
-        """A mistake for each setting that the store cannot do without and lacks."""
-        rows, values = STORE.items(), {**vars(self), "path": self.bucket}
-        return [
-            f"{self.setting(key)}: is missing; write {row.help}" for key, row in rows if values[key] == ""
-        ]
-
-
-STORE = rows(Store)
-
-
-@dataclass(frozen=True)
-class Destination(Store):
-    """A bucket that is restored into; until that is known, only how to reach it."""
-
-    shared: Collection[str] = ()  # the settings that are the source's
-
-    @property
-    def name(self) -> str:
-        return "destination"
-
-    def setting(self, key: str) -> str:
+        if self.target is not None:
+            variable = "TARGET_SECRETS" if key in SECRET_KEYS else "TARGETS"
+            return f'{variable} "{self.target}"."{key}"'
+        source, own = f"SOURCE_{key.upper()}", f"RESTORE_{key.upper()}"
+        if self.shared is None:
+            return source
         if key == "path":
             return "--to-bucket"
-        name = key.upper()
-        return f"RESTORE_{name} (now SOURCE_{name})" if key in self.shared else f"RESTORE_{name}"
+        return f"{own} (now {source})" if key in self.shared else own
 
 
 ENCRYPTION_MODES = (
@@ -465,10 +412,7 @@ COMPRESSION = matching(  # `borg help compression`
     r"(obfuscate,[0-9]+,)?(auto,)*(none|lz4|zstd(,([1-9]|1[0-9]|2[0-2]))?|(zlib|lzma)(,[0-9])?)"
 )
 COMPRESSION_HELP = "none, lz4, zstd[,1-22], zlib[,0-9], lzma[,0-9], or one of these after 'auto,'"
-CHECK_HELP = (
-    "such as 30m (at most 30 minutes in each run), 30m/week (once a week) or full/month;"
-    " units are s, m, h, periods day, week, month"
-)
+CHECK_HELP = "such as 30m (in each run), 30m/week or full/month; units are s, m, h, periods day, week, month"
 PRUNE_HELP = "such as --keep-daily=7 --keep-weekly=4 --keep-monthly=6"
 PASSPHRASE = matching(r"[^\r]*[^\r\n]")
 PASSPHRASE_HELP = "one without a line end in it; `openssl rand -base64 48` makes a good one"
@@ -480,36 +424,22 @@ class Target:
 
     name: str
     store: Store
-    passphrase: str = setting("borg_passphrase", PASSPHRASE_HELP, PASSPHRASE, "", repr=False)
-    encryption: str = one_of("encryption", ENCRYPTION_MODES, "repokey-blake2")  # what a new repository gets
+    passphrase: str = setting("borg_passphrase", PASSPHRASE, "", PASSPHRASE_HELP, repr=False)
+    encryption: str = setting("encryption", ENCRYPTION_MODES, "repokey-blake2")  # what a new repository gets
     must_match: bool = False  # the mode was asked for by name, so that an existing repository has to have it
-    compression: str = setting("compression", COMPRESSION_HELP, COMPRESSION, "auto,zstd,22")
-    prune: tuple[str, ...] = setting("prune", PRUNE_HELP, parse_prune, ())  # borg's options; empty: never
-    compact_percent: int | None = one_of("compact", COMPACT, 10, COMPACT_HELP)  # None: do not compact
-    check: CheckPlan | None = setting("check", CHECK_HELP, parse_check)  # None: a run checks nothing
+    compression: str = setting("compression", COMPRESSION, "auto,zstd,22", COMPRESSION_HELP)
+    prune: tuple[str, ...] = setting("prune", parse_prune, (), PRUNE_HELP)  # borg's options; empty: never
+    compact_percent: int | None = setting("compact", COMPACT, 10, COMPACT_HELP)  # None: do not compact
+    check: CheckPlan | None = setting("check", parse_check, None, CHECK_HELP)  # None: a run checks nothing
 
 
-TARGET = rows(Target)
+STORE, TARGET = rows(Store), rows(Target)
 SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
 TARGET_KEYS = tuple(key for key in (*STORE, *TARGET) if key not in SECRET_KEYS)
 ON_OR_OFF = {"on": True, "off": False}
 URL_HELP = "an http(s) URL, such as https://hc-ping.com/your-uuid"
 METRICS_HELP = "an absolute path, such as /metrics/s3borgbackup.prom"
-
-
-@dataclass(frozen=True)
-class Reporting:
-    """Who is told how a run went, and the form of the output. What is empty is not told."""
-
-    as_json: bool = one_of("LOG_FORMAT", {"text": False, "json": True}, False)  # one object a line
-    healthcheck_url: str = setting("HEALTHCHECK_URL", URL_HELP, parse_url, "", repr=False)
-    notify_url: str = setting("NOTIFY_URL", URL_HELP, parse_url, "", repr=False)
-    notify_on: str = one_of("NOTIFY_ON", NOTIFY_ON, "failure")
-    metrics_file: str = setting("METRICS_FILE", METRICS_HELP, matching("/.*"), "")
-
-
-# Part of archive names and of patterns. One that ends like a date would be taken for a shorter label with a
-# date, and `prune` would confuse the two.
+# One that ends like a date would be taken for a shorter label with a date, and `prune` would confuse the two.
 LABEL = matching(r"(?!.*-[0-9]{4}(-|$))[^\s/{}*?\[\]\\:\x00-\x1f\x7f]+")
 LABEL_HELP = "letters, digits, '.', '_' and '-', but no '-' before four digits (as in a date)"
 FOLDER = matching(r"/((?!::)[^{}])*", Path)
@@ -518,56 +448,57 @@ FOLDER_HELP = "an absolute path without braces, such as /data"
 
 @dataclass(frozen=True)
 class Settings:
-    """A configuration without mistakes."""
-
-    source: Store
-    targets: tuple[Target, ...]
-    destination: Destination  # how to reach the bucket that is restored into
-    label: str = setting("BACKUP_LABEL", LABEL_HELP, LABEL, "backup")
-    debug: bool = one_of("LOG_LEVEL", {"info": False, "debug": True}, False)
-    data_dir: Path = setting("DATA_DIR", FOLDER_HELP, FOLDER, Path(DEFAULT_DATA_DIR))
-    lease_ttl_seconds: int = whole_number("LEASE_TTL", LEASE_SECONDS, DEFAULT_LEASE_SECONDS, " (seconds)")
+    source: Store = Store(None)
+    targets: tuple[Target, ...] = ()
+    destination: Store = Store(None)  # without a bucket, unless one is restored into
+    label: str = setting("BACKUP_LABEL", LABEL, "backup", LABEL_HELP)
+    debug: bool = setting("LOG_LEVEL", {"info": False, "debug": True}, False)
+    data_dir: Path = setting("DATA_DIR", FOLDER, Path(DEFAULT_DATA_DIR), FOLDER_HELP)
+    lease_ttl_seconds: int = setting("LEASE_TTL", LEASE_SECONDS, DEFAULT_LEASE_SECONDS, " (seconds)")
     # None: until it is known whether the holder is alive
-    lease_wait_seconds: int | None = whole_number("LEASE_WAIT", range(7 * 86400 + 1), None, " (seconds)")
-    stall_seconds: int = whole_number("STALL_TIMEOUT", range(5, 86401), 900, " (seconds)")
-    audit: bool = one_of("AUDIT", ON_OR_OFF, True)
-    memory_limit_mb: int | None = whole_number("MEMORY_LIMIT_MB", MEMORY_MB, None, MEMORY_HELP)
-    read_ahead_threads: int = whole_number("READ_AHEAD_THREADS", range(257), 32, "; 0 turns it off")
-    parallel_targets: int = whole_number("PARALLEL_TARGETS", range(1, 65), 4)  # fewer where memory is short
-    source_metadata: bool = one_of("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
-    headers: bool = one_of("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
+    lease_wait_seconds: int | None = setting("LEASE_WAIT", range(7 * 86400 + 1), None, " (seconds)")
+    stall_seconds: int = setting("STALL_TIMEOUT", range(5, 86401), 900, " (seconds)")
+    audit: bool = setting("AUDIT", ON_OR_OFF, True)
+    memory_limit_mb: int | None = setting("MEMORY_LIMIT_MB", MEMORY_MB, None, MEMORY_HELP)
+    read_ahead_threads: int = setting("READ_AHEAD_THREADS", range(257), 32, "; 0 turns it off")
+    parallel_targets: int = setting("PARALLEL_TARGETS", range(1, 65), 4)  # fewer where memory is short
+    source_metadata: bool = setting("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
+    headers: bool = setting("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
     # An archive that lost more of its objects than this is suspicious.
-    shrink_percent: int = whole_number("SHRINK_WARNING", range(100), 50, " (percent); 0 turns it off")
+    shrink_percent: int = setting("SHRINK_WARNING", range(100), 50, " (percent); 0 turns it off")
+    # Who is told how a run went; nobody where it is empty.
+    healthcheck_url: str = setting("HEALTHCHECK_URL", parse_url, "", URL_HELP, repr=False)
+    notify_url: str = setting("NOTIFY_URL", parse_url, "", URL_HELP, repr=False)
+    notify_on: str = setting("NOTIFY_ON", NOTIFY_ON, "failure")
+    metrics_file: str = setting("METRICS_FILE", matching("/.*"), "", METRICS_HELP)
+    log_as_json: bool = setting("LOG_FORMAT", {"text": False, "json": True}, False)  # one object a line
 
     @property
     def stores(self) -> tuple[Store, ...]:
         return (self.source, *(target.store for target in self.targets))
 
-    def require_source(self) -> None:
-        """Raises ConfigurationError where a source is needed, and the configuration has none."""
-        if missing := self.source.missing():
-            raise ConfigurationError(missing)
-
     def mount_point(self, store: Store) -> Path:
-        """Where `store` is mounted: `/data/source` or `/data/target-NAME`."""
         return self.data_dir / store.name
 
 
-DOCUMENT = Value("a JSON object with one member for each target, on one line", parse_json)
-DOCUMENTS = {"TARGETS": DOCUMENT, "TARGET_SECRETS": DOCUMENT}
+DOCUMENTS = {"TARGETS": TARGET_KEYS, "TARGET_SECRETS": SECRET_KEYS}
+# Docker's env files keep outer quotes.
+DOCUMENT_HELP = "a JSON object with one member for each target, on one line, without outer quotes"
+DOCUMENT = Value(DOCUMENT_HELP, parse_json, "")
 VARIABLES = {
     **rows(Settings),
-    **rows(Reporting),
-    **DOCUMENTS,
+    **dict.fromkeys(DOCUMENTS, DOCUMENT),
     **{f"SOURCE_{key.upper()}": value for key, value in STORE.items()},
     **{f"RESTORE_{key.upper()}": value for key, value in STORE.items() if key != "path"},
 }
 
 
 def near(word: str, words: Collection[str]) -> str:
-    """A hint at what might have been meant by `word`."""
     matches = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"known are {', '.join(words)}"
+
+
+WRONG = object()  # stands where a mistake was noted, so that nothing is told as missing there, too
 
 
 class Configuration:
@@ -575,32 +506,25 @@ class Configuration:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.mistakes: list[str] = []
-        self.secrets: list[str] = []  # the values of what is secret, as far as it was looked at
-        # What stands in a place that a user knows; None where it is wrong, and not to be told as missing.
-        self._texts: dict[str, str | None] = {name: self._read(environ, name) for name in VARIABLES}
-        self._settings = self._fields(Settings)
-        self.label: str = self._settings["label"]
+        self.secrets: list[str] = []  # the values of what is secret
+        # What stands in each place that a user knows.
+        self._texts: dict[str, Any] = {name: self._read(environ, name) for name in VARIABLES}
         # Whom to tell is known even where all else is wrong: they are to hear of that.
-        told = self._fields(Reporting)
-        self.reporting = Reporting(**{name: value for name, value in told.items() if value is not None})
+        self.known = Settings(**self._fields(Settings))
 
-    def settings(self, needs_source: bool = True) -> Settings:
-        """Raises ConfigurationError with all mistakes. No source at all is one only where it is needed."""
-        source = self._store(Store(None))
-        targets = self._targets()
-        destination = self._destination(source)
-        self.mistakes += overlap_mistakes([source, *(target.store for target in targets)])
-        if needs_source:
-            self.mistakes += source.missing()
+    def settings(self, needs_source: bool = True, bucket: tuple[str, str] | None = None) -> Settings:
+        """Raises ConfigurationError. `bucket`, and the prefix in it, is what is restored into."""
+        source = self._store(Store(None), needs_source)
+        targets, destination = self._targets(), self._destination(source, bucket)
+        self.mistakes += overlap_mistakes([source, *(target.store for target in targets), destination])
         if self.mistakes:
             raise ConfigurationError(self.mistakes)
-        return Settings(source, targets, destination, **self._settings)
+        return dataclasses.replace(self.known, source=source, targets=targets, destination=destination)
 
     def _tell(self, place: str, words: str) -> None:
         self.mistakes.append(f"{place}: {words}")
 
-    def _read(self, environ: Mapping[str, str], name: str) -> str | None:
-        """The value of NAME, or of the file that NAME_FILE names; empty where there is none."""
+    def _read(self, environ: Mapping[str, str], name: str) -> Any:
         text, path = environ.get(name, ""), environ.get(f"{name}_FILE", "")
         if text and path:
             self._tell(name, f"given together with {name}_FILE; keep one of the two")
@@ -611,109 +535,104 @@ class Configuration:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             self._tell(f"{name}_FILE", f"cannot read {path!r}: {reason}")
-            return None
+            return WRONG
 
-    def _parse(self, place: str, row: Value) -> Any:
-        """What is given there, or the default; None for what is wrong and must not be told as missing."""
-        text = self._texts.get(place, "")
+    def _parse(self, place: str, row: Value, is_needed: bool) -> Any:
+        given = self._texts.get(place)
         try:
-            if text and re.search(r"[\x00\ud800-\udfff]", text):  # what no program can be given
+            if given in ("", None):
+                if is_needed and row.default == "":
+                    raise ArgumentTypeError(f"is missing; write {row.help}")
+            elif not isinstance(given, str):
+                raise ArgumentTypeError("write a JSON string")
+            elif re.search(r"[\x00\ud800-\udfff]", given):  # what no program can be given
                 raise ArgumentTypeError("holds a NUL, or what is not UTF-8; write it without")
-            if text:
-                return row(text)
+            else:
+                return row(given)
         except ArgumentTypeError as error:
-            self._tell(place, str(error))
-            text = None
-        return None if text is None and row.default == "" else row.default
+            if given is not WRONG:
+                self._tell(place, str(error))
+        return row.default
 
-    def _fields(self, kind: type, place: Callable[[str], str] = str) -> dict[str, Any]:
-        """A value for each field that can be set; `place` is where a user finds what is called so."""
+    def _fields(
+        self, kind: type, place: Callable[[str], str] = str, is_needed: bool = False
+    ) -> dict[str, Any]:
+        """A value for each field; `place` is where a user finds what is called so."""
         fields = {}
         for each in dataclasses.fields(kind):
             for name, row in each.metadata.items():
+                fields[each.name] = self._parse(place(name), row, is_needed)
                 if not each.repr:
-                    self.secrets.append(self._texts.get(place(name)) or "")
-                fields[each.name] = self._parse(place(name), row)
+                    self.secrets.append(str(self._texts.get(place(name)) or ""))
         return fields
 
-    def _store(self, store: Any) -> Any:
-        """The store with all its settings."""
-        fields = self._fields(Store, store.setting)
-        if path := fields["bucket"]:
-            fields["bucket"], fields["prefix"] = path
+    def _store(self, store: Store, is_needed: bool) -> Store:
+        fields = self._fields(Store, store.setting, is_needed)
+        fields["bucket"], fields["prefix"] = fields["bucket"] or ("", "")
         return dataclasses.replace(store, **fields)
 
-    def _destination(self, source: Store) -> Destination:
-        """How to reach the bucket that is restored into: as the source, but for what RESTORE_... say."""
-        own = {key for key in STORE if self._texts.get(f"RESTORE_{key.upper()}") != ""}
+    def _destination(self, source: Store, bucket: tuple[str, str] | None) -> Store:
+        """Reached as the source is, but for what RESTORE_... say."""
+        place = Store(None, shared=()).setting
+        self._texts[place("path")] = ":".join(bucket or ())
+        own = {key for key in STORE if self._texts[place(key)] != ""}
         if len(own & {"access_key_id", "secret_access_key"}) == 1:
-            place = "RESTORE_ACCESS_KEY_ID, RESTORE_SECRET_ACCESS_KEY"
-            self._tell(place, "one is missing; write both, or neither")
-        if "endpoint" in own:
-            own.add("region")
-        shared = {key: value for key in STORE.keys() - own if (value := getattr(source, key))}
-        return dataclasses.replace(self._store(Destination(None)), **shared, shared=shared.keys())
+            both = f"{place('access_key_id')}, {place('secret_access_key')}"
+            self._tell(both, "one is missing; write both, or neither")
+        own |= {"path", "region"} if "endpoint" in own else {"path"}
+        shared = tuple(key for key in STORE if key not in own and self._texts[source.setting(key)] != "")
+        store = Store(None, shared=shared)
+        # What is wrong with it is told of the source.
+        self._texts |= {store.setting(key): WRONG for key in shared}
+        store = self._store(store, bucket is not None)
+        return dataclasses.replace(store, **{key: getattr(source, key) for key in shared})
 
     def _targets(self) -> tuple[Target, ...]:
-        """The targets from TARGETS and TARGET_SECRETS, in the order of TARGETS."""
-        settings, secrets = (self._parse(name, row) for name, row in DOCUMENTS.items())
-        for name in DOCUMENTS:
-            if self._texts[name] == "":
-                self._tell(name, f"is missing; write {DOCUMENTS[name].help}")
+        settings, secrets = (self._parse(name, DOCUMENT, True) for name in DOCUMENTS)
         if not settings or not secrets:
             return ()
         for name in secrets.keys() - settings.keys():
             words = "there is no such target in TARGETS; add it or remove this"
             self._tell(f"TARGET_SECRETS {json.dumps(name)}", words)
-        return tuple(self._target(name, given, secrets.get(name)) for name, given in settings.items())
+        return tuple(self._target(name, (members, secrets.get(name))) for name, members in settings.items())
 
-    def _target(self, name: str, given: Any, secret: Any) -> Target:
-        quoted, place = json.dumps(name), Store(name).setting
+    def _target(self, name: str, objects: Sequence[Any]) -> Target:
+        store, quoted = Store(name), json.dumps(name)
         is_usable = re.fullmatch(r"(?!.*(::|:$))[^/{}\x00-\x1f\x7f\ud800-\udfff]+", name)
         if not is_usable or len(name.encode()) > MAX_NAME_BYTES:
             words = "this name cannot be a mount point; use letters, digits, '.', '_' and '-'"
             self._tell(f"TARGETS {quoted}", words)
-        self._add(f"TARGETS {quoted}", place, given, TARGET_KEYS)
-        self._add(f"TARGET_SECRETS {quoted}", place, secret, SECRET_KEYS)
-        store, fields = self._store(Store(name)), self._fields(Target, place)
-        self.mistakes += store.missing()
-        if fields["passphrase"] == "" and fields["encryption"] != "none":
-            self._tell(place("borg_passphrase"), f"is missing; write {PASSPHRASE_HELP}")
-        return Target(name, store, must_match=bool(self._texts.get(place("encryption"))), **fields)
-
-    def _add(self, whole: str, place: Callable[[str], str], members: Any, keys: Collection[str]) -> None:
-        """Adds the members of a target's JSON object to the texts."""
-        if not isinstance(members, dict):
-            missing = "is missing; " if members is None else ""
-            self._tell(whole, f"{missing}write an object with {', '.join(keys)}")
-            self._texts |= dict.fromkeys(map(place, keys))
-            return
-        for key, value in members.items():
-            text = json.dumps(value) if key == "compact" and isinstance(value, int | float) else value
-            if key not in keys:
-                self._tell(whole, f"unknown key {json.dumps(key)}; {near(key, keys)}")
-            elif text is None or isinstance(text, str):
-                self._texts[place(key)] = text or ""
-            else:
-                self._tell(place(key), "write a JSON string")
-                self._texts[place(key)] = None
+        for (variable, keys), members in zip(DOCUMENTS.items(), objects, strict=True):
+            if not isinstance(members, dict):
+                missing = "is missing; " if members is None else ""
+                self._tell(f"{variable} {quoted}", f"{missing}write an object with {', '.join(keys)}")
+                members = dict.fromkeys(keys, WRONG)
+            for key, value in members.items():
+                is_number = key == "compact" and isinstance(value, int | float)
+                self._texts[store.setting(key)] = json.dumps(value) if is_number else value
+                if key not in keys:
+                    self._tell(f"{variable} {quoted}", f"unknown key {json.dumps(key)}; {near(key, keys)}")
+        mode = self._texts.get(store.setting("encryption")) or ""
+        fields = self._fields(Target, store.setting, str(mode).lower() != "none")
+        return Target(name, self._store(store, True), must_match=bool(mode), **fields)
 
 
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
-    """Stores that lie inside each other: a repository would be backed up into itself, or hold another one."""
-
-    def server(store: Store) -> tuple[str | None, int | None]:
+    """A repository in the source would be backed up into itself, one in another would damage that."""
+    mistakes, known = [], []
+    for store in stores:
         url = urllib.parse.urlsplit(store.endpoint)  # whose scheme makes no difference
-        return url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-    known = [store for store in stores if store.endpoint and store.bucket]
-    return [
-        f"{second.setting('path')}: overlaps {first.setting('path')}"
-        f" ({second.location} and {first.location} on one server); give each a place of its own"
-        for first, second in itertools.combinations(known, 2)
-        if (server(first), first.bucket) == (server(second), second.bucket)
-        and (first.key_prefix.startswith(second.key_prefix) or second.key_prefix.startswith(first.key_prefix))
-    ]
+        place = url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme), store.bucket
+        for other, its_place in known if store.endpoint and store.bucket else ():
+            first, second = sorted([store.key_prefix, other.key_prefix])
+            # What is restored may go where it came from.
+            if place == its_place and second.startswith(first) and (store.target or other.target):
+                mistakes.append(
+                    f"{store.setting('path')}: overlaps {other.setting('path')}"
+                    f" ({store.location} and {other.location} on one server); give each a place of its own"
+                )
+        known.append((store, place))
+    return mistakes
 
 
 # ------------------------------------------------------------------------------------------------------- S3
@@ -3440,14 +3359,12 @@ REFUSALS = frozenset({400, 401, 403})  # no permission, cold storage, a foreign 
 
 # -------------------------------------------------------------------------------------------- Notifications
 
-# Nobody reads the output of a backup that runs at night. So a health check (healthchecks.io or Uptime Kuma)
-# is told of start and end, a webhook gets the run as JSON, and Prometheus a file. None of this makes a run
-# fail, or holds it for long; and of the URLs, which are secrets, only scheme and host are ever printed.
+# Nobody reads the output of a backup that runs at night. So a health check, a webhook and Prometheus are told
+# of what a schedule starts. None of this makes a run fail, or holds it for long; and of the URLs, which are
+# secrets, only scheme and host are ever printed.
 
-# What somebody is told of: what a schedule starts, not what a person types.
 TOLD_COMMANDS = {"run": "Backup", "maintain": "Maintenance"}
 BODY_BYTES = 100_000  # what healthchecks.io keeps of a ping's body ("Pinging API" in its documentation)
-KUMA_PATH = "/api/push/"  # what the path of a push monitor's URL has
 KUMA_LETTERS = 300  # it takes the text in the URL
 
 
@@ -3472,9 +3389,8 @@ ENDINGS = {
 
 
 def ending(code: int) -> Ending:
-    if code > 128:
-        return Ending("stopped", f"stopped by {signal.Signals(code - 128).name}")
-    return ENDINGS.get(code, ENDINGS[EXIT_FAILURE])
+    stopped = Ending("stopped", str(Stopped(code - 128))) if code > 128 else ENDINGS[EXIT_FAILURE]
+    return ENDINGS.get(code, stopped)
 
 
 @dataclass(frozen=True)
@@ -3493,15 +3409,14 @@ class Message:
     def send(self, deadline: float, over: threading.Event) -> None:
         """Sends it, again while the fault may pass, until `deadline` (monotonic) or `over`.
 
-        No redirect is followed, no proxy used. What is sent again may arrive twice. Raises BackupError, which
-        has nothing of the URL.
+        What is sent again may arrive twice. Raises BackupError, which has nothing of the URL.
         """
         url, pause = urllib.parse.urlsplit(self.url), 1.0
         headers = {"User-Agent": f"s3borgbackup/{VERSION}"}
         if self.body:
             headers["Content-Type"] = self.content_type
         if url.username is not None:  # basic authentication (RFC 7617)
-            pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+            pair = urllib.parse.unquote(f"{url.username}:{url.password or ''}")
             headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
         while True:
             connection = connection_to(url)
@@ -3511,7 +3426,7 @@ class Message:
                 status = connection.getresponse().status
                 if 200 <= status < 300:
                     return
-                hint = "; redirects are not followed: write the final URL" if 300 <= status < 400 else ""
+                hint = "; redirects are not followed: write the final URL" if status in REDIRECTS else ""
                 reason, may_pass = f"{status} {http_reason(status)}{hint}", status in RETRIED_STATUSES
             except OSError as fault:
                 reason = str(fault) or type(fault).__name__
@@ -3528,48 +3443,36 @@ class Message:
 
 def request_target(url: urllib.parse.SplitResult) -> str:
     """Path and query as HTTP has them; what is escaped already stays as it is."""
-    path = urllib.parse.quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
-    query = urllib.parse.quote(url.query, safe="/%:@!$&'()*+,;=~?")
-    return f"{path}?{query}" if query else path
+    whole = "?".join(filter(None, [url.path or "/", url.query]))
+    return urllib.parse.quote(whole, safe="/%:@!$&'()*+,;=~?")
 
 
 def healthcheck_message(url: str, signal_name: str, text: str, seconds: float) -> Message | None:
-    """What a health check is sent for `start`, `success`, `fail` or `log`; None where there is none for it.
+    """For `start`, `success`, `fail` or `log`; None where a health check is not told.
 
-    healthchecks.io takes the text as body, and `log` without changing its mind. It is given no run id
-    (`rid`): a success with one does not end a start with another, so that a run which ends with 75 would
-    leave a start behind that becomes an alarm, although the run that was at work succeeds (`Check.ping` of
-    healthchecks). Uptime Kuma has a query: up or down, a line, and a number, here the run's milliseconds.
+    healthchecks.io is given no run id (`rid`): a success with one does not end a start with another, so that
+    a run which ends with 75 would leave a start behind that becomes an alarm, although the run that was at
+    work succeeds (`Check.ping` of healthchecks). Uptime Kuma takes a number, here the run's milliseconds.
     """
     if not url:
         return None
     parts = urllib.parse.urlsplit(url)
     text = text.encode("utf-8", "backslashreplace")[:BODY_BYTES].decode("utf-8", "ignore")
-    is_kuma = KUMA_PATH in parts.path
-    if is_kuma and signal_name not in ("success", "fail"):
-        return None
-    if not is_kuma:
+    if "/api/push/" not in parts.path:
         path = parts.path.rstrip("/") + ("" if signal_name == "success" else f"/{signal_name}")
         return Message("HEALTHCHECK_URL", "POST", parts._replace(path=path).geturl(), text.encode())
+    if signal_name not in ("success", "fail"):
+        return None
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     query |= {"status": "up" if signal_name == "success" else "down"}
     query |= {"msg": " ".join(text.split())[:KUMA_LETTERS], "ping": str(round(seconds * 1000))}
     return Message("HEALTHCHECK_URL", "GET", parts._replace(query=urllib.parse.urlencode(query)).geturl())
 
 
-def run_document(
-    report: Report, code: int, finished: datetime, troubles: Mapping[str, Findings]
-) -> dict[str, Any]:
-    """What NOTIFY_URL gets. `text` is for people, under the name that many chat programs' webhooks want."""
-
-    def told(names: Collection[str]) -> dict[str, list[str]]:
-        return {
-            f"{level}s": [text for name, text in found.named if name in names]
-            for level, found in troubles.items()
-        }
-
-    stores = {f"target-{target['name']}": target for target in report.targets}
-    return {
+def run_document(report: Report, code: int, finished: datetime, console: Console) -> dict[str, Any]:
+    """What NOTIFY_URL gets; `text` is what many chat programs' webhooks read."""
+    targets = [{**target, "errors": [], "warnings": []} for target in report.targets]
+    document = {
         "run_id": report.run_id,
         "command": report.command,
         "version": VERSION,
@@ -3580,88 +3483,84 @@ def run_document(
         "seconds": round((finished - report.started).total_seconds(), 3),
         "exit_code": code,
         "result": ending(code).name,
-        "targets": [{**target, **told([store])} for store, target in stores.items()],
-        **told({name for found in troubles.values() for name, _ in found.named} - stores.keys()),
-        "more": sum(found.more for found in troubles.values()),
-        "text": run_text(report, code, troubles),
+        "targets": targets,
+        "errors": [],
+        "warnings": [],
+        "more": sum(found.more for found in console.troubles.values()),
+        "text": run_text(report, code, console.troubles),
     }
+    places = {f"target-{target['name']}": target for target in targets}
+    for level, found in console.troubles.items():
+        for name, text in found.named:
+            places.get(name, document)[f"{level}s"].append(text)
+    return document
 
 
 def run_text(report: Report, code: int, troubles: Mapping[str, Findings]) -> str:
-    """The same for people: a line, the table, the errors and warnings."""
     what = f"{TOLD_COMMANDS[report.command]} {report.label} on {socket.gethostname()}"
-    head = f"{what}: {ending(code).words} (exit code {code})"
+    lines = [f"{what}: {ending(code).words} (exit code {code})", report.table]
     reasons = [" ".join(target["reason"].split()) for target in report.targets]
-    # What the table's reasons end with says nothing new.
-    lines = [
-        f"[{name}] {level}: {text}"
-        for level, found in troubles.items()
-        for name, text in found.named
-        if not any(reason and reason.endswith(text) for reason in reasons)
-    ]
+    for level, found in troubles.items():
+        for name, text in found.named:
+            if not any(reason.endswith(text) for reason in reasons):  # else the table has it
+                lines.append(f"[{name}] {level}: {text}")
     if more := sum(found.more for found in troubles.values()):
         lines.append(f"{more:,} more")
-    return "\n".join(part for part in (head, report.table, *lines) if part)
+    return "\n".join(filter(None, lines))
 
 
 class Reporter:
-    """Tells those that the configuration names of a run's start and end; `report` is filled in meanwhile."""
+    """Tells of a run's start and end; `report` is filled in meanwhile."""
 
-    def __init__(self, reporting: Reporting, console: Console, stop: Stop, report: Report) -> None:
-        self._reporting, self._console, self._stop, self._report = reporting, console, stop, report
-        self._start_is_over = threading.Event()
-        self._jobs: dict[str, concurrent.futures.Future[None]] = {}
+    def __init__(self, settings: Settings, console: Console, stop: Stop, report: Report) -> None:
+        self._settings, self._console, self._stop, self._report = settings, console, stop, report
+        self._over = threading.Event()
+        self._jobs: list[tuple[str, concurrent.futures.Future[None]]] = []
 
     def start(self) -> None:
-        """Tells the health check that a run begins, in the background: nobody waits for that."""
-        message = healthcheck_message(self._reporting.healthcheck_url, "start", "", 0)
-        self._tell(message, self._start_is_over)
+        """In the background: nobody waits for that."""
+        self._tell(healthcheck_message(self._settings.healthcheck_url, "start", "", 0))
 
     def end(self, code: int) -> None:
-        """Tells everybody how the run went, within TELL_SECONDS, or TELL_STOPPED_SECONDS."""
-        reporting, report, finished, how = self._reporting, self._report, datetime.now(UTC), ending(code)
+        """Takes TELL_SECONDS, or TELL_STOPPED_SECONDS, at most."""
+        settings, report, finished, how = self._settings, self._report, datetime.now(UTC), ending(code)
         # The start must not arrive after the end, so a try that is under way is waited for. But a failure
         # that arrives before a start still is one: after a stop signal there is no time.
-        self._start_is_over.set()
-        if not self._stop.requested:
-            self._wait(2 * TELL_TRY_SECONDS)
-        document = run_document(report, code, finished, self._console.troubles)
+        self._over.set()
+        self._wait(2 * TELL_TRY_SECONDS, 0)
+        self._over = threading.Event()
+        document = run_document(report, code, finished, self._console)
         if self._console.as_json:
             numbers = {name: document[name] for name in ("exit_code", "result", "seconds")}
             self._console.info("run", how.words, "run_finished", **numbers)
         text, seconds = document["text"], document["seconds"]
-        self._tell(healthcheck_message(reporting.healthcheck_url, how.signal_name, text, seconds))
-        if reporting.notify_url and reporting.notify_on in how.notify_on:
+        self._tell(healthcheck_message(settings.healthcheck_url, how.signal_name, text, seconds))
+        if settings.notify_url and settings.notify_on in how.notify_on:
             body = json.dumps(document).encode()
-            self._tell(Message("NOTIFY_URL", "POST", reporting.notify_url, body, "application/json"))
-        if reporting.metrics_file and report.command == "run":
-            path = Path(reporting.metrics_file)
-            self._jobs["METRICS_FILE"] = in_background(lambda: write_metrics(path, report, code, finished))
-        self._wait(TELL_SECONDS + 2 * POLL_SECONDS)  # a try that ends at its deadline has something to say
-
-    def _tell(self, message: Message | None, over: threading.Event | None = None) -> None:
-        if message:
-            deadline, over = time.monotonic() + TELL_SECONDS, over or threading.Event()
-            self._jobs[str(message)] = in_background(lambda: message.send(deadline, over))
-
-    def _wait(self, limit_seconds: float) -> None:
-        """Waits so long at most, or TELL_STOPPED_SECONDS, and warns of those who were not told by then."""
-        start, jobs, seconds = time.monotonic(), self._jobs, 0.0
-        while concurrent.futures.wait(jobs.values(), timeout=POLL_SECONDS).not_done:
-            seconds = time.monotonic() - start
-            if seconds > (TELL_STOPPED_SECONDS if self._stop.requested else limit_seconds):
-                break
-        for name, job in jobs.items():
-            if not job.done():
-                self._console.warning("run", f"{name}: no answer in {seconds:.0f} s")
-            elif isinstance(error := job.exception(), BackupError):
+            self._tell(Message("NOTIFY_URL", "POST", settings.notify_url, body, "application/json"))
+        if settings.metrics_file and report.command == "run":
+            write = functools.partial(write_metrics, Path(settings.metrics_file), report, code, finished)
+            self._jobs.append(("METRICS_FILE", in_background(write)))
+        # A try that ends at its deadline has something to say.
+        self._wait(TELL_SECONDS + 2 * POLL_SECONDS, TELL_STOPPED_SECONDS)
+        for name, job in self._jobs:
+            error = job.exception() if job.done() else BackupError(f"{name}: no answer in time")
+            if isinstance(error, BackupError):
                 self._console.warning("run", str(error))
             elif error:
-                defect = f"a defect of the program, please report it: {error!r}"
-                self._console.warning("run", f"{name}: {defect}")
+                self._console.defect("run", error)
             else:
                 self._console.debug("run", f"{name} was told how the run goes")
-        self._jobs = {}
+
+    def _tell(self, message: Message | None) -> None:
+        if message:
+            send = functools.partial(message.send, time.monotonic() + TELL_SECONDS, self._over)
+            self._jobs.append((str(message), in_background(send)))
+
+    def _wait(self, seconds: float, stopped_seconds: float) -> None:
+        for waited in waiting(*(job for _, job in self._jobs)):
+            if waited > (stopped_seconds if self._stop.requested else seconds):
+                return
 
 
 METRICS = {
@@ -3676,7 +3575,7 @@ METRICS = {
     "last_archive_bytes": "Bytes of the objects in the last archive.",
     "last_archive_new_bytes": "Bytes that the last archive added to the repository.",
 }
-METRIC_LINE = re.compile(r"(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)")
+METRIC_LINE = re.compile(r"^(s3borgbackup_[a-z_]+\{.*\}) ([0-9]+(?:\.[0-9]+)?)$", re.MULTILINE)
 
 
 def write_metrics(path: Path, report: Report, code: int, finished: datetime) -> None:
@@ -3688,29 +3587,29 @@ def write_metrics(path: Path, report: Report, code: int, finished: datetime) -> 
 
 
 def metrics_text(report: Report, code: int, finished: datetime, old: str) -> str:
-    """The run in Prometheus' text format ("Exposition formats" in its documentation).
+    """In Prometheus' text format ("Exposition formats" in its documentation).
 
-    What this run does not tell anew stays as it is in `old`: a success before it, and targets that were not
-    its turn.
+    What is not told anew stays as it is in `old`: a success before, and targets that were not its turn.
     """
-    now, seconds = round(finished.timestamp(), 3), round((finished - report.started).total_seconds(), 3)
-    told: dict[str | None, dict[str, Any]] = {}  # a target, or None for the run -> what is known of it
-    told[None] = {"run_timestamp_seconds": now, "run_duration_seconds": seconds, "run_exit_code": code}
+    samples, now = dict(METRIC_LINE.findall(old)), round(finished.timestamp(), 3)
+    if report.configured is not None:  # else nobody knows which targets are gone
+        wanted = {metric(name, report.label, target) for name in METRICS for target in report.configured}
+        samples = {key: value for key, value in samples.items() if key in wanted}
+
+    def tell(target: str | None, **values: Any) -> None:
+        samples.update({metric(name, report.label, target): str(value) for name, value in values.items()})
+
+    seconds = round((finished - report.started).total_seconds(), 3)
+    tell(None, run_timestamp_seconds=now, run_duration_seconds=seconds, run_exit_code=code)
     codes = {how.name: number for number, how in ENDINGS.items()}
     for target in report.targets:
-        went = codes[target["result"]]
-        values = told[target["name"]] = {"last_run_timestamp_seconds": now, "last_run_exit_code": went}
-        values["last_run_duration_seconds"] = target["seconds"]
+        name, went = target["name"], codes[target["result"]]
+        tell(name, last_run_timestamp_seconds=now, last_run_exit_code=went)
+        tell(name, last_run_duration_seconds=target["seconds"])
         if went in (EXIT_OK, EXIT_WARNINGS):
-            values["last_success_timestamp_seconds"] = now
+            tell(name, last_success_timestamp_seconds=now)
         if target["archive"]:
-            values |= {f"last_archive_{what}": target[what] for what in ("objects", "bytes", "new_bytes")}
-    samples = {found[1]: found[2] for line in old.split("\n") if (found := METRIC_LINE.fullmatch(line))}
-    if (known := report.configured) is not None:  # else nobody knows which targets are gone
-        wanted = {metric(name, report.label, target) for name in METRICS for target in known}
-        samples = {key: value for key, value in samples.items() if key in wanted}
-    for subject, values in told.items():
-        samples |= {metric(name, report.label, subject): str(value) for name, value in values.items()}
+            tell(name, **{f"last_archive_{what}": target[what] for what in ("objects", "bytes", "new_bytes")})
     lines = []
     for name, text in METRICS.items():
         name = f"s3borgbackup_{name}"
@@ -3720,7 +3619,6 @@ def metrics_text(report: Report, code: int, finished: datetime, old: str) -> str
 
 
 def metric(name: str, label: str, target: str | None) -> str:
-    """A sample's name and labels, as the format wants them."""
     labels = {"label": label} if target is None else {"label": label, "target": target}
     escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
@@ -3734,8 +3632,8 @@ def replace_file(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as stream:
-            stream.write(text.encode())
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(path)
@@ -5179,125 +5077,99 @@ def local_time(when: datetime) -> str:
     return f"{when.astimezone():%Y-%m-%d %H:%M:%S %z}"
 
 
-def emit(text: str) -> None:
-    """Prints a command's answer on standard output; that nobody reads it any more is no error."""
+def emit(text: str, must_arrive: bool = False) -> None:
+    """Prints a command's answer; that nobody reads it to its end is no error by itself."""
     try:
         for line in text.splitlines():
             print(printable(line), flush=True)
-    except BrokenPipeError:
-        pass
     except OSError as error:
-        raise BackupError(f"the answer could not be written: {error.strerror}", "Make room for it.") from None
+        if must_arrive or not isinstance(error, BrokenPipeError):
+            words = f"the answer could not be written: {error.strerror}"
+            raise BackupError(words, "Make room for it, and ask again.") from None
 
 
 def check_config(runtime: Runtime) -> int:
-    """Asks every store whether it is usable and prints a table.
-
-    Changes nothing but a probe that it deletes again.
-    """
-    settings, console = runtime.settings, runtime.console
-    found = preflight(runtime, settings.targets)
-    rows, failures = [("store", "location", "endpoint", "region", "access", "result")], []
-    for store, result in zip(settings.stores, found, strict=True):
-        place = store.name, store.location, store.endpoint
+    """Asks every store whether it is usable; changes nothing but a probe that it deletes again."""
+    settings, console, failures = runtime.settings, runtime.console, []
+    rows = [("store", "location", "endpoint", "region", "access", "result")]
+    for store, found in zip(settings.stores, preflight(runtime, settings.targets), strict=True):
+        row = store.region or "-", "-", "failed"
         try:
-            if isinstance(result, BackupError):
-                raise result
-            access, more = "list, read", " or more" if result.following else ""
-            holds = f"{count(len(result.keys), 'object')}{more}"
+            if isinstance(found, BackupError):
+                raise found
+            client, access = S3Client(store, found.region, HASTY, runtime.stop), "list, read"
+            holds = f"{count(len(found.keys), 'object')}{' or more' if found.following else ''}"
             if store.target:  # a run would meet what is wrong with what lies there
-                client = S3Client(store, result.region, stop=runtime.stop)
-                state = what_lies_there(client, result, may_be_new=True)
-                access, holds = "list, read, write, delete", f"holds {state.value}"
-            rows.append((*place, result.region, access, f"ok, {holds}"))
+                access, holds = f"{access}, write, delete", what_lies_there(client, found, True).value
+            elif settings.headers and found.keys:  # may its key read tags? One object tells.
+                try:
+                    client.tags(found.keys[0].key)
+                except S3Error as error:
+                    if error.status == 403:
+                        console.info("source", f"{TAGS_REFUSED}: {error.message}")
+            row = found.region, access, f"ok, holds {holds}"
         except Stopped:
             raise
         except BackupError as error:
-            rows.append((*place, store.region or "-", "-", "failed"))
             failures.append(str(error))
+        rows.append((store.name, store.location, store.endpoint, *row))
     console.plain("\n".join(table(rows)))
     for failure in failures:
         console.error("check-config", failure)
-    if isinstance(found[0], Preflight) and settings.headers:  # may its key read tags? One object tells.
-        client = S3Client(settings.source, found[0].region, HASTY, runtime.stop)
-        try:
-            for entry in found[0].keys[:1]:
-                client.tags(entry.key)
-        except S3Error as error:
-            if error.status == 403:
-                console.info("source", f"{TAGS_REFUSED}: {error.message}")
     return EXIT_FAILURE if failures else EXIT_OK
 
 
-Rows = list[tuple[str, ...]]  # of a table
+Shown = tuple[dict[str, Any], list[tuple[str, ...]]]  # as JSON, and as a table
 
 
 def show(
-    runtime: Runtime,
-    targets: Sequence[Target],
-    as_json: bool,
-    ask: Callable[[Runtime, Repository], tuple[dict[str, Any], Rows]],
-    header: tuple[str, ...] = (),
+    runtime: Runtime, targets: Sequence[Target], as_json: bool, ask: Callable[[Runtime, Repository], Shown]
 ) -> int:
-    """Prints what `ask` says of each repository: one JSON object with the errors, or rows for people.
-
-    These are one table with a `header`, or a table each. An error is printed, and does not keep the others
-    from their answers. Returns the exit code; raises Stopped.
-    """
+    """Prints what `ask` says of each repository; an error does not keep the others from their answers."""
     tables, document, code = [], {}, EXIT_OK
     for target in targets:
         try:
             with opened_for_reading(runtime, target) as repository:
                 document[target.name], rows = ask(runtime, repository)
-            tables.append(rows)
+            tables.append("\n".join(table(rows)))
         except Stopped:
             raise
         except BackupError as error:
             runtime.console.error(target.store.name, str(error))
             document[target.name], code = {"error": str(error)}, max(code, error.exit_code)
-    if header and tables:
-        tables = [[header, *itertools.chain(*tables)]]
-    text = "\n\n".join("\n".join(table(rows)) for rows in tables)
-    emit(json.dumps(document, indent=2) if as_json else text)
+    emit(json.dumps(document, indent=2) if as_json else "\n\n".join(tables))
     return code
 
 
-ARCHIVE_COLUMNS = ("target", "archive", "time", "objects", "size")
-
-
-def archives_shown(_runtime: Runtime, repository: Repository) -> tuple[dict[str, Any], Rows]:
-    name, (_, archives) = repository.target.name, archives_of(repository)
-    rows: Rows = []
+def archives_shown(_: Runtime, repository: Repository) -> Shown:
+    rows, archives = [("target", "archive", "time", "objects", "size")], archives_of(repository)[1]
     for each in archives:
         numbers = f"{each.objects or 0:,}", size(each.archived_bytes or 0)
-        rows.append((name, each.name, local_time(each.start), *numbers))
-    return {"archives": [each.as_json() for each in archives]}, rows or [(name, "-", "-", "-", "-")]
+        rows.append((repository.target.name, each.name, local_time(each.start), *numbers))
+    rows += [] if archives else [(repository.target.name, "-", "-", "-", "-")]
+    return {"archives": [each.as_json() for each in archives]}, rows
 
 
 KEY_PLACES = {
     "none": "whoever can read the bucket can read the backup",
     "keyfile": "the key is in /config only",
-    "keyfile-blake2": "the key is in /config only",
     "authenticated": "not encrypted; the key, which authenticates, is in the repository",
-    "authenticated-blake2": "not encrypted; the key, which authenticates, is in the repository",
 }
 
 
-def repository_shown(runtime: Runtime, repository: Repository) -> tuple[dict[str, Any], Rows]:
+def repository_shown(runtime: Runtime, repository: Repository) -> Shown:
     store, client, label = repository.target.store, repository.client, runtime.settings.label
     name, (encryption, archives) = repository.target.name, archives_of(repository)
-    document: dict[str, Any] = {}
-    rows: Rows = []
+    document, rows = {}, []
 
     def add(title: str, text: str, **values: Any) -> None:
         rows.append((title, text))
         document.update(values)
 
     add("target", name, target=name)
-    place = {"endpoint": store.endpoint, "location": store.location}
-    add("location", "{location} at {endpoint}".format(**place), **place)
+    add("location", f"{store.location} at {store.endpoint}", endpoint=store.endpoint, location=store.location)
     add("repository", repository.identity, repository_id=repository.identity)
-    key_place = KEY_PLACES.get(encryption, "the key is in the repository")
+    key_place = KEY_PLACES.get(encryption.removesuffix("-blake2"), "the key is in the repository")
     add("encryption", f"{encryption}: {key_place}", encryption=encryption)
     exported = str(read_note(client, KEY_EXPORTED_NAME).get("exported", ""))
     never = "there is none" if encryption == "none" else f"never: backup.py key-export {shlex.quote(name)}"
@@ -5318,15 +5190,11 @@ def repository_shown(runtime: Runtime, repository: Repository) -> tuple[dict[str
         text = f"{local_time(newest.start)}: {what}, in {took}"
     add(f"last {label}", text, last_archive=newest.as_json() if newest else None)
     record, segments = last_check(repository), segments_of(runtime, repository)
-    checked = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
-    text = f"{checked}; {record.age(segments, client.clock)}"
+    text = f"{record.checked:%Y-%m-%d %H:%M:%S %z}" if record.checked else "never, as far as is known"
+    text = f"DAMAGED: {record.damage}" if record.damage else f"{text}; {record.age(segments, client.clock)}"
+    add("last check", text, damage=record.damage or None)
     times = {"last_check": record.checked, "unchecked_since": record.unchecked_since(segments)}
-    add(
-        "last check",
-        f"DAMAGED: {record.damage}" if record.damage else text,
-        **{key: when.isoformat() if when else None for key, when in times.items()},
-        damage=record.damage or None,
-    )
+    document |= {key: when.isoformat() if when else None for key, when in times.items()}
     lease = look_at_lease(client)
     in_use = str(lease) if lease and not lease.has_expired else None
     add("in use", in_use or "no", in_use=in_use)
@@ -5334,33 +5202,29 @@ def repository_shown(runtime: Runtime, repository: Repository) -> tuple[dict[str
 
 
 def export_key(runtime: Runtime, target: Target) -> int:
-    """Prints a repository's key, and notes beside the repository that this was done. Raises BackupError."""
+    """Prints a repository's key, and notes beside the repository that this was done."""
     name, console = target.store.name, runtime.console
     with opened_for_reading(runtime, target) as repository:
         exported = repository.borg.run(["key export", str(repository.borg.repository)])
-        try:
-            print(exported.output, flush=True)
-        except OSError as error:
-            words = f"{name}: the key could not be written: {error.strerror}"
-            raise BackupError(words, "Export it again.") from None
+        emit(exported.output, must_arrive=True)
         try:
             write_note(repository.client, KEY_EXPORTED_NAME, {"exported": utc_now(repository.client)})
         except S3Error as error:
-            words = "that the key was exported cannot be noted, and runs go on to remind of it"
-            console.warning(name, f"{words}: {error}")
-    words = "keep this key where the passphrase is, and not with the backups: a restore takes both"
-    console.info(name, words)
+            console.warning(name, f"that it was exported cannot be noted, and runs go on to remind: {error}")
+    console.info(
+        name, "keep this key where the passphrase is, and not with the backups: a restore takes both"
+    )
     return EXIT_OK
 
 
-# borg's commands. Those in the first row change nothing, so that keys that may only read are enough for them.
+# borg's commands; keys that may only read are enough for the first ones.
 READING_COMMANDS = ("list", "diff", "extract", "export-tar")
 CHANGING_COMMANDS = (
     *("benchmark", "break-lock", "check", "compact", "config", "create", "debug", "delete", "help"),
     *("import-tar", "info", "init", "key", "prune", "recreate", "rename", "upgrade", "version", "with-lock"),
 )
 REFUSED_COMMANDS = {
-    "mount": "borg would go on in the background; in a shell: backup.py mount target-{name}, then borg mount",
+    "mount": "it goes on in the background; in a shell: backup.py mount target-{name}, then borg mount",
     "umount": "there is nothing to unmount; `backup.py mount` and `backup.py umount` go together",
     "serve": "it serves repositories to other machines; this one is in S3",
 }
@@ -5368,7 +5232,6 @@ BORG_COMMANDS = (*READING_COMMANDS, *CHANGING_COMMANDS, *REFUSED_COMMANDS)
 
 
 def run_borg(runtime: Runtime, target: Target, arguments: Sequence[str]) -> int:
-    """Runs any borg command on a target's repository; returns borg's exit code. Raises BackupError."""
     command = arguments[0]
     if command in REFUSED_COMMANDS:
         raise ConfigurationError([f"`borg {command}`: {REFUSED_COMMANDS[command].format(name=target.name)}"])
@@ -6739,42 +6602,20 @@ def umount_manually(runtime: Runtime, stores: Sequence[Store]) -> int:
 # --------------------------------------------------------------------------------------------- Command line
 
 
-def chosen_targets(settings: Settings, names: Sequence[str]) -> list[Target]:
-    """The targets with these names (all without names). Raises ConfigurationError for unknown ones."""
-    known = {target.store.name: target for target in settings.targets}
+def chosen(settings: Settings, kind: str, given: Any) -> Any:
+    """The targets, or stores, that a command line names."""
+    known: dict[str, Any] = {target.store.name: target for target in settings.targets}
     known |= {target.name: target for target in settings.targets}
+    if kind.startswith("store"):
+        known = {name: target.store for name, target in known.items()} | {"source": settings.source}
+    names = given if isinstance(given, list) else [given]
     if unknown := [name for name in names if name not in known]:
         targets = ", ".join(target.name for target in settings.targets)
         raise ConfigurationError([f"there is no target {name!r}; known are {targets}" for name in unknown])
-    return list(dict.fromkeys(known[name] for name in names)) or list(settings.targets)
-
-
-def chosen_store(settings: Settings, name: str) -> Store:
-    if name != "source":
-        return chosen_targets(settings, [name])[0].store
-    settings.require_source()
-    return settings.source
-
-
-def chosen_destination(settings: Settings, place: tuple[str, str]) -> Destination:
-    """The bucket, and the prefix in it, to restore into. Raises ConfigurationError."""
-    store = dataclasses.replace(settings.destination, bucket=place[0], prefix=place[1])
-    mistakes = store.missing()
-    for target in settings.targets:
-        mistakes += overlap_mistakes([target.store, store])
-    if mistakes:
-        raise ConfigurationError(mistakes)
-    return store
-
-
-# What a command line has as a name in the configuration, and what that stands for.
-CHOICES: Mapping[str, Callable[[Settings, Any], Any]] = {
-    "target": lambda settings, name: chosen_targets(settings, [name])[0],
-    "targets": chosen_targets,
-    "store": chosen_store,
-    "stores": lambda settings, names: [chosen_store(settings, name) for name in names],
-    "bucket": chosen_destination,
-}
+    found = list(dict.fromkeys(known[name] for name in names))
+    if kind == "targets" and not found:
+        return list(settings.targets)
+    return found if isinstance(given, list) else found[0]
 
 
 def run_check(runtime: Runtime, target: Target, max_duration: int | None, verify_data: bool) -> int:
@@ -6784,82 +6625,50 @@ def run_check(runtime: Runtime, target: Target, max_duration: int | None, verify
     return EXIT_OK
 
 
-ARCHIVE = Value("an archive's name, or leave it out for the newest", matching(".+"))
-PATH = Value("an object's key or a folder of keys, or leave it out to restore all", matching(".*[^/].*"))
-FILE = Value("a path", matching(".+", Path))
-TIME = Value("a time such as 2025-01-31T03:00 or 2025-01-31", end_of_time)
-SPAN = Value(
-    "a number and a unit (s, m, h), such as 30m",
-    matching("[0-9]+[smh]", lambda text: parse_check(text).seconds),
-)
-SAMPLE = Value("a number of objects, a share such as 1%, or all", parse_sample)
-AT_HELP = "the newest one until then: local time, such as 2025-01-31T03:00; or with a zone, +01:00 or Z"
-
-# What can follow a command, by its parameter: what a person writes, how that is read (None: it is there or
-# not), and what it is.
+TEXT, PATH = matching(".+"), matching(".+", Path)
+TIME_HELP = "a time such as 2025-01-31T03:00, local or with a zone (+01:00 or Z)"
+SAMPLE_HELP = "a number of objects whose content is proved, a share such as 1%, or all"
+SPAN = matching("[0-9]+[smh]", lambda text: parse_check(text).seconds)
+# By parameter: what a person writes, how that is read (None: it is there or not), and what it is.
 ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "target": ("NAME", str, "a target's name"),
     "targets": ("NAME...", str, "targets' names; all targets without any"),
     "store": ("NAME", str, "source, or target-<name>"),
     "stores": ("NAME...", str, "source, or target-<name>; all without any"),
-    "paths": ("PATH...", PATH, "a key, or a folder of keys"),
-    "archive": ("--archive ARCHIVE", ARCHIVE, "this one, instead of the newest of BACKUP_LABEL"),
-    "until": ("--at TIME", TIME, AT_HELP),
-    "folder": ("--to DIR", FILE, "restore into this folder"),
-    "bucket": ("--to-bucket BUCKET[:PREFIX]", STORE["path"], "restore into this bucket"),
-    "metadata": ("--metadata FILE", FILE, "write the objects' headers and tags there, a JSON object a line"),
+    "paths": ("PATH...", matching(".*[^/].*"), "a key, or a folder of keys; leave it out to restore all"),
+    "archive": ("--archive ARCHIVE", TEXT, "its name; leave it out for the newest of BACKUP_LABEL"),
+    "until": ("--at TIME", end_of_time, f"{TIME_HELP}: the newest archive until then"),
+    "folder": ("--to DIR", PATH, "a path: restore into this folder"),
+    "bucket": ("--to-bucket BUCKET[:PREFIX]", parse_path, f"{PATH_HELP}: restore into this bucket"),
+    "metadata": ("--metadata FILE", PATH, "a path for headers and tags, a JSON object a line"),
     "overwrite": ("--overwrite", None, "what is there with other content, headers or tags, too"),
     "dry_run": ("--dry-run", None, "only tell what would be done"),
     "as_json": ("--json", None, "print JSON, for programs"),
-    "sample": (
-        "--sample N",
-        SAMPLE,
-        "how many objects are proved, a share such as 1%%, or all (%(default)s)",
-    ),
-    "seed": ("--seed SEED", int, "choose the same sample as when this seed was printed"),
-    "max_duration": ("--max-duration TIME", SPAN, "at most so long, from where the last such slice stopped"),
+    "sample": ("--sample N", parse_sample, f"{SAMPLE_HELP}; by default {DEFAULT_SAMPLE}"),
+    "seed": ("--seed SEED", int, "the number that was printed, for the same sample"),
+    "max_duration": ("--max-duration TIME", SPAN, "30m, 2h at most, from where the last slice stopped"),
     "verify_data": ("--verify-data", None, "decrypt and verify each piece of data, too"),
     "read_write": ("--read-write", None, "so that objects can be restored into it"),
 }
 
-# What does it, and its parameters: `a|b` exclude each other, and in brackets one of them is needed.
+# What does it, and its parameters: `a|b` exclude each other, in brackets one is needed.
 COMMANDS: Mapping[str, tuple[Callable[..., int], str, str]] = {
-    "run": (run_backup, "targets", "back up to all targets, or to the named ones; so does no command at all"),
-    "check-config": (check_config, "", "check the configuration and ask each store; changes nothing"),
-    "list": (
-        functools.partial(show, ask=archives_shown, header=ARCHIVE_COLUMNS),
-        "targets as_json",
-        "show the archives of all targets, or of the named ones",
-    ),
-    "info": (
-        functools.partial(show, ask=repository_shown),
-        "targets as_json",
-        "show size, last run, key and last check of all targets, or the named",
-    ),
-    "maintain": (maintain, "targets", "prune, compact and check all or the named targets; needs no source"),
+    "run": (run_backup, "targets", "back up to all targets, or to those named; so does no command"),
+    "check-config": (check_config, "", "check the configuration, and ask each store"),
+    "list": (functools.partial(show, ask=archives_shown), "targets as_json", "show archives"),
+    "info": (functools.partial(show, ask=repository_shown), "targets as_json", "show size, last run, key"),
+    "maintain": (maintain, "targets", "prune, compact and check, without the source"),
     "key-export": (export_key, "target", "print a repository's key, to be kept elsewhere"),
-    "borg": (run_borg, "target", "run any borg command on a repository: borg first diff ARCHIVE1 ARCHIVE2"),
-    "verify": (
-        run_verify,
-        "target archive sample seed as_json",
-        "compare an archive with the live bucket, and prove the content of a sample of it",
-    ),
-    "check": (
-        run_check,
-        "target max_duration|verify_data",
-        "check a repository with `borg check`, whole or for some time; never repairs",
-    ),
+    "borg": (run_borg, "target", "run any borg command: borg first diff ARCHIVE1 ARCHIVE2"),
+    "verify": (run_verify, "target archive sample seed as_json", "compare an archive with the bucket"),
+    "check": (run_check, "target max_duration|verify_data", "check a repository; never repairs"),
     "restore": (
         restore,
         "target paths archive|until (folder|bucket) metadata overwrite dry_run",
-        "restore an archive, or parts of it: --to DIR, or --to-bucket BUCKET",
+        "restore an archive, or parts of it",
     ),
-    "mount": (
-        mount_manually,
-        "store read_write",
-        "mount `source` (read-only) or `target-<name>` below /data; returns when it is usable",
-    ),
-    "umount": (umount_manually, "stores", "unmount it, or all; returns when everything is uploaded"),
+    "mount": (mount_manually, "store read_write", "mount `source` or `target-<name>` below /data"),
+    "umount": (umount_manually, "stores", "unmount it, or all; returns when all is uploaded"),
 }
 SOURCE_COMMANDS = ("run", "check-config", "verify")  # they need the source's configuration
 DATA_COMMANDS = ("list", "info", "key-export", "verify", "borg")  # standard output is for what is asked
@@ -6875,8 +6684,8 @@ exit codes:
   78 wrong configuration or usage   128+N stopped by signal N   `borg NAME`: borg's own
 """
 GREETING = """\
-s3borgbackup backs up an S3 bucket to other S3 buckets, deduplicated, compressed and encrypted on the way.
-Environment variables configure it, and none of them is set. (Was `--env-file .env` forgotten?) Three steps:
+s3borgbackup backs up an S3 bucket to other S3 buckets. Environment variables configure it, and none of them
+is set. (Was `--env-file .env` forgotten?) Three steps:
 
   1. cp example.env .env     and put in your buckets, keys and passphrases
   2. docker run --rm --env-file .env s3borgbackup check-config
@@ -6887,14 +6696,13 @@ Environment variables configure it, and none of them is set. (Was `--env-file .e
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command line; raises ConfigurationError where argparse would end the program."""
-
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError([f"`{self.prog}`: {message} (see `{self.prog} --help`)"])
 
 
-def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
-    """That of the whole command line, and those of the commands."""
+def parse_arguments(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and its parameters. Raises SystemExit when help was printed."""
+    name, *given = argv or ["run"]
     variables = "\n".join(f"  {name:26}{row.help}" for name, row in VARIABLES.items())
     parser = Parser(
         "backup.py",
@@ -6904,44 +6712,37 @@ def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"s3borgbackup {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (_, usage, about) in COMMANDS.items():
-        command = commands.add_parser(name, prog=name, allow_abbrev=False, help=about, description=about)
+    for each, (_, usage, about) in COMMANDS.items():
+        command = commands.add_parser(each, prog=each, allow_abbrev=False, help=about, description=about)
         for words in usage.split():
             is_needed = words.startswith("(")
             group = command.add_mutually_exclusive_group(required=is_needed) if "|" in words else command
             for word in words.strip("()").split("|"):
                 written, parse, what = ARGUMENTS[word]
                 *option, metavar = written.split() if parse else (written, "")
-                how = {"type": parse, "metavar": metavar.rstrip(".")} if parse else {"action": "store_true"}
+                how: dict[str, Any] = {"action": "store_true"}
+                if parse:
+                    how = {"type": Value(what, parse), "metavar": metavar.rstrip(".")}
                 if metavar.endswith("..."):
                     how["nargs"] = "*"
-                group.add_argument(*option, dest=word, help=what, **how)
+                group.add_argument(*option, dest=word, help=what.replace("%", "%%"), **how)
     commands.choices["verify"].set_defaults(sample=DEFAULT_SAMPLE, seed=secrets.randbelow(10**9))
     commands.choices["borg"].usage = "borg NAME COMMAND..."
-    return parser, commands.choices
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command and its parameters. Raises ConfigurationError, and SystemExit after help was asked for."""
-    name, *words = argv or ["run"]
-    parser, commands = make_parser()
     if name in ("help", "-h", "--help", "--version"):
         parser.parse_args(["--version" if name == "--version" else "--help"])
     if name not in COMMANDS:
         raise ConfigurationError([f"unknown command {name!r}; {near(name, COMMANDS)} (see --help)"])
+    command = commands.choices[name]
     if name != "borg":
-        return name, vars(commands[name].parse_intermixed_args(words))
-    given = vars(commands[name].parse_args(words[:1]))
-    if not words[1:]:
-        commands[name].error("a command of borg has to follow the target's name")
-    return name, {**given, "arguments": words[1:]}  # which are for borg to judge
+        return name, vars(command.parse_intermixed_args(given))
+    parsed = vars(command.parse_args(given[:1]))
+    if not given[1:]:
+        command.error("a command of borg has to follow the target's name")
+    return name, {**parsed, "arguments": given[1:]}  # which are for borg to judge
 
 
 def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
-    """The program that `argv` names, such as a shell; nothing where it is a command of ours or not there.
-
-    `borg` is ours, unless one of borg's own commands or an option follows.
-    """
+    """A program that `argv` names, such as a shell: `borg`, too, unless a target's name follows."""
     name, *words = argv or ["run"]
     is_borgs = name == "borg" and (not words or words[0] in BORG_COMMANDS or words[0].startswith("-"))
     if name.startswith("-") or (name in COMMANDS and not is_borgs):
@@ -6950,30 +6751,30 @@ def other_program(argv: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 # What process 1 becomes: a Python that has imported next to nothing takes 3 MB, ours 25. Its arguments: the
-# child's process id, the numbers of the signals to pass on, the folder of the keepers' states, and, if
-# anything, what to run when the child leaves a state: of a keeper that lives, or has something to tell.
+# child's process id, the folder of the keepers' states, and what to run where a shell leaves one.
 INIT = """\
 import os, signal, sys
 
-child, numbers, folder, umount = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4:]
+child, folder, umount = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+is_shell = umount and os.isatty(0)
 
 def pass_on(number, _):
     try:
-        os.kill(child, number)
-        if umount and number == signal.SIGTERM and os.isatty(0):
-            os.kill(child, signal.SIGHUP)  # a shell that talks to a person ignores SIGTERM
+        if not is_shell or number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
+            os.kill(child, number)
+        if is_shell and number == signal.SIGTERM:
+            os.kill(child, signal.SIGHUP)  # one that talks to a person ignores SIGTERM
     except ProcessLookupError:
         pass
 
 def end():
-    while True:
-        ended, status = os.waitpid(-1, 0)
-        if ended == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+    while (ended := os.waitpid(-1, 0))[0] != child:
+        pass
+    code = os.waitstatus_to_exitcode(ended[1])
+    return code if code >= 0 else 128 - code
 
-for number in numbers:
-    signal.signal(int(number), pass_on)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, pass_on)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 code = end()
 if umount and os.path.isdir(folder) and any(name.endswith(".mount") for name in os.listdir(folder)):
@@ -6985,75 +6786,69 @@ sys.exit(code)
 
 
 def be_init(argv: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """As PID 1: runs a child, passes signals on, reaps orphans, ends with the child's exit code.
+    """As PID 1: runs ourselves, or what `argv` names, passes signals on, reaps orphans.
 
-    The kernel gives PID 1 no default signal actions, and every process whose parent has ended. The child is
-    ourselves, or what `argv` names: when that ends, so does the container, and what it left mounted by hand
-    must be unmounted first. A shell is left in the terminal's foreground process group, where Ctrl-C reaches
-    it from the terminal; we are in one of our own, so that it reaches us once, from PID 1.
+    The kernel gives PID 1 no default signal actions, and every process whose parent has ended. When the child
+    ends, so does the container: what it left mounted by hand is unmounted first. A shell is left in the
+    terminal's foreground process group, where Ctrl-C reaches it; us it reaches once, from PID 1.
     """
-    ourselves, numbers = [sys.executable, os.path.abspath(__file__)], list(STOP_SIGNALS)
+    ourselves, last = [sys.executable, os.path.abspath(__file__)], []
+    words, how = [*ourselves, *argv], {"setpgroup": 0}
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until INIT can pass them on
     if program := other_program(argv, environ):
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # nobody could have it go on; a shell sees to its own
-        if os.isatty(0):
-            numbers.remove(signal.SIGINT)
-        python_ignores = (signal.SIGPIPE, signal.SIGXFSZ)
-        pid = os.posix_spawn(program, argv, dict(environ), setsigmask=(), setsigdef=python_ignores)
+        words, how = argv, {"setsigdef": (signal.SIGPIPE, signal.SIGXFSZ)}  # which Python ignores
         last = [*ourselves, "umount"]
-    else:
-        last = []
-        pid = os.posix_spawn(ourselves[0], [*ourselves, *argv], dict(environ), setpgroup=0, setsigmask=())
-    passed_on = " ".join(str(signum.value) for signum in numbers)
-    words = ["-ISc", INIT, str(pid), passed_on, str(state_folder()), *last]
-    os.execve(sys.executable, [sys.executable, *words], dict(environ))
+    pid = os.posix_spawn(program or ourselves[0], words, dict(environ), setsigmask=(), **how)
+    words = [sys.executable, "-ISc", INIT, str(pid), str(state_folder()), *last]
+    os.execve(words[0], words, dict(environ))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Runs the command line `argv`; prints errors, one a line, and returns the exit code."""
+    """Prints errors, one a line, and returns the exit code."""
     if os.getpid() == 1:
         return be_init(argv, environ)
     if program := other_program(argv, environ):
         os.execve(program, list(argv), dict(environ))
-    configuration = Configuration(environ)
-    command = argv[0] if argv else "run"
-    report = Report(secrets.token_hex(6), configuration.label, datetime.now(UTC), command=command)
-    console = Console(False, configuration.reporting.as_json, report.run_id)
+    configuration, command, stop = Configuration(environ), argv[0] if argv else "run", Stop()
+    known = configuration.known
+    report = Report(secrets.token_hex(6), known.label, datetime.now(UTC), command=command)
+    console = Console(False, known.log_as_json, report.run_id)
     console.secrets = configuration.secrets
     threading.excepthook = lambda hook: console.defect("thread", hook.exc_value)
-    stop = Stop()
     stop.install()
-    reporter = Reporter(configuration.reporting, console, stop, report)
-    name = "s3borgbackup"
+    reporter = Reporter(known, console, stop, report)
     try:
         name, arguments = parse_arguments(argv)
-        run = COMMANDS[name][0]
         if name in DATA_COMMANDS:
             console.leave_standard_output()
         if not any(environ.get(variable) or environ.get(f"{variable}_FILE") for variable in VARIABLES):
             console.plain(GREETING)
-        settings = configuration.settings(name in SOURCE_COMMANDS)
+        needs_source = name in SOURCE_COMMANDS or (name in ("mount", "umount") and "source" in argv)
+        settings = configuration.settings(needs_source, arguments.get("bucket"))
         console.debug_is_shown = settings.debug
         report.configured = tuple(target.name for target in settings.targets)
-        for key, choose in CHOICES.items():
-            if arguments.get(key) is not None:
-                arguments[key] = choose(settings, arguments[key])
+        for key in ("target", "targets", "store", "stores"):
+            if key in arguments:
+                arguments[key] = chosen(settings, key, arguments[key])
+        if arguments.get("bucket"):
+            arguments["bucket"] = settings.destination
         memory_mb = settings.memory_limit_mb or container_memory_mb()
-        if name in TOLD_COMMANDS:
+        if command in TOLD_COMMANDS:
             reporter.start()
-        code = run(Runtime(settings, environ, console, stop, memory_mb, report), **arguments)
+        code = COMMANDS[name][0](Runtime(settings, environ, console, stop, memory_mb, report), **arguments)
     except SystemExit as end:  # argparse has printed what was asked for: the help, or the version
         return int(end.code or EXIT_OK)
     except ConfigurationError as error:
+        code = error.exit_code
         for mistake in error.mistakes:
             console.error("configuration", mistake)
-        code = error.exit_code
     except BackupError as error:
-        console.error(name, str(error))
         code = error.exit_code
+        console.error(command, str(error))
     except Exception as error:  # Python's own exit code for it, 1, means warnings here
-        console.defect(name, error)
         code = EXIT_FAILURE
+        console.defect(command, error)
     if command in TOLD_COMMANDS:
         reporter.end(code)
     return code

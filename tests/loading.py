@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import backup
 
 
-def load_settings(environ: Mapping[str, str], needs_source: bool = True) -> backup.Settings:
+def load_settings(
+    environ: Mapping[str, str], needs_source: bool = True, bucket: tuple[str, str] | None = None
+) -> backup.Settings:
     """The settings that `environ` and the files it points to describe; raises ConfigurationError."""
-    return backup.Configuration(environ).settings(needs_source)
+    return backup.Configuration(environ).settings(needs_source, bucket)
 
 
 def mount_of_folder(store: backup.Store, folder: Path) -> backup.Mount:

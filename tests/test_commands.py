@@ -142,7 +142,7 @@ def test_a_target_is_called_by_its_name_or_its_stores(name: str) -> None:
         },
         needs_source=False,
     )
-    assert [chosen.name for chosen in backup.chosen_targets(loaded, [name])] == ["first"]
+    assert [chosen.name for chosen in backup.chosen(loaded, "targets", [name])] == ["first"]
 
 
 # ------------------------------------------------------------------------------------------------------- borg

@@ -254,11 +254,8 @@ def test_what_needs_no_source_needs_no_settings_of_it(left: tuple[str, ...]) -> 
     environment = {
         name: value for name, value in environ().items() if not name.startswith("SOURCE_") or name in left
     }
-    settings = load_settings(environment, needs_source=False)
-    with pytest.raises(backup.ConfigurationError) as raised:
-        settings.require_source()
-    assert len(raised.value.mistakes) == 4 - len(left)
-    assert raised.value.mistakes == mistakes_of(environment)
+    load_settings(environment, needs_source=False)
+    assert len(mistakes_of(environment)) == 4 - len(left)
     with pytest.raises(backup.ConfigurationError, match="SOURCE_PATH"):
         load_settings({**environment, "SOURCE_PATH": "a b"}, needs_source=False)
 

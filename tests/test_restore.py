@@ -364,12 +364,12 @@ def test_a_wrong_command_line_is_explained(words: list[str], mistake: str) -> No
     assert mistake in str(error.value)
 
 
-def loaded(**variables: str) -> backup.Settings:
+def loaded(bucket: tuple[str, str] | None = None, **variables: str) -> backup.Settings:
     """Settings with one target, `first`, in bucket `backups:borg`, and these variables."""
     target = {"endpoint": "http://127.0.0.1:1", "path": "backups:borg"}
     secrets = {"access_key_id": "a", "secret_access_key": "b", "borg_passphrase": "c"}
     given = {"TARGETS": json.dumps({"first": target}), "TARGET_SECRETS": json.dumps({"first": secrets})}
-    return load_settings({**given, **variables}, needs_source=False)
+    return load_settings({**given, **variables}, False, bucket)
 
 
 SOURCE = {
@@ -381,10 +381,10 @@ SOURCE = {
 }
 
 
-def destination(location: str, **variables: str) -> backup.Destination:
+def destination(location: str, **variables: str) -> backup.Store:
     """Where `restore --to-bucket` writes."""
     _, arguments = backup.parse_arguments(["restore", "first", "--to-bucket", location])
-    return backup.chosen_destination(loaded(**variables), arguments["bucket"])
+    return loaded(arguments["bucket"], **variables).destination
 
 
 def test_a_destination_is_reached_like_the_source_unless_told_otherwise() -> None:

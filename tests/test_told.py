@@ -289,11 +289,11 @@ def test_a_wrong_url_is_a_mistake_that_does_not_quote_it(name: str, url: str) ->
 def test_one_wrong_address_does_not_silence_the_other() -> None:
     values = {"HEALTHCHECK_URL": "nonsense", "NOTIFY_URL": "https://host/x", "METRICS_FILE": "relative"}
     configuration = backup.Configuration(values)
-    reporting, mistakes = configuration.reporting, configuration.mistakes
+    known, mistakes = configuration.known, configuration.mistakes
     assert {mistake.partition(":")[0] for mistake in mistakes} == {"METRICS_FILE", "HEALTHCHECK_URL"}
-    assert reporting.notify_url == "https://host/x"
-    assert not reporting.healthcheck_url
-    assert not reporting.metrics_file
+    assert known.notify_url == "https://host/x"
+    assert not known.healthcheck_url
+    assert not known.metrics_file
 
 
 # ---------------------------------------------------------------------------------- Sending, and trying again
@@ -574,9 +574,9 @@ def test_a_start_is_not_told_after_the_end(site: Site) -> None:
 
 def test_a_start_that_is_under_way_at_the_end_is_waited_for(receiver: Receiver) -> None:
     receiver.slow = {"/ping/start": 4}
-    reporting = backup.Reporting(False, receiver.url("/ping"), "", "always", "")
+    settings = backup.Configuration({"HEALTHCHECK_URL": receiver.url("/ping")}).known
     console, report = backup.Console(debug=False), backup.Report("id", "backup", datetime.now(UTC))
-    reporter = backup.Reporter(reporting, console, backup.Stop(), report)
+    reporter = backup.Reporter(settings, console, backup.Stop(), report)
     reporter.start()
     reporter.end(0)
     assert receiver.requests == ["POST /ping/start", "POST /ping"]
