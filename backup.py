@@ -980,7 +980,7 @@ class S3Client:
             return self._exchange(method, key, query, extra, body)
         if is_ignored:
             connection.close()
-        else:
+        elif connection.sock:  # the server has not closed it
             self.idle.append(connection)
         names = {name.lower(): value for name, value in response.getheaders()}
         answer = Answer(response.status, names, content, sent)
@@ -2534,8 +2534,8 @@ NOWHERE = bytearray(READ_BYTES)  # what all threads read into: nobody looks at i
 class ReadAhead:
     """Reads objects before borgs do, and keeps these close enough together to share that.
 
-    What it cannot read, borg will report. A borg that is ahead of another waits, but not for longer than it
-    has worked itself. Then the slower one is left to read by itself.
+    What it cannot read, borg will report. A borg that is ahead of another waits; but not when that one does
+    not move, and not for longer than it has worked itself. Then the slower one is left to read by itself.
     """
 
     def __init__(self, runtime: Runtime, items: Iterable[Upcoming], readers: Sequence[Reader]) -> None:
@@ -2545,6 +2545,7 @@ class ReadAhead:
         self._window = self._room = plan.window_bytes
         self._piece_bytes, self._threads = plan.piece_bytes, settings.read_ahead_threads
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
+        self._slowest, self._moved_at = (0, 0), time.monotonic()
         self._items, self._readers = items, list(readers)
         self._changed = threading.Condition()
         self._ahead: deque[Piece] = deque()  # that have room
@@ -2557,7 +2558,8 @@ class ReadAhead:
 
     def began(self, reader: Reader, since: float, child: Child) -> None:
         with self._changed:
-            reader.since, reader.child, reader.began = since, child, time.monotonic()
+            reader.since, reader.child = since, child
+            reader.began = self._moved_at = time.monotonic()
             self._changed.notify_all()
 
     def wait_until_near(self, reader: Reader, number: int) -> None:
@@ -2609,6 +2611,8 @@ class ReadAhead:
                 self._pieces.put(None)
 
     def _slide(self) -> None:
+        if self._passed != self._slowest:
+            self._slowest, self._moved_at = self._passed, time.monotonic()
         while self._ahead and self._ahead[0].end <= self._passed:
             self._room += self._ahead[0].room
             self._ahead.popleft().kept = None
@@ -2688,11 +2692,12 @@ class ReadAhead:
             child.hold(HELD_BACK, False)
 
     def _leave_behind(self) -> None:
-        # Who does not begin, and the slowest where others have waited for too long.
+        # Who does not begin, and the slowest where that stands still, or others have waited for too long.
         now, (passed, _) = time.monotonic(), self._passed
         began = max((reader.began for reader in self._readers), default=0.0)
+        is_stuck = now - self._moved_at > self._patience_seconds
         is_slow = any(
-            reader.waited_seconds > max(self._patience_seconds, (now - reader.began) / 2)
+            is_stuck or reader.waited_seconds > max(self._patience_seconds, (now - reader.began) / 2)
             for reader in self._readers
             if reader.waits
         )
@@ -4213,6 +4218,9 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
     what = f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
     names = [target.name for target in targets]
     runtime.console.info("run", what, "run_started", version=VERSION, targets=names)
+    if runtime.settings.source_metadata:
+        words = "SOURCE_METADATA is not needed any more: user metadata is archived with all other headers"
+        runtime.console.info("run", words)
     runs = [TargetRun(runtime, target) for target in targets]
     try:
         found, *checks = preflight(runtime, targets)
@@ -4233,7 +4241,34 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     stores = [runtime.settings.source, *(target.store for target in targets)]
     clients = [S3Client(store, stop=runtime.stop) for store in stores]
     checks = [functools.partial(examine, each, write=each.store.target is not None) for each in clients]
-    return side_by_side(checks, runtime.stop)
+    *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
+    return [copies.get(store.target, result) for store, result in zip(stores, found, strict=True)]
+
+
+def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
+    """An error for each of `targets` whose repository has the id of one before it in the configuration.
+
+    borg keeps one cache for both, and takes the one for a manipulated version of the other.
+    """
+
+    def identity(target: Target) -> str:
+        patience = Patience() if target in targets else Patience(2, 0, 0)
+        client = S3Client(target.store, patience=patience, stop=runtime.stop)
+        answer = client.find(f"{target.store.key_prefix}config")
+        found = CONFIG_ID.search(answer.body.decode("utf-8", "replace")) if answer else None
+        return found[1] if found else target.name
+
+    configured = runtime.settings.targets if len(runtime.settings.targets) > 1 else ()
+    ids = side_by_side([functools.partial(identity, target) for target in configured], runtime.stop)
+    first: dict[str, Target] = {}
+    errors = {}
+    for target, found in zip(configured, ids, strict=True):
+        other = first.setdefault(found if isinstance(found, str) else target.name, target)
+        if other is not target:
+            words = f"its repository has the id of {other.store.name}'s: one is a copy of the other"
+            hint = f"Point {target.store.setting('path')} at an empty place: a run makes a repository there."
+            errors[target.name] = BackupError(f"{target.store.name}: {words}", hint)
+    return errors
 
 
 def back_up_all(runtime: Runtime, source: Source, runs: Sequence[TargetRun]) -> None:
@@ -4241,12 +4276,18 @@ def back_up_all(runtime: Runtime, source: Source, runs: Sequence[TargetRun]) -> 
     store, region = source.client.store, source.client.region
     at_once = MemoryPlan(runtime.settings, runtime.memory_mb).targets_at_once
     while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
-        with mounted(runtime, store, region, read_only=True, unlistable=source.unlistable) as mount:
-            for start in range(0, len(remaining), at_once):
-                batch = remaining[start : start + at_once]
-                back_up_batch(runtime, source, mount, batch)
-                if any(run.is_to_be_tried for run in batch) or not (mount.is_alive and mount.usable):
-                    break
+        tries = sum(run.tries for run in runs)
+        try:
+            with mounted(runtime, store, region, read_only=True, unlistable=source.unlistable) as mount:
+                for start in range(0, len(remaining), at_once):
+                    batch = remaining[start : start + at_once]
+                    back_up_batch(runtime, source, mount, batch)
+                    if any(run.is_to_be_tried for run in batch) or not (mount.is_alive and mount.usable):
+                        break
+        except BackupError as error:  # the source is lost for the targets of that time only
+            if isinstance(error, Stopped) or tries == sum(run.tries for run in runs):
+                raise
+            runtime.console.warning("source", str(error))
 
 
 def back_up_batch(runtime: Runtime, source: Source, mount: Mount, batch: Sequence[TargetRun]) -> None:
@@ -4638,7 +4679,13 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
     number, size_bytes = catalog.total()
     text = f"lists {count(number, 'object')}, {size(size_bytes)}"
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
+    if new := heads_to_ask(runtime, catalog):
+        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
     return Source(client, found.clock, catalog, unlistable)
+
+
+def heads_to_ask(runtime: Runtime, catalog: Catalog) -> int:
+    return catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
 
 
 def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
@@ -4684,8 +4731,8 @@ class Feeder(ReadAhead):
         rows = enumerate(self.catalog.rows(), 1)
         self._to_ask = (row for row in rows if row[1].facts is None and row[1].is_shown)
         super().__init__(runtime, self._objects(), self.readers)
-        new = self.catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
-        self._heads = [in_background(self._ask) for _ in range(min(HEAD_THREADS, new))]
+        heads = min(HEAD_THREADS, heads_to_ask(runtime, self.catalog))
+        self._heads = [in_background(self._ask) for _ in range(heads)]
         for head in self._heads:
             head.add_done_callback(self._fail)
 
@@ -5256,7 +5303,7 @@ UNTAKEN_STATUSES = (400, 404, 405, 409, 414)  # the same of S3, unless it is a c
 
 MIB = 1024 * 1024
 PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
-MAX_PARTS, MAX_KEY_BYTES = 10_000, 1024  # S3's limits
+MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
 # The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
 COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
 MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
@@ -5493,7 +5540,7 @@ class Plan(Catalog):
         while page := self.execute(sql, [last]):
             for last, key, path, size_bytes, modified, known, *there, fate in page:  # noqa: B007
                 facts = json.loads(known or "{}")
-                headers = kept_headers(facts["headers"]) if "headers" in facts else None
+                headers = facts.get("headers")
                 told = size_bytes, modified, headers, facts.get("tags", {})
                 yield Item(decode_key(key), decode_key(path or b""), *told, *there, Fate(fate))
 
@@ -5891,7 +5938,7 @@ class Uploads:
         self._client, self._lock = client, threading.Lock()
         self._begun: dict[str, Sequence[str]] = {}  # by key: since when, and the id when it is known
         place = hashlib.sha256(f"{client.store.endpoint} {client.store.location}".encode()).hexdigest()[:16]
-        folder = borg_folder(runtime.environ, "CACHE", ".cache").parent / "s3borgbackup"
+        folder = borg_folder(runtime.environ, "CACHE").parent / "s3borgbackup"
         self._path = folder / f"{place}.uploads-{runtime.run_id}"
 
     def __enter__(self) -> None:
@@ -6029,9 +6076,12 @@ class ToBucket(Restoration):
 
     def compare(self) -> None:
         before = len(encode_key(self._prefix))
-        for item in self.plan.items(f"fate = 'unknown' AND length(key) > {MAX_KEY_BYTES - before}"):
-            length = before + len(encode_key(item.key))
-            self.leave_out(item, f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}")
+        limits = f"length(key) > {MAX_KEY_BYTES - before} OR items.size > {MAX_OBJECT_BYTES}"
+        for item in self.plan.items(f"fate = 'unknown' AND ({limits})"):
+            length, reason = before + len(encode_key(item.key)), "S3 takes objects of up to 5 TiB"
+            if length > MAX_KEY_BYTES:
+                reason = f"its key would have {length:,} bytes, and S3 takes {MAX_KEY_BYTES:,}"
+            self.leave_out(item, reason)
         super().compare()
         self.for_each("fate = 'there' AND facts IS NOT NULL", self.compare_headers)
 
@@ -6627,7 +6677,8 @@ def run_check(runtime: Runtime, target: Target, max_duration: int | None, verify
 
 TEXT, PATH = matching(".+"), matching(".+", Path)
 TIME_HELP = "a time such as 2025-01-31T03:00, local or with a zone (+01:00 or Z)"
-SAMPLE_HELP = "a number of objects whose content is proved, a share such as 1%, or all"
+SAMPLE_HELP = "a number of objects, a share such as 1%, or all"
+SPAN_HELP = "a number and a unit (s, m, h), such as 30m"
 SPAN = matching("[0-9]+[smh]", lambda text: parse_check(text).seconds)
 # By parameter: what a person writes, how that is read (None: it is there or not), and what it is.
 ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
@@ -6644,9 +6695,9 @@ ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "overwrite": ("--overwrite", None, "what is there with other content, headers or tags, too"),
     "dry_run": ("--dry-run", None, "only tell what would be done"),
     "as_json": ("--json", None, "print JSON, for programs"),
-    "sample": ("--sample N", parse_sample, f"{SAMPLE_HELP}; by default {DEFAULT_SAMPLE}"),
+    "sample": ("--sample N", parse_sample, f"{SAMPLE_HELP}: whose content is proved ({DEFAULT_SAMPLE})"),
     "seed": ("--seed SEED", int, "the number that was printed, for the same sample"),
-    "max_duration": ("--max-duration TIME", SPAN, "30m, 2h at most, from where the last slice stopped"),
+    "max_duration": ("--max-duration TIME", SPAN, f"{SPAN_HELP}, from where the last slice stopped"),
     "verify_data": ("--verify-data", None, "decrypt and verify each piece of data, too"),
     "read_write": ("--read-write", None, "so that objects can be restored into it"),
 }
