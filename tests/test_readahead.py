@@ -156,9 +156,12 @@ def test_who_is_ahead_within_an_object_larger_than_the_window_is_stopped_until_t
     wait_until(lambda: state(fast.child) != "T", 10, "it goes on")
 
 
-def test_who_does_not_move_is_left_behind(readers: Readers) -> None:
+@pytest.mark.parametrize("worked_seconds", [0, 10_000])
+def test_who_does_not_move_is_left_behind(readers: Readers, worked_seconds: int) -> None:
     """After a third of STALL_TIMEOUT; the other waits no more, and what it reads is read ahead."""
     ahead, (fast, slow) = readers([1] * 40, stall_seconds=6)
+    for reader in (fast, slow):
+        reader.began -= worked_seconds
     ahead.done(fast, 16)
     assert is_told(ahead, fast, 17, 10)
     assert ahead.is_left(slow)
