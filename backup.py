@@ -6697,7 +6697,7 @@ ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "as_json": ("--json", None, "print JSON, for programs"),
     "sample": ("--sample N", parse_sample, f"{SAMPLE_HELP}: whose content is proved ({DEFAULT_SAMPLE})"),
     "seed": ("--seed SEED", int, "the number that was printed, for the same sample"),
-    "max_duration": ("--max-duration TIME", SPAN, f"{SPAN_HELP}, from where the last slice stopped"),
+    "max_duration": ("--max-duration TIME", SPAN, f"{SPAN_HELP}: at most so long"),
     "verify_data": ("--verify-data", None, "decrypt and verify each piece of data, too"),
     "read_write": ("--read-write", None, "so that objects can be restored into it"),
 }
