@@ -340,7 +340,12 @@ class Bucket:
         ]
 
     def _is_empty_roster(self, key: str) -> bool:
-        return key.endswith("lock.roster") and not any(json.loads(self.get(key) or b"{}").values())
+        if not key.endswith("lock.roster"):
+            return False
+        try:
+            return not any(json.loads(self.get(key) or b"{}").values())
+        except self.client.exceptions.NoSuchKey:  # removed since it was listed
+            return True
 
 
 def tree(folder: Path) -> dict[str, bytes]:
