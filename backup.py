@@ -644,6 +644,7 @@ Query = Sequence[tuple[str, str]]
 Headers = Mapping[str, str]
 Where = tuple[str, str] | None  # a listing begins: the parameter of its request that says so
 NO_HEADERS: Headers = {}
+MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
 # A key as S3 sorts them, and as all else has it.
 encode_key = functools.partial(str.encode, encoding="utf-8", errors="surrogateescape")
@@ -730,7 +731,7 @@ class Patience:
 
 # For a store that has answered before: its address is right, so whatever it is may pass.
 PROVEN = Patience(ANSWER_TIMEOUT_SECONDS, PROVEN_PATIENCE_SECONDS, PROVEN_PATIENCE_SECONDS)
-HASTY = Patience(8, 0, 0)
+HASTY, BRIEF = Patience(8, 0, 0), Patience(2, 0, 0)
 
 # What to do about S3's error codes; {setting} places are filled with the store's own settings.
 S3_HINTS = {
@@ -897,7 +898,7 @@ class S3Client:
     def put(self, key: str, body: bytes, headers: Headers = NO_HEADERS, query: Query = ()) -> Answer:
         """Writes an object, or the part of one that `query` names, under the condition in `headers`."""
         # A bucket with object lock takes none without its MD5.
-        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        md5 = base64.b64encode(MD5(body).digest()).decode()
         return self.request("PUT", key, query, {"Content-MD5": md5, **headers}, body)
 
     def delete(self, key: str, headers: Headers = NO_HEADERS) -> None:
@@ -2400,8 +2401,7 @@ def mounted(
     log, plan = TigrisLog(store.name, runtime.console), MemoryPlan(runtime.settings, runtime.memory_mb)
     command = tigrisfs_command(store, region, path, read_only, plan, runtime.environ, not unlistable)
     child = Child(*command, log.feed, log.feed)
-    hasty = Patience(answer_seconds=2, unreachable_seconds=0, failing_seconds=0)
-    client = S3Client(store, region, hasty, runtime.stop)
+    client = S3Client(store, region, BRIEF, runtime.stop)
     return Mount(
         runtime, store, path, child, log, client, lease, unlistable=unlistable, holds_nothing=read_only
     )
@@ -2611,9 +2611,10 @@ class ReadAhead:
                 self._pieces.put(None)
 
     def _slide(self) -> None:
-        if self._passed != self._slowest:
-            self._slowest, self._moved_at = self._passed, time.monotonic()
-        while self._ahead and self._ahead[0].end <= self._passed:
+        passed = self._passed
+        if passed != self._slowest:
+            self._slowest, self._moved_at = passed, time.monotonic()
+        while self._ahead and self._ahead[0].end <= passed:
             self._room += self._ahead[0].room
             self._ahead.popleft().kept = None
         self._changed.notify_all()
@@ -2643,8 +2644,11 @@ class ReadAhead:
                 self._room -= room
                 self._ahead.append(Piece(item, offset, (number - 1, offset + size_bytes), room))
                 self._pieces.put(self._ahead[-1])
-                self._taken = number
-                self._changed.notify_all()
+                self._tell_of(number)
+            self._tell_of(number)
+
+    def _tell_of(self, number: int) -> None:
+        if number > self._taken:  # else those who wait for it were woken
             self._taken = number
             self._changed.notify_all()
 
@@ -2715,6 +2719,10 @@ class Verdict(enum.Enum):
     WARNING = "warnings"
     FAILURE = "failed"
     BUSY = "busy"  # another run works on the repository
+
+
+EXIT_CODES = {Verdict.FAILURE: EXIT_FAILURE, Verdict.BUSY: EXIT_BUSY, Verdict.WARNING: EXIT_WARNINGS}
+EXIT_CODES |= {Verdict.OK: EXIT_OK}  # the worst comes first
 
 
 def verdict(code: int) -> Verdict:
@@ -3031,6 +3039,12 @@ def borg_folder(environ: Mapping[str, str], kind: str) -> Path:
     default = Path(base or environ.get("HOME") or Path.home(), f".{kind.lower()}")
     folder = default if base else Path(environ.get(f"XDG_{kind}_HOME", default))
     return Path(environ.get(f"BORG_{kind}_DIR", folder / "borg"))
+
+
+def own_cache(environ: Mapping[str, str], store: Store) -> Path:
+    """The beginning of the names of what we keep in /cache about a bucket."""
+    place = hashlib.sha256(f"{store.endpoint} {store.location}".encode()).hexdigest()[:16]
+    return borg_folder(environ, "CACHE").parent / "s3borgbackup" / place
 
 
 def security_folder(environ: Mapping[str, str], repository_id: str) -> Path:
@@ -4252,7 +4266,7 @@ def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, Backup
     """
 
     def identity(target: Target) -> str:
-        patience = Patience() if target in targets else Patience(2, 0, 0)
+        patience = Patience() if target in targets else BRIEF
         client = S3Client(target.store, patience=patience, stop=runtime.stop)
         answer = client.find(f"{target.store.key_prefix}config")
         found = CONFIG_ID.search(answer.body.decode("utf-8", "replace")) if answer else None
@@ -4584,11 +4598,13 @@ MAINTENANCE_COLUMNS = ("target", "result", "archives", "duration")
 def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
     rows = [columns]
     for run in runs:
-        numbers = {"archives_before": 0, "archives_after": 0, **run.numbers}
+        numbers, archives = run.numbers, "-"
+        if "archives_after" in numbers:
+            archives = "{archives_after:,} of {archives_before:,}".format(**numbers)
         cells = {
             "target": run.target.name,
             "result": run.verdict.value,
-            "archives": "{archives_after:,} of {archives_before:,}".format(**numbers),
+            "archives": archives,
             "objects": f"{numbers['objects']:,}",
             "archived": size(numbers["bytes"]),
             "new stored": size(numbers["new_bytes"]),
@@ -4605,14 +4621,14 @@ def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]
     report.targets, report.table = [run.as_json() for run in runs], summary(runs, columns)
     if not console.as_json:
         console.plain(report.table)
-    for run in runs if console.as_json else ():
-        run.info(run.reason or run.verdict.value, "target_finished", **run.as_json())
+        return
+    for run, details in zip(runs, report.targets, strict=True):
+        run.info(run.reason or run.verdict.value, "target_finished", **details)
 
 
 def overall(runs: Sequence[TargetRun]) -> int:
-    codes = {Verdict.FAILURE: EXIT_FAILURE, Verdict.BUSY: EXIT_BUSY, Verdict.WARNING: EXIT_WARNINGS}
     verdicts = {run.verdict for run in runs}
-    return next((code for verdict, code in codes.items() if verdict in verdicts), EXIT_OK)
+    return next((code for verdict, code in EXIT_CODES.items() if verdict in verdicts), EXIT_OK)
 
 
 @dataclass(frozen=True)
@@ -4629,15 +4645,14 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
 
     What is wrong with the last one, or with its place, is told, and costs requests.
     """
-    store, console = runtime.settings.source, runtime.console
-    name = hashlib.sha256(f"{store.endpoint} {store.location}".encode()).hexdigest()[:16]
-    kept = borg_folder(runtime.environ, "CACHE").parent / "s3borgbackup" / f"{name}.catalog"
+    console, kept = runtime.console, own_cache(runtime.environ, runtime.settings.source)
+    kept = kept.with_suffix(".catalog")
     folder = kept.with_suffix(f".{runtime.run_id}")
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
-            for old in kept.parent.glob(f"{name}.*/"):  # runs that were killed have left them
+            for old in kept.parent.glob(f"{kept.stem}.*/"):  # runs that were killed have left them
                 with contextlib.suppress(OSError):
                     if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
                         shutil.rmtree(old, ignore_errors=True)
@@ -5144,13 +5159,13 @@ def check_config(runtime: Runtime) -> int:
         try:
             if isinstance(found, BackupError):
                 raise found
-            client, access = S3Client(store, found.region, HASTY, runtime.stop), "list, read"
+            client, access = S3Client(store, found.region, stop=runtime.stop), "list, read"
             holds = f"{count(len(found.keys), 'object')}{' or more' if found.following else ''}"
             if store.target:  # a run would meet what is wrong with what lies there
                 access, holds = f"{access}, write, delete", what_lies_there(client, found, True).value
             elif settings.headers and found.keys:  # may its key read tags? One object tells.
                 try:
-                    client.tags(found.keys[0].key)
+                    dataclasses.replace(client, patience=HASTY).tags(found.keys[0].key)
                 except S3Error as error:
                     if error.status == 403:
                         console.info("source", f"{TAGS_REFUSED}: {error.message}")
@@ -5306,7 +5321,6 @@ PART_BYTES = 16 * MIB  # what is larger is uploaded in parts
 MAX_PARTS, MAX_KEY_BYTES, MAX_OBJECT_BYTES = 10_000, 1024, 5 * 1024**4  # S3's limits
 # The parts that others upload in, in MiB: ours, TigrisFS's, and what the SDKs and programs have by default.
 COMMON_PARTS = (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512)
-MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
 TAGGING = "x-amz-tagging"
 
@@ -5937,9 +5951,7 @@ class Uploads:
     def __init__(self, runtime: Runtime, client: S3Client) -> None:
         self._client, self._lock = client, threading.Lock()
         self._begun: dict[str, Sequence[str]] = {}  # by key: since when, and the id when it is known
-        place = hashlib.sha256(f"{client.store.endpoint} {client.store.location}".encode()).hexdigest()[:16]
-        folder = borg_folder(runtime.environ, "CACHE").parent / "s3borgbackup"
-        self._path = folder / f"{place}.uploads-{runtime.run_id}"
+        self._path = own_cache(runtime.environ, client.store).with_suffix(f".uploads-{runtime.run_id}")
 
     def __enter__(self) -> None:
         try:
@@ -6323,8 +6335,7 @@ def run_verify(
         found.error = str(error)
         runtime.console.error(target.store.name, found.error)
     emit(found.as_json() if as_json else found.as_text())
-    codes = {Verdict.OK: EXIT_OK, Verdict.WARNING: EXIT_WARNINGS}
-    return codes.get(found.verdict, EXIT_FAILURE)
+    return EXIT_CODES[found.verdict]
 
 
 def verify(runtime: Runtime, target: Target, name: str | None, sample: float, found: Verification) -> None:
