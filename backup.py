@@ -145,6 +145,7 @@ HELD_BY_LEASE, HELD_BACK = "its lease is not certain", "it is far ahead of other
 
 # Reading ahead.
 READ_BYTES = 1024 * 1024  # for one read of a thread
+SMALL_BODY_BYTES = 64 * 1024  # of a request, sent at once with its headers
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 64 * 1024  # what an object takes of the window at least
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
@@ -968,8 +969,10 @@ class S3Client:
                 connection.connect()
             connection.sock.settimeout(self.patience.answer_seconds)
             sent = boot_seconds()
-            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow.
-            connection.request(method, target, io.BytesIO(body) if body else None, fields)
+            # A body that is a file is sent in blocks, each with a timeout of its own: lines may be slow. One
+            # that is not goes with its headers.
+            is_long = len(body) > SMALL_BODY_BYTES
+            connection.request(method, target, io.BytesIO(body) if is_long else body or None, fields)
             response = connection.getresponse()
             is_ignored = "Range" in extra and response.status == 200  # and what comes may be long
             content = response.read(READ_BYTES if is_ignored else None)
@@ -3847,7 +3850,7 @@ def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequenc
     stale, owners = leftovers(names, roster.body if roster else b"")
     delete_all(lease, prefix, stale)
     if any(re.match(r"lock\.exclusive.*/.", name) for name in stale):
-        runtime.console.info(name, "the lock of a run that crashed is removed")
+        runtime.console.info(name, "a lock that borg left behind is removed")
     if any(map(INDEX_FILE.fullmatch, stale)):
         runtime.console.info(name, "the index that a crashed run left half-written is removed")
     return owners
@@ -3942,17 +3945,24 @@ def writable(
     On leaving, everything is uploaded, and the bucket is compared with what borg left in the mount.
     """
     store = target.store
-    with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
-        mount.wait_until_usable()
-        identity = read_config(mount)[1]
-        cache = borg_folder(runtime.environ, "CACHE") / identity
-        with cache_reserved(runtime, store, lease, cache):
-            borg = Borg(runtime, target, mount.path, [mount, *others])
-            yield Repository(target, client, mount, borg, identity, cache, {})
-            if lacking := settle(mount, client):
-                raise not_uploaded(store, lacking)
-            # Where borg overwrites without changing the size, it renames a file that was uploaded before.
-            mount.holds_nothing = True
+    try:
+        with mounted(runtime, store, client.region, read_only=False, lease=lease) as mount:
+            mount.wait_until_usable()
+            identity = read_config(mount)[1]
+            cache = borg_folder(runtime.environ, "CACHE") / identity
+            with cache_reserved(runtime, store, lease, cache):
+                borg = Borg(runtime, target, mount.path, [mount, *others])
+                yield Repository(target, client, mount, borg, identity, cache, {})
+                if lacking := settle(mount, client):
+                    raise not_uploaded(store, lacking)
+                # Where borg overwrites without changing the size, it renames a file that was uploaded before.
+                mount.holds_nothing = True
+    except BaseException:
+        # A signal can end borg between the rename that takes its lock and the line that remembers it.
+        with contextlib.suppress(BackupError):
+            if not lease.expires:
+                clear_leftovers(runtime, dataclasses.replace(client, patience=BRIEF), lease)
+        raise
     clear_leftovers(runtime, client, lease)
 
 

@@ -215,12 +215,13 @@ def test_ctrl_c_reaches_borg_and_tigrisfs_through_us_only(site: Site) -> None:
 
 
 def test_a_second_signal_hurries_and_still_unmounts(site: Site) -> None:
-    """Borg may be killed then, and leave its lock; the mounts go all the same, and the first signal counts.
+    """Borg is killed then; its lock and the mounts go all the same, and the first signal counts.
 
     Borg is stopped (SIGSTOP) and thus deaf to the first signal.
     """
     with Backup(site.slow()) as backup:
         backup.wait_for_line("borg create")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
         borg = wait_until(lambda: borg_of(backup), 30, "borg create runs")
         os.kill(borg, signal.SIGSTOP)
         backup.send_signal(signal.SIGTERM)
@@ -231,7 +232,7 @@ def test_a_second_signal_hurries_and_still_unmounts(site: Site) -> None:
         backup.wait(60).expect(128 + signal.SIGTERM)
     assert time.monotonic() - start < DOCKER_STOP_SECONDS
     assert leftovers(site.folder) == []
-    site.target.clear()
+    assert site.target.locks() == []
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
@@ -250,6 +251,7 @@ def test_a_borg_that_does_not_obey_is_killed_in_time(site: Site) -> None:
     """One signal is enough within `docker stop`'s patience, even when borg hangs."""
     with Backup(site.slow()) as backup:
         backup.wait_for_line("borg create")
+        wait_until(lambda: site.target.locks(), 30, "borg has its lock in the bucket")
         os.kill(wait_until(lambda: borg_of(backup), 30, "borg create runs"), signal.SIGSTOP)
         backup.send_signal(signal.SIGTERM)
         start = time.monotonic()
@@ -257,7 +259,7 @@ def test_a_borg_that_does_not_obey_is_killed_in_time(site: Site) -> None:
     assert time.monotonic() - start < DOCKER_STOP_SECONDS
     assert not any(line.startswith("Traceback") for line in result.lines), result.output
     assert leftovers(site.folder) == []
-    site.target.clear()
+    assert site.target.locks() == []
 
 
 def test_a_killed_backup_leaves_no_process_that_goes_on_writing(site: Site) -> None:
@@ -277,7 +279,7 @@ def test_a_killed_backup_leaves_no_process_that_goes_on_writing(site: Site) -> N
 
     result = run_backup(site.environment).expect(0)
     assert "dead mount" in result.output
-    assert "a run that crashed" in result.output
+    assert "a lock that borg left behind" in result.output
     assert leftovers(site.folder) == []
 
 

@@ -108,7 +108,7 @@ def test_a_lock_that_a_crashed_run_left_holds_nobody_up(
     with table.attempt("a stale lock of ours in the bucket"):
         result = prove_intact(environment, source, target, tmp_path)
         names = " ".join(OUR_LEFTOVERS[left])
-        assert ("the lock of a run that crashed is removed" in result.output) == (OURS in names)
+        assert ("a lock that borg left behind is removed" in result.output) == (OURS in names)
         assert [key for key in target.sizes() if key.startswith("lock.exclusive")] == []
 
 
