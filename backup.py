@@ -117,6 +117,8 @@ TELL_STOPPED_SECONDS = 2  # the same after a stop signal: `docker stop` grants 1
 TELL_TRY_SECONDS = 5  # for one try
 
 CONNECT_TIMEOUT_SECONDS = 8  # for one connection attempt
+CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
+PLATFORM_SECONDS = 5  # for one question to whoever gives the keys
 ANSWER_TIMEOUT_SECONDS = 30  # for one read from a connection: some servers take long to list
 CONNECT_PATIENCE_SECONDS = 8  # how long these are tried again: a wrong endpoint is to be told in seconds
 SERVER_PATIENCE_SECONDS = 120  # how long 429 and 5xx answers are retried: such storms pass
@@ -279,8 +281,8 @@ def parse_url(text: str) -> str:
 
 
 def parse_endpoint(text: str) -> str:
-    if not text.isascii() or not re.fullmatch("[^:]+://[^/@?#]+/?", parse_url(text)):
-        raise ArgumentTypeError("is not an ASCII host and port: the path has the bucket, keys are apart")
+    if not text.isascii() or not re.fullmatch("[^:]+://[^/@?#]+(/[^?#%]*)?", parse_url(text)):
+        raise ArgumentTypeError("is not an ASCII URL without keys and query")
     return text.rstrip("/")
 
 
@@ -354,12 +356,27 @@ def parse_json(text: str) -> dict[str, Any]:
     return document
 
 
+def parse_exclude(text: str) -> tuple[str, ...]:
+    patterns = json.loads(text)
+    if not isinstance(patterns, list) or not all(isinstance(each, str) and each for each in patterns):
+        raise ValueError
+    return tuple(patterns)
+
+
+EXCLUDE_HELP = """a JSON list of patterns, such as ["*.tmp", "cache/*"]"""
+
 # Only a file (`_FILE`) loses the line end at its end: a value that others read, too, is not ours to correct.
 WORD, WORDS = matching("[!-~]+"), matching("[!-~]([ -~]*[!-~])?")
 WORD_HELP = "printable ASCII, no blank or line end around it (`echo` adds one)"
 
 ENDPOINT_HELP = "the S3 server's URL, such as https://s3.eu-west-1.amazonaws.com"
 PATH_HELP = "<bucket> or <bucket>:<prefix>"
+# What is there at once when it is asked for: TigrisFS and borg read what they have written.
+STORAGE_CLASS = matching("(?!.*(ARCHIVE|GLACIER$))[A-Z][A-Z0-9_]*")
+STORAGE_CLASS_HELP = "a class that can be read at once, such as STANDARD_IA or GLACIER_IR"
+# A name that a certificate for *.HOST covers.
+VIRTUAL_HOST = re.compile(r"[a-z0-9-]+ https?://(?![0-9.]+(?:[:/]|$))[^\[]+")
+SSE, SSE_HELP = matching("AES256|aws:kms(:[!-~]+)?"), "AES256, aws:kms, or aws:kms:<key id>"
 
 
 @dataclass(frozen=True)
@@ -370,11 +387,37 @@ class Store:
     endpoint: str = setting("endpoint", parse_endpoint, "", ENDPOINT_HELP)
     bucket: str = setting("path", parse_path, "", PATH_HELP)
     prefix: str = ""  # without slashes at its ends; empty for the whole bucket
-    access_key_id: str = setting("access_key_id", WORD, "", f"the key's id: {WORD_HELP}", repr=False)
-    secret_access_key: str = setting("secret_access_key", WORDS, "", f"the secret: {WORD_HELP}", repr=False)
+    # Without a key it is the platform's: `keys`.
+    access_key_id: str | None = setting("access_key_id", WORD, None, f"the key's id: {WORD_HELP}", repr=False)
+    secret_access_key: str | None = setting(
+        "secret_access_key", WORDS, None, f"the secret: {WORD_HELP}", repr=False
+    )
+    session_token: str | None = setting("session_token", WORD, None, f"the token: {WORD_HELP}", repr=False)
     region: str | None = setting("region", WORD, None, f"the region: {WORD_HELP}")
+    is_virtual: bool = setting("addressing", {"path": False, "virtual": True}, False)
+    storage_class: str | None = setting("storage_class", STORAGE_CLASS, None, STORAGE_CLASS_HELP)
+    sse: str | None = setting("sse", SSE, None, SSE_HELP)  # who encrypts on the server
     # Of a bucket that is restored into: the settings that it has from the source.
     shared: Collection[str] | None = None
+    platform: Platform | None = field(default=None, compare=False, repr=False)  # where it has no key
+
+    def keys(self) -> Keys:
+        """What to sign with now: its own, or the platform's. Raises KeysFault."""
+        if self.platform:
+            return self.platform.keys()
+        own = self.access_key_id or "", self.secret_access_key or "", self.session_token or ""
+        return Keys(*own, self.setting("access_key_id"))
+
+    @property
+    def written_with(self) -> dict[str, str]:
+        """The headers of each request that makes an object."""
+        kind, _, key = (self.sse or "").partition(":kms:")
+        headers = {
+            "x-amz-storage-class": self.storage_class,
+            "x-amz-server-side-encryption": f"{kind}:kms" if key else kind,
+            "x-amz-server-side-encryption-aws-kms-key-id": key,
+        }
+        return {name: value for name, value in headers.items() if value}
 
     @property
     def name(self) -> str:
@@ -435,7 +478,8 @@ class Target:
 
 
 STORE, TARGET = rows(Store), rows(Target)
-SECRET_KEYS = ("access_key_id", "secret_access_key", "borg_passphrase")
+SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "borg_passphrase")
+WRITERS_KEYS = ("storage_class", "sse")  # of stores that are written to
 TARGET_KEYS = tuple(key for key in (*STORE, *TARGET) if key not in SECRET_KEYS)
 ON_OR_OFF = {"on": True, "off": False}
 URL_HELP = "an http(s) URL, such as https://hc-ping.com/your-uuid"
@@ -465,6 +509,7 @@ class Settings:
     parallel_targets: int = setting("PARALLEL_TARGETS", range(1, 65), 4)  # fewer where memory is short
     source_metadata: bool = setting("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
     headers: bool = setting("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
+    exclude: tuple[str, ...] = setting("EXCLUDE", parse_exclude, (), EXCLUDE_HELP)  # for fnmatch
     # An archive that lost more of its objects than this is suspicious.
     shrink_percent: int = setting("SHRINK_WARNING", range(100), 50, " (percent); 0 turns it off")
     # Who is told how a run went; nobody where it is empty.
@@ -489,7 +534,7 @@ DOCUMENT = Value(DOCUMENT_HELP, parse_json, "")
 VARIABLES = {
     **rows(Settings),
     **dict.fromkeys(DOCUMENTS, DOCUMENT),
-    **{f"SOURCE_{key.upper()}": value for key, value in STORE.items()},
+    **{f"SOURCE_{key.upper()}": value for key, value in STORE.items() if key not in WRITERS_KEYS},
     **{f"RESTORE_{key.upper()}": value for key, value in STORE.items() if key != "path"},
 }
 
@@ -507,7 +552,9 @@ class Configuration:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.mistakes: list[str] = []
-        self.secrets: list[str] = []  # the values of what is secret
+        # The values of what is secret.
+        self.secrets = [environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
+        self._platform = Platform(environ)
         # What stands in each place that a user knows.
         self._texts: dict[str, Any] = {name: self._read(environ, name) for name in VARIABLES}
         # Whom to tell is known even where all else is wrong: they are to hear of that.
@@ -570,6 +617,16 @@ class Configuration:
     def _store(self, store: Store, is_needed: bool) -> Store:
         fields = self._fields(Store, store.setting, is_needed)
         fields["bucket"], fields["prefix"] = fields["bucket"] or ("", "")
+        missing = [key for key in SECRET_KEYS[:2] if self._texts.get(store.setting(key)) in ("", None)]
+        if is_needed and (len(missing) == 1 or not self._platform.is_there):
+            for key in missing:
+                self._tell(store.setting(key), f"is missing; write {STORE[key].help}")
+        if fields["bucket"] and urllib.parse.urlsplit(fields["endpoint"]).path == f"/{fields['bucket']}":
+            self._tell(store.setting("endpoint"), "has the bucket's name, as the path does; take it out here")
+        if fields["is_virtual"] and not VIRTUAL_HOST.fullmatch(f"{fields['bucket']} {fields['endpoint']}"):
+            words = "takes a bucket without dots, and an endpoint with a host name; write path"
+            self._tell(store.setting("addressing"), f"virtual {words}")
+        fields["platform"] = self._platform if len(missing) == 2 else None
         return dataclasses.replace(store, **fields)
 
     def _destination(self, source: Store, bucket: tuple[str, str] | None) -> Store:
@@ -580,13 +637,17 @@ class Configuration:
         if len(own & {"access_key_id", "secret_access_key"}) == 1:
             both = f"{place('access_key_id')}, {place('secret_access_key')}"
             self._tell(both, "one is missing; write both, or neither")
-        own |= {"path", "region"} if "endpoint" in own else {"path"}
-        shared = tuple(key for key in STORE if key not in own and self._texts[source.setting(key)] != "")
+        own |= {"path", "region", "addressing"} if "endpoint" in own else {"path"}
+        own |= {"session_token"} if "access_key_id" in own else set()
+        given = {key for key in STORE if self._texts.get(source.setting(key), "") != ""}
+        shared = tuple(key for key in STORE if key in given - own)
         store = Store(None, shared=shared)
         # What is wrong with it is told of the source.
         self._texts |= {store.setting(key): WRONG for key in shared}
         store = self._store(store, bucket is not None)
-        return dataclasses.replace(store, **{key: getattr(source, key) for key in shared})
+        names = {each.name for each in dataclasses.fields(Store) if each.metadata.keys() & set(shared)}
+        names |= {"platform"} if "access_key_id" in shared else set()
+        return dataclasses.replace(store, **{name: getattr(source, name) for name in names})
 
     def _targets(self) -> tuple[Target, ...]:
         settings, secrets = (self._parse(name, DOCUMENT, True) for name in DOCUMENTS)
@@ -623,7 +684,8 @@ def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
     mistakes, known = [], []
     for store in stores:
         url = urllib.parse.urlsplit(store.endpoint)  # whose scheme makes no difference
-        place = url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme), store.bucket
+        port = url.port or {"http": 80, "https": 443}.get(url.scheme)
+        place = url.hostname, port, url.path, store.bucket
         for other, its_place in known if store.endpoint and store.bucket else ():
             first, second = sorted([store.key_prefix, other.key_prefix])
             # What is restored may go where it came from.
@@ -685,6 +747,162 @@ def signing_key(secret_key: str, scope: str) -> bytes:
     return key
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What requests are signed with."""
+
+    access_key_id: str
+    secret_access_key: str = field(repr=False)
+    session_token: str = field(repr=False)
+    origin: str  # where they come from, for people
+    expires: datetime | None = None
+    due: datetime | None = None  # when they are to be renewed
+
+
+class KeysFault(OSError):
+    """The platform does not give keys, now."""
+
+
+CONTAINER_KEYS = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+PLATFORM = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", *CONTAINER_KEYS, METADATA)
+
+
+class Platform:
+    """The keys that the platform gives, renewed in time; found as AWS's SDKs find them, and in their order.
+
+    Those of the environment; of a web identity (EKS: a token in a file, and STS); of a container (ECS, EKS
+    Pod Identity); of an EC2 instance (IMDSv2). See "Standardized credential providers" in the AWS SDKs and
+    Tools Reference Guide. Safe to use from several threads.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ, self._lock = environ, threading.Lock()
+        self._keys: Keys | None = None
+        self._fds: list[int] = []  # what TigrisFS reads: its configuration, and the keys
+
+    @property
+    def is_there(self) -> bool:
+        vendor = Path("/sys/class/dmi/id/sys_vendor")  # of an EC2 instance
+        with contextlib.suppress(OSError):
+            return any(map(self._environ.get, PLATFORM)) or vendor.read_text().strip() == "Amazon EC2"
+        return False
+
+    def keys(self) -> Keys:
+        """Raises KeysFault while there are none that hold."""
+        with self._lock:
+            old, now = self._keys, datetime.now(UTC)
+            if not old or (old.due and old.due < now):
+                try:
+                    self._keys = self._ask()
+                except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+                    if not old or not old.expires or old.expires < now:
+                        reason = str(error) or type(error).__name__
+                        raise KeysFault(f"the platform gives no keys: {reason}") from None
+            assert self._keys
+            return self._keys
+
+    def _ask(self) -> Keys:
+        environ = self._environ
+        if key := environ.get("AWS_ACCESS_KEY_ID"):
+            rest = (environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
+            return Keys(key, *rest, "AWS_ACCESS_KEY_ID")
+        if path := environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+            region, role = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION"), "AWS_ROLE_ARN"
+            url = (
+                environ.get("AWS_ENDPOINT_URL_STS")
+                or f"https://sts.{region + '.' if region else ''}amazonaws.com"
+            )
+            query = {"Action": "AssumeRoleWithWebIdentity", "Version": "2011-06-15"}
+            query["RoleSessionName"] = environ.get("AWS_ROLE_SESSION_NAME") or "s3borgbackup"
+            query |= {"RoleArn": environ.get(role, ""), "WebIdentityToken": Path(path).read_text().strip()}
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            answer = fetch(url, form, urllib.parse.urlencode(query).encode(), "POST")
+            names = "AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"
+            return self._lent([xml_text(answer, name) for name in names], f"the role {query['RoleArn']}")
+        relative, full = map(environ.get, CONTAINER_KEYS)
+        if url := f"http://169.254.170.2{relative}" if relative else full:
+            token = environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
+            if path := environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
+                token = Path(path).read_text().strip()
+            answer, origin = fetch(url, {"Authorization": token} if token else {}), "the container's role"
+        else:
+            base = (environ.get(METADATA) or "http://169.254.169.254").rstrip("/") + "/latest"
+            token = fetch(f"{base}/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "300"}, method="PUT")
+            own, roles = (
+                {"x-aws-ec2-metadata-token": token.decode()},
+                f"{base}/meta-data/iam/security-credentials/",
+            )
+            role = fetch(roles, own).decode().split()[0]
+            answer, origin = fetch(f"{roles}{role}", own), f"the instance's role {role}"
+        found = json.loads(answer)
+        return self._lent(
+            [found[name] for name in ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")], origin
+        )
+
+    def _lent(self, values: Sequence[str], origin: str) -> Keys:
+        """Keys that expire; they are renewed after half of their time."""
+        *parts, expiration = values
+        if not all(parts):
+            raise ValueError("an answer without keys")
+        expires, now = datetime.fromisoformat(expiration), datetime.now(UTC)
+        return Keys(*parts, origin, expires, now + max(timedelta(seconds=1), (expires - now) / 2))
+
+    def for_tigrisfs(self) -> dict[str, str]:
+        """The variables that have TigrisFS read the keys, and read them anew when they have expired."""
+        keys = self.keys()
+        if not keys.expires:
+            return environment_of(keys)
+        with self._lock:
+            if not self._fds:
+                self._fds = [os.memfd_create(name) for name in ("config", "keys")]
+                place = f"/proc/{os.getpid()}/fd"
+                text = f"[default]\ncredential_process = cat {place}/{self._fds[1]}\n"
+                os.write(self._fds[0], text.encode())
+                self._note(keys)
+                in_background(self._keep)
+            return {"AWS_CONFIG_FILE": f"/proc/{os.getpid()}/fd/{self._fds[0]}"}
+
+    def _note(self, keys: Keys) -> None:
+        """Has TigrisFS find these keys the next time ("Sourcing credentials with an external process")."""
+        names = {"AccessKeyId": keys.access_key_id, "SecretAccessKey": keys.secret_access_key}
+        names |= {"SessionToken": keys.session_token, "Expiration": f"{keys.expires:%Y-%m-%dT%H:%M:%SZ}"}
+        new = os.memfd_create("keys")
+        os.write(new, json.dumps({"Version": 1, **names}).encode())
+        os.dup2(
+            new, self._fds[1], inheritable=False
+        )  # whoever reads finds the old ones or the new ones, whole
+        os.close(new)
+
+    def _keep(self) -> None:
+        noted = None
+        while True:
+            with contextlib.suppress(KeysFault):
+                if (keys := self.keys()) is not noted:
+                    self._note(keys)
+                    noted = keys
+            time.sleep(POLL_SECONDS)
+
+
+def environment_of(keys: Keys) -> dict[str, str]:
+    own = {"AWS_ACCESS_KEY_ID": keys.access_key_id, "AWS_SECRET_ACCESS_KEY": keys.secret_access_key}
+    return own | ({"AWS_SESSION_TOKEN": keys.session_token} if keys.session_token else {})
+
+
+def fetch(url: str, headers: Headers = NO_HEADERS, body: bytes | None = None, method: str = "GET") -> bytes:
+    """What the platform answers. Raises OSError and HTTPException."""
+    connection = connection_to(urllib.parse.urlsplit(url))
+    connection.timeout = PLATFORM_SECONDS
+    with contextlib.closing(connection):
+        connection.request(method, request_target(urllib.parse.urlsplit(url)), body, dict(headers))
+        answer = connection.getresponse()
+        content = answer.read()
+    if answer.status != 200:
+        code = xml_text(content, "Code") or http_reason(answer.status)
+        raise OSError(f"{urllib.parse.urlsplit(url).netloc} says {code} ({answer.status})")
+    return content
+
+
 @dataclass(frozen=True, slots=True)
 class S3Object:
     key: str
@@ -741,12 +959,13 @@ S3_HINTS = {
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
-    "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in the host of {endpoint}: take it out.",
-    "SecondLevelDomainForbidden": "This server wants the bucket in the host name: that is not supported.",
+    "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in {endpoint}: take it out.",
+    "SecondLevelDomainForbidden": "The server wants the bucket in its host name: set {addressing}=virtual.",
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
-    "ExpiredToken InvalidToken": "Write a lasting key into {access_key_id}, no session token.",
+    "ExpiredToken InvalidToken": "Renew {session_token}, or write a lasting key into {access_key_id}.",
+    "NoKeys": "Write {access_key_id}, or see to the role that the platform gives.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
     "AuthorizationHeaderMalformed InvalidRegion": "Set {region} to the bucket's region.",
     "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
@@ -779,7 +998,7 @@ class IdleConnections(list[http.client.HTTPConnection]):
 
 @dataclass(eq=False)
 class S3Client:
-    """Requests to one store: signed, path-style, retried. Safe to use from several threads.
+    """Requests to one store: signed and retried. Safe to use from several threads.
 
     `dataclasses.replace` makes a twin, with the same open connections and what it has learned.
 
@@ -798,12 +1017,34 @@ class S3Client:
 
     def __post_init__(self) -> None:
         self.region = self.region or self.store.region or "us-east-1"
-        self._url = urllib.parse.urlsplit(self.store.endpoint)
+        self._url, bucket = urllib.parse.urlsplit(self.store.endpoint), self.store.bucket
+        if self.store.is_virtual:
+            self._url = self._url._replace(netloc=f"{bucket}.{self._url.netloc}")
+        self._path = self._url.path if self.store.is_virtual else f"{self._url.path}/{bucket}"
 
     @property
     def clock(self) -> datetime:
         """The server's clock, when it answered last; ours, where it does not tell."""
         return (self.dated and self.dated.time("Date")) or datetime.now(UTC)
+
+    def reach(self) -> str:
+        """How the server is reached, whatever the keys are. Raises S3Error, also where clocks differ."""
+        connection, sent = connection_to(self._url), datetime.now(UTC)
+        try:
+            connection.timeout = CONNECT_TIMEOUT_SECONDS
+            connection.request("HEAD", "/")
+            date = connection.getresponse().headers.get("Date", "")
+        except CONNECTION_FAULTS as fault:
+            raise self._error(0, "NoAnswer", str(fault) or type(fault).__name__) from None
+        finally:
+            version = connection.sock.version() if isinstance(connection.sock, ssl.SSLSocket) else ""
+            connection.close()
+        text, clock = version or "without TLS", Answer(0, {"date": date}, b"").time("Date")
+        ahead = round((sent - clock).total_seconds()) if clock else 0
+        if abs(ahead) > CLOCK_ERROR_SECONDS:
+            words = f"the clock here is {duration(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
+            raise self._error(0, "RequestTimeTooSkewed", words)
+        return f"ok, {text}, clocks differ by {abs(ahead)} s" if clock else f"ok, {text}"
 
     def list_page(self, prefix: str, where: Where = None, limit: int = 1000) -> tuple[list[S3Object], Where]:
         """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none."""
@@ -928,7 +1169,8 @@ class S3Client:
                     self.region = region
                     continue
             except CONNECTION_FAULTS as fault:
-                error = self._error(0, "NoAnswer", str(fault) or type(fault).__name__)
+                code = "NoKeys" if isinstance(fault, KeysFault) else "NoAnswer"
+                error = self._error(0, code, str(fault) or type(fault).__name__)
                 untrusted = isinstance(fault, ssl.SSLCertVerificationError)
                 patience = 0 if untrusted else self.patience.unreachable_seconds
             except ValueError as fault:  # of http.client, whose words quote headers
@@ -949,13 +1191,17 @@ class S3Client:
         return work.result()
 
     def _exchange(self, method: str, key: str, query: Query, extra: Headers, body: bytes) -> Answer:
-        path = f"/{self.store.bucket}/{key}" if key else f"/{self.store.bucket}"
-        when, payload_hash = datetime.now(UTC), hashlib.sha256(body).hexdigest()
+        path = f"{self._path}/{key}" if key else self._path or "/"
+        when, payload_hash, keys = datetime.now(UTC), hashlib.sha256(body).hexdigest(), self.store.keys()
         headers = {**extra, "Host": self._url.netloc, "x-amz-content-sha256": payload_hash}
         headers["x-amz-date"] = f"{when:%Y%m%dT%H%M%SZ}"
+        if keys.session_token:
+            headers["x-amz-security-token"] = keys.session_token
+        if (method == "PUT" and not query) or ("uploads", "") in query:
+            headers |= self.store.written_with
         canonical = canonical_request(method, path, query, headers, payload_hash)
-        keys = (self.store.access_key_id, self.store.secret_access_key)
-        headers["Authorization"] = authorization(canonical, *keys, when, self.region)
+        own = keys.access_key_id, keys.secret_access_key
+        headers["Authorization"] = authorization(canonical, *own, when, self.region)
         target = "?".join(filter(None, canonical.split("\n")[1:3]))
         fields = {name: encode_key(value) for name, value in headers.items()}
         fields |= {"Content-Length": str(len(body)).encode()} if body else {}
@@ -1002,7 +1248,9 @@ class S3Client:
 
     def _error(self, status: int, code: str, message: str, asked_for: str = "PUT", key: str = "") -> S3Error:
         store = self.store
-        settings = {name: store.setting(name) for name in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
+        settings = {name: store.setting(name) for name in STORE}
+        if store.platform and code != "NoKeys":
+            settings |= dict.fromkeys(SECRET_KEYS, "the platform's keys")
         place = f"{store.bucket}/{key}" if key else store.bucket
         settings["permission"] = f"s3:{PERMISSIONS.get(asked_for, 'PutObject')} on {place}"
         known = (S3_HINTS.get(each) for each in (str(status), f"{asked_for}/{code}", code))
@@ -1223,6 +1471,18 @@ class Catalog:
             values = key, key[:-1] + b"0" if key else b"\xff" * 5, len(key) + 1
             self.execute(f"{hide} key > ? AND key < ? AND instr(substr(key, ?), X'2F') = 0", values)
         self.execute(f"{hide} is_shown AND {IS_COVERED}")
+
+    def exclude(self, patterns: Sequence[str]) -> set[str]:
+        """Has SQL's `excluded(key)` say whether one of them matches; the set has those that ever did."""
+        known, matched = {each: re.compile(fnmatch.translate(each)).match for each in patterns}, set[str]()
+
+        def is_excluded(key: bytes) -> bool:
+            found = {each for each, match in known.items() if match(decode_key(key))}
+            matched.update(found)
+            return bool(found)
+
+        self._db.create_function("excluded", 1, is_excluded, deterministic=True)
+        return matched
 
     def take_over(self, path: Path) -> None:
         """Takes over what the catalog at `path` knows of archives, and headers that this one has not."""
@@ -1723,6 +1983,7 @@ class Report:
     started: datetime
     targets: list[dict[str, Any]] = field(default_factory=list)  # how each went, as JSON has it
     table: str = ""  # the same for people
+    excluded: str = ""  # how much of the source, where EXCLUDE is set
     configured: tuple[str, ...] | None = None  # all targets' names, once they are known
     command: str = "run"
 
@@ -2074,6 +2335,10 @@ def tigrisfs_command(
         *("--memory-limit", str(cache_mb), "--read-ahead", str(ahead_kb)),
         *("--read-ahead-large", str(large_kb), "--read-ahead-parallel", str(part_kb)),
         *(() if preloads else ("--no-preload-dir",)),  # it lists what follows each name that it looks up
+        *(("--subdomain",) if store.is_virtual else ()),
+        *(("--storage-class", store.storage_class) if store.storage_class else ()),
+        *(("--sse",) if store.sse else ()),
+        *(("--sse-kms", store.sse[8:]) if store.sse and store.sse.startswith("aws:kms") else ()),
         *("--stat-cache-ttl", "240h"),  # nobody else writes, for longer than a run can last
         # 1+2+4+8+15+15+... s: after some five minutes of errors borg names the object.
         *("--read-retry-attempts", "24", "--read-retry-max-interval", "15s", "--retry-interval", "2s"),
@@ -2087,8 +2352,12 @@ def tigrisfs_command(
     ]
     # Where memory is short, Go collects garbage at that size of its heap: 14 MB less were seen.
     own = {"GOMEMLIMIT": f"{cache_mb + 8}MiB"} if cache_mb == SMALLEST_CACHE_MB else {}
-    own |= {"AWS_ACCESS_KEY_ID": store.access_key_id, "AWS_SECRET_ACCESS_KEY": store.secret_access_key}
     own |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}  # nobody's configuration counts
+    try:
+        own |= store.platform.for_tigrisfs() if store.platform else environment_of(store.keys())
+    except KeysFault as error:
+        hint = S3_HINTS["NoKeys"].format(access_key_id=store.setting("access_key_id"))
+        raise BackupError(f"{store.name}: {error}", hint) from None
     return argv, minimal_environment(environ, (), **own)
 
 
@@ -3726,7 +3995,16 @@ def look(client: S3Client) -> Preflight:
 
 def examine(client: S3Client, write: bool) -> Preflight:
     """Lists a store, reads from it and, with `write`, writes. Raises S3Error naming what is refused."""
-    found, refusal = look(client), None
+    found = look(client)
+    probe_read(client, found)
+    if write:
+        probe_write(client)
+    return found
+
+
+def probe_read(client: S3Client, found: Preflight) -> None:
+    """Reads the first byte of an object, if there is one."""
+    refusal = None
     readable = [entry for entry in found.keys if not entry.key.endswith("/")]
     for entry in readable[:PROBED_OBJECTS]:
         try:
@@ -3741,9 +4019,6 @@ def examine(client: S3Client, write: bool) -> Preflight:
     else:
         if refusal:
             raise refusal
-    if write:
-        probe_write(client)
-    return found
 
 
 def preflight_one(runtime: Runtime, store: Store, write: bool) -> Preflight:
@@ -3756,15 +4031,19 @@ def probe_write(client: S3Client) -> None:
     for last in (False, False, True):
         client.put(key, body)
         try:
-            if client.get(key, (1, len(body) - 1)) == body[1:]:
-                return
-            what = f"{client.store.name}: an object that was just written reads back differently"
-            raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
+            read_back(client, key, body)
+            return
         except S3Error as error:
             if error.status != 404 or last:  # another run removes what it takes for a leftover
                 raise
         finally:
             client.delete(key)
+
+
+def read_back(client: S3Client, key: str, body: bytes) -> None:
+    if client.get(key, (1, len(body) - 1)) != body[1:]:
+        what = f"{client.store.name}: an object that was just written reads back differently"
+        raise S3Error(what, "Use a store that reads what was written.", 200, "Stale")
 
 
 def read_config(mount: Mount) -> tuple[str, str]:
@@ -4349,7 +4628,6 @@ def maintain(runtime: Runtime, targets: Sequence[Target]) -> int:
 # What an archive's comment begins with: before that time the source cannot have been listed.
 SOURCE_AS_OF = "s3borgbackup: source as of "
 WITH_MANIFEST = ", with manifest"  # and then one of its files is no object
-CLOCK_ERROR_SECONDS = 900  # S3 refuses clients whose clocks are further off
 
 
 @dataclass
@@ -4628,7 +4906,8 @@ def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
 
 def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]) -> None:
     report, console = runtime.report, runtime.console
-    report.targets, report.table = [run.as_json() for run in runs], summary(runs, columns)
+    report.targets = [run.as_json() for run in runs]
+    report.table = "\n".join(filter(None, [summary(runs, columns), report.excluded]))
     if not console.as_json:
         console.plain(report.table)
         return
@@ -4701,6 +4980,15 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
         kept.replace(unusable)
         words = f"it is made anew, and all headers are asked for; the old one is {unusable.name} now"
         console.warning("source", f"{error.message}; {words}")
+    if patterns := runtime.settings.exclude:  # what a mount shows does not depend on it
+        matched = catalog.exclude(patterns)
+        number, size_bytes = catalog.total("excluded(key)")
+        catalog.execute("DELETE FROM objects WHERE excluded(key)")
+        runtime.report.excluded = f"excluded: {count(number, 'object')}, {size(size_bytes)}"
+        console.info("source", runtime.report.excluded, "excluded", objects=number, bytes=size_bytes)
+        for pattern in patterns:
+            if pattern not in matched:
+                console.info("source", f"EXCLUDE: no key matches {pattern!r}")
     number, size_bytes = catalog.total()
     text = f"lists {count(number, 'object')}, {size(size_bytes)}"
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
@@ -5160,35 +5448,110 @@ def emit(text: str, must_arrive: bool = False) -> None:
             raise BackupError(words, "Make room for it, and ask again.") from None
 
 
+KEY_CODES = ("NoKeys", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+
+
 def check_config(runtime: Runtime) -> int:
-    """Asks every store whether it is usable; changes nothing but a probe that it deletes again."""
-    settings, console, failures = runtime.settings, runtime.console, []
-    rows = [("store", "location", "endpoint", "region", "access", "result")]
-    for store, found in zip(settings.stores, preflight(runtime, settings.targets), strict=True):
-        row = store.region or "-", "-", "failed"
-        try:
-            if isinstance(found, BackupError):
-                raise found
-            client, access = S3Client(store, found.region, stop=runtime.stop), "list, read"
-            holds = f"{count(len(found.keys), 'object')}{' or more' if found.following else ''}"
-            if store.target:  # a run would meet what is wrong with what lies there
-                access, holds = f"{access}, write, delete", what_lies_there(client, found, True).value
-            elif settings.headers and found.keys:  # may its key read tags? One object tells.
-                try:
-                    dataclasses.replace(client, patience=HASTY).tags(found.keys[0].key)
-                except S3Error as error:
-                    if error.status == 403:
-                        console.info("source", f"{TAGS_REFUSED}: {error.message}")
-            row = found.region, access, f"ok, holds {holds}"
-        except Stopped:
-            raise
-        except BackupError as error:
-            failures.append(str(error))
-        rows.append((store.name, store.location, store.endpoint, *row))
+    """Asks every store for all that a run needs; changes nothing but probes that it deletes again."""
+    settings, console, failures = runtime.settings, runtime.console, dict[str, None]()
+    examinations = [functools.partial(examination, runtime, store) for store in settings.stores]
+    *found, copies = side_by_side(
+        [*examinations, lambda: find_copies(runtime, settings.targets)], runtime.stop
+    )
+    rows = [("store", "what", "result")]
+    for store, points in zip(settings.stores, found, strict=True):
+        if error := copies.get(store.target):
+            points.append(("repository", error))
+        rows.append((store.name, "location", f"{store.location} at {store.endpoint}"))
+        for what, result in points:
+            if isinstance(result, BackupError):
+                failures[str(result)] = None
+                result = f"failed: {getattr(result, 'code', '') or 'see below'}"
+            rows.append(("", what, result))
     console.plain("\n".join(table(rows)))
     for failure in failures:
         console.error("check-config", failure)
     return EXIT_FAILURE if failures else EXIT_OK
+
+
+def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupError]]:
+    """What a store lets us do, point by point: words, or the error that a run would meet."""
+    client, points = S3Client(store, stop=runtime.stop), list[tuple[str, str | BackupError]]()
+
+    def ask(what: str, question: Callable[[], object]) -> bool:
+        try:
+            points.append((what, str(question() or "ok")))
+        except Stopped:
+            raise
+        except BackupError as error:
+            points.append((what, error))
+        return isinstance(points[-1][1], str)
+
+    listed: Preflight | S3Error
+    try:
+        listed = look(client)
+    except S3Error as error:
+        listed = error
+
+    def list_it() -> str:
+        if isinstance(listed, S3Error):
+            raise listed
+        more = " or more" if listed.following else ""
+        return f"ok, {count(len(listed.keys), 'object')}{more}, region {client.region}"
+
+    def credentials() -> str:
+        if isinstance(listed, S3Error) and listed.code in KEY_CODES:
+            raise listed
+        keys = store.keys()
+        return f"{keys.origin}{f', until {keys.expires:%Y-%m-%dT%H:%M:%SZ}' if keys.expires else ''}"
+
+    is_known = ask("reach", client.reach) & ask("credentials", credentials)
+    if is_known and ask("list", list_it) and isinstance(listed, Preflight):
+        found = listed
+        if not store.target:
+            ask("read, ranges", lambda: probe_read(client, found))
+        if found.keys and runtime.settings.headers and not store.target:
+            ask("tags", lambda: probe_tags(client, found.keys[0].key))
+        if store.target:
+            ask("repository", lambda: what_lies_there(client, found, True).value)
+    if is_known and store.target:
+        key, body = f"{store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
+        if ask("write", lambda: client.put(key, body) and None):
+            ask("read, ranges", lambda: read_back(client, key, body))
+            ask("conditional writes", lambda: probe_conditions(client, key, body))
+        ask("multipart", lambda: probe_multipart(client, key, body))
+        ask("delete", lambda: client.delete(key))
+    return points
+
+
+def probe_tags(client: S3Client, key: str) -> str:
+    try:
+        dataclasses.replace(client, patience=HASTY).tags(key)
+    except S3Error as error:
+        return f"{TAGS_REFUSED}: {error.code}" if error.status == 403 else f"not known here: {error.code}"
+    return "ok"
+
+
+def probe_conditions(client: S3Client, key: str, body: bytes) -> str:
+    try:
+        client.put(key, body, IF_ABSENT)
+    except S3Error as error:
+        if error.status == 412:
+            return "ok"
+        if not refuses_conditions(error):
+            raise
+    return "not known here: see to it that only one run works on the repository at a time"
+
+
+def probe_multipart(client: S3Client, key: str, body: bytes) -> None:
+    upload = [("uploadId", xml_text(client.request("POST", key, [("uploads", "")]).body, "UploadId"))]
+    try:
+        part = completed_part(1, client.put(key, body, query=[("partNumber", "1"), *upload]).etag)
+        client.request("POST", key, upload, body=completion([part]))
+    except S3Error:
+        with contextlib.suppress(S3Error):
+            client.request("DELETE", key, upload)
+        raise
 
 
 Shown = tuple[dict[str, Any], list[tuple[str, ...]]]  # as JSON, and as a table
@@ -5586,6 +5949,14 @@ class Plan(Catalog):
             notes = [self._notes.popleft() for _ in range(len(self._notes))]
             self._db.executemany("UPDATE items SET fate = ?, sent = ? WHERE key = ?", notes)
             return super().execute(sql, values)
+
+
+def completed_part(number: int, etag: str) -> str:
+    return f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+
+
+def completion(parts: Sequence[str]) -> bytes:
+    return f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>".encode()
 
 
 def part_bytes(size_bytes: int) -> int:
@@ -6187,13 +6558,13 @@ class ToBucket(Restoration):
             query = [("partNumber", str(number + 1)), ("uploadId", upload)]
             etag = self._direct.put(key, body, query=query).etag
             self.add(0, len(body))
-            return f"<Part><PartNumber>{number + 1}</PartNumber><ETag>{etag}</ETag></Part>"
+            return completed_part(number + 1, etag)
 
         complete = functools.partial(self._complete, item, key, upload)
         self.in_pieces(item, stream, part_bytes(item.size_bytes), send, complete)
 
     def _complete(self, item: Item, key: str, upload: str, parts: Sequence[str]) -> None:
-        body = f"<CompleteMultipartUpload>{''.join(parts)}</CompleteMultipartUpload>".encode()
+        body = completion(parts)
         client = dataclasses.replace(self._direct, patience=dataclasses.replace(PROVEN, answer_seconds=300))
         try:
             answer = client.request("POST", key, [("uploadId", upload)], body=body)
@@ -6371,6 +6742,7 @@ def verify(runtime: Runtime, target: Target, name: str | None, sample: float, fo
             catalog.hide([])
         with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
             plan.execute("ATTACH ? AS source", [str(catalog.path)])
+            plan.exclude(runtime.settings.exclude)
             plan.read(repository, archive.name, runtime.settings.mount_point(source))
             verifier = Verifier(runtime, plan, client, found)
             within(LIST_SECONDS, "comparing the lists", lambda: verifier.compare(archive.as_of), stop)
@@ -6392,7 +6764,7 @@ class Verifier(Transfer):
         before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
         # An archive without a manifest does not tell the empty objects that stand for folders.
         listed = f"source.objects AS now WHERE NOT ({is_old} AND now.size = 0 AND substr(key, -1) = X'2F')"
-        not_then = f"{listed} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
+        not_then = f"{listed} AND NOT (EXISTS (SELECT 1 FROM items WHERE key = now.key) OR excluded(now.key))"
         older = f"{not_then} AND modified < {before}"
         lost = "items WHERE path IS NULL AND size > 0", "its content is not in the archive"
         kinds = {

@@ -75,6 +75,7 @@ MISTAKES = {
     "ftp": (environ(SOURCE_ENDPOINT="ftp://s3.example.com"), "SOURCE_ENDPOINT", "http(s) URL"),
     "port that is none": (environ(SOURCE_ENDPOINT="http://s3:99999"), "SOURCE_ENDPOINT", "http(s) URL"),
     "endpoint with bucket": (environ(SOURCE_ENDPOINT=f"{S3}/bucket"), "SOURCE_ENDPOINT", "the path"),
+    "endpoint with query": (environ(SOURCE_ENDPOINT=f"{S3}?a=b"), "SOURCE_ENDPOINT", "query"),
     "endpoint with key": (environ(SOURCE_ENDPOINT="https://a:b@s3.example.com"), "SOURCE_ENDPOINT", "keys"),
     "endpoint in another script": (
         environ(SOURCE_ENDPOINT="http://s3.exämple.com"),
