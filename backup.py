@@ -976,6 +976,8 @@ S3_HINTS = {
     "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
+    "Untrusted": "Check {endpoint}, or name the certificate to trust in SSL_CERT_FILE.",
+    "NotImplemented": "Use a server that can do this: a backup needs it.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
     "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
@@ -1040,7 +1042,7 @@ class S3Client:
             connection.request("HEAD", "/")
             date = connection.getresponse().headers.get("Date", "")
         except CONNECTION_FAULTS as fault:
-            raise self._error(0, "NoAnswer", str(fault) or type(fault).__name__) from None
+            raise self._no_answer(fault) from None
         finally:
             version = connection.sock.version() if isinstance(connection.sock, ssl.SSLSocket) else ""
             connection.close()
@@ -1174,10 +1176,8 @@ class S3Client:
                     self.region = region
                     continue
             except CONNECTION_FAULTS as fault:
-                code = "NoKeys" if isinstance(fault, KeysFault) else "NoAnswer"
-                error = self._error(0, code, str(fault) or type(fault).__name__)
-                untrusted = isinstance(fault, ssl.SSLCertVerificationError)
-                patience = 0 if untrusted else self.patience.unreachable_seconds
+                error = self._no_answer(fault)
+                patience = 0 if error.code == "Untrusted" else self.patience.unreachable_seconds
             except ValueError as fault:  # of http.client, whose words quote headers
                 raise self._error(0, "CannotSend", f"cannot be sent ({type(fault).__name__})") from None
             if time.monotonic() - start + pause > patience:
@@ -1241,6 +1241,10 @@ class S3Client:
         answer = Answer(response.status, names, content, sent)
         self.dated = answer if "date" in names else self.dated
         return answer
+
+    def _no_answer(self, fault: Exception) -> S3Error:
+        codes = {KeysFault: "NoKeys", ssl.SSLCertVerificationError: "Untrusted"}
+        return self._error(0, codes.get(type(fault), "NoAnswer"), str(fault) or type(fault).__name__)
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         status, reason = answer.status, http_reason(answer.status)
@@ -5458,7 +5462,7 @@ KEY_CODES = ("NoKeys", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredTo
 
 def check_config(runtime: Runtime) -> int:
     """Asks every store for all that a run needs; changes nothing but probes that it deletes again."""
-    settings, console, failures = runtime.settings, runtime.console, dict[str, None]()
+    settings, console, failures = runtime.settings, runtime.console, dict[str, list[str]]()
     examinations = [functools.partial(examination, runtime, store) for store in settings.stores]
     *found, copies = side_by_side(
         [*examinations, lambda: find_copies(runtime, settings.targets)], runtime.stop
@@ -5470,12 +5474,12 @@ def check_config(runtime: Runtime) -> int:
         rows.append((store.name, "location", f"{store.location} at {store.endpoint}"))
         for what, result in points:
             if isinstance(result, BackupError):
-                failures[str(result)] = None
+                failures.setdefault(str(result), []).append(what)
                 result = f"failed: {getattr(result, 'code', '') or 'see below'}"
             rows.append(("", what, result))
     console.plain("\n".join(table(rows)))
-    for failure in failures:
-        console.error("check-config", failure)
+    for failure, points in failures.items():
+        console.error("check-config", f"{', '.join(points)}: {failure}")
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -5518,14 +5522,16 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
         if found.keys and runtime.settings.headers and not store.target:
             ask("tags", lambda: probe_tags(client, found.keys[0].key))
         if store.target:
-            ask("repository", lambda: what_lies_there(client, found, True).value)
+            ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
     if is_known and store.target:
         key, body = f"{store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
-        if ask("write", lambda: client.put(key, body) and None):
-            ask("read, ranges", lambda: read_back(client, key, body))
-            ask("conditional writes", lambda: probe_conditions(client, key, body))
-        ask("multipart", lambda: probe_multipart(client, key, body))
-        ask("delete", lambda: client.delete(key))
+        try:
+            if ask("write", lambda: client.put(key, body) and None):
+                ask("read, ranges", lambda: read_back(client, key, body))
+                ask("conditional writes", lambda: probe_conditions(client, key, body))
+            ask("multipart", lambda: probe_multipart(client, key, body))
+        finally:  # also after a stop signal
+            ask("delete", lambda: client.delete(key))
     return points
 
 
