@@ -553,8 +553,10 @@ class Configuration:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.mistakes: list[str] = []
         # The values of what is secret.
-        self.secrets = [environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")]
-        self._platform = Platform(environ)
+        self.secrets = [
+            environ.get(name, "") for name in (*OWN_KEYS[1:], "AWS_CONTAINER_AUTHORIZATION_TOKEN")
+        ]
+        self._platform = Platform(environ, self.secrets)
         # What stands in each place that a user knows.
         self._texts: dict[str, Any] = {name: self._read(environ, name) for name in VARIABLES}
         # Whom to tell is known even where all else is wrong: they are to hear of that.
@@ -763,9 +765,10 @@ class KeysFault(OSError):
     """The platform does not give keys, now."""
 
 
+OWN_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 CONTAINER_KEYS = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
-PLATFORM = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", *CONTAINER_KEYS, METADATA)
+PLATFORM = (OWN_KEYS[0], "AWS_WEB_IDENTITY_TOKEN_FILE", *CONTAINER_KEYS, METADATA)
 
 
 class Platform:
@@ -776,9 +779,11 @@ class Platform:
     Tools Reference Guide. Safe to use from several threads.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ, self._lock = environ, threading.Lock()
+    def __init__(self, environ: Mapping[str, str], told: list[str]) -> None:
+        self._environ, self._told, self._lock = environ, told, threading.Lock()
         self._keys: Keys | None = None
+        self._asking: Future[Keys] | None = None
+        self._again = datetime.min.replace(tzinfo=UTC)  # not before then it is asked anew
         self._fds: list[int] = []  # what TigrisFS reads: its configuration, and the keys
 
     @property
@@ -789,37 +794,39 @@ class Platform:
         return False
 
     def keys(self) -> Keys:
-        """Raises KeysFault while there are none that hold."""
+        """Those that hold. Nobody waits for new ones until these have expired. Raises KeysFault."""
         with self._lock:
-            old, now = self._keys, datetime.now(UTC)
-            if not old or (old.due and old.due < now):
-                try:
-                    self._keys = self._ask()
-                except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-                    if not old or not old.expires or old.expires < now:
-                        reason = str(error) or type(error).__name__
-                        raise KeysFault(f"the platform gives no keys: {reason}") from None
-            assert self._keys
-            return self._keys
+            keys, now = self._keys, datetime.now(UTC)
+            is_due = now > self._again and (not keys or (keys.due and keys.due < now))
+            if is_due and (not self._asking or self._asking.done()):
+                self._asking, self._again = in_background(self._renew), now + timedelta(seconds=1)
+            asking = self._asking
+        return keys if keys and not (keys.expires and keys.expires < now) else asking.result()
+
+    def _renew(self) -> Keys:
+        try:
+            self._keys = self._ask()
+        except (*CONNECTION_FAULTS, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = str(error) or type(error).__name__
+            if not isinstance(error, CONNECTION_FAULTS):
+                reason = f"its answer cannot be read ({reason})"
+            raise KeysFault(f"the platform gives no keys: {reason}") from None
+        return self._keys
 
     def _ask(self) -> Keys:
         environ = self._environ
-        if key := environ.get("AWS_ACCESS_KEY_ID"):
-            rest = (environ.get(name, "") for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
-            return Keys(key, *rest, "AWS_ACCESS_KEY_ID")
+        if environ.get(OWN_KEYS[0]):
+            return Keys(*(environ.get(name, "") for name in OWN_KEYS), OWN_KEYS[0])
         if path := environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
-            region, role = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION"), "AWS_ROLE_ARN"
-            url = (
-                environ.get("AWS_ENDPOINT_URL_STS")
-                or f"https://sts.{region + '.' if region else ''}amazonaws.com"
-            )
+            role, token = environ.get("AWS_ROLE_ARN", ""), Path(path).read_text().strip()
+            region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+            url = f"https://sts.{region + '.' if region else ''}amazonaws.com"
             query = {"Action": "AssumeRoleWithWebIdentity", "Version": "2011-06-15"}
             query["RoleSessionName"] = environ.get("AWS_ROLE_SESSION_NAME") or "s3borgbackup"
-            query |= {"RoleArn": environ.get(role, ""), "WebIdentityToken": Path(path).read_text().strip()}
+            body = urllib.parse.urlencode({**query, "RoleArn": role, "WebIdentityToken": token}).encode()
             form = {"Content-Type": "application/x-www-form-urlencoded"}
-            answer = fetch(url, form, urllib.parse.urlencode(query).encode(), "POST")
-            names = "AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"
-            return self._lent([xml_text(answer, name) for name in names], f"the role {query['RoleArn']}")
+            answer = fetch(environ.get("AWS_ENDPOINT_URL_STS") or url, form, body, "POST")
+            return self._lent(lambda name: xml_text(answer, name), f"the role {role}", "SessionToken")
         relative, full = map(environ.get, CONTAINER_KEYS)
         if url := f"http://169.254.170.2{relative}" if relative else full:
             token = environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN", "")
@@ -829,27 +836,22 @@ class Platform:
         else:
             base = (environ.get(METADATA) or "http://169.254.169.254").rstrip("/") + "/latest"
             token = fetch(f"{base}/api/token", {"x-aws-ec2-metadata-token-ttl-seconds": "300"}, method="PUT")
-            own, roles = (
-                {"x-aws-ec2-metadata-token": token.decode()},
-                f"{base}/meta-data/iam/security-credentials/",
-            )
-            role = fetch(roles, own).decode().split()[0]
-            answer, origin = fetch(f"{roles}{role}", own), f"the instance's role {role}"
-        found = json.loads(answer)
-        return self._lent(
-            [found[name] for name in ("AccessKeyId", "SecretAccessKey", "Token", "Expiration")], origin
-        )
+            own, roles = {"x-aws-ec2-metadata-token": token.decode()}, "meta-data/iam/security-credentials"
+            role = fetch(f"{base}/{roles}/", own).decode().strip()
+            answer, origin = fetch(f"{base}/{roles}/{role}", own), f"the instance's role {role}"
+        return self._lent(json.loads(answer).get, origin, "Token")
 
-    def _lent(self, values: Sequence[str], origin: str) -> Keys:
+    def _lent(self, find: Callable[[str], str | None], origin: str, token: str) -> Keys:
         """Keys that expire; they are renewed after half of their time."""
-        *parts, expiration = values
+        parts = [find(name) or "" for name in ("AccessKeyId", "SecretAccessKey", token)]
         if not all(parts):
-            raise ValueError("an answer without keys")
-        expires, now = datetime.fromisoformat(expiration), datetime.now(UTC)
+            raise OSError(f"{origin}: {find('Message') or 'an answer without keys'}")
+        self._told += parts[1:]
+        expires, now = datetime.fromisoformat(find("Expiration") or ""), datetime.now(UTC)
         return Keys(*parts, origin, expires, now + max(timedelta(seconds=1), (expires - now) / 2))
 
     def for_tigrisfs(self) -> dict[str, str]:
-        """The variables that have TigrisFS read the keys, and read them anew when they have expired."""
+        """The variables that have TigrisFS read the keys, and read them anew before they expire."""
         keys = self.keys()
         if not keys.expires:
             return environment_of(keys)
@@ -860,46 +862,49 @@ class Platform:
                 text = f"[default]\ncredential_process = cat {place}/{self._fds[1]}\n"
                 os.write(self._fds[0], text.encode())
                 self._note(keys)
-                in_background(self._keep)
+                in_background(lambda: self._keep(keys))
             return {"AWS_CONFIG_FILE": f"/proc/{os.getpid()}/fd/{self._fds[0]}"}
 
     def _note(self, keys: Keys) -> None:
         """Has TigrisFS find these keys the next time ("Sourcing credentials with an external process")."""
         names = {"AccessKeyId": keys.access_key_id, "SecretAccessKey": keys.secret_access_key}
-        names |= {"SessionToken": keys.session_token, "Expiration": f"{keys.expires:%Y-%m-%dT%H:%M:%SZ}"}
+        # What it sends then must arrive before they expire; by then new ones should be here.
+        early = keys.due + (keys.expires - keys.due) / 2
+        names |= {"SessionToken": keys.session_token, "Expiration": f"{early:%Y-%m-%dT%H:%M:%SZ}"}
         new = os.memfd_create("keys")
         os.write(new, json.dumps({"Version": 1, **names}).encode())
-        os.dup2(
-            new, self._fds[1], inheritable=False
-        )  # whoever reads finds the old ones or the new ones, whole
+        os.dup2(new, self._fds[1], inheritable=False)  # who reads finds the old ones or these, whole
         os.close(new)
 
-    def _keep(self) -> None:
-        noted = None
+    def _keep(self, noted: Keys) -> None:
         while True:
+            time.sleep(POLL_SECONDS)
             with contextlib.suppress(KeysFault):
                 if (keys := self.keys()) is not noted:
                     self._note(keys)
                     noted = keys
-            time.sleep(POLL_SECONDS)
 
 
 def environment_of(keys: Keys) -> dict[str, str]:
-    own = {"AWS_ACCESS_KEY_ID": keys.access_key_id, "AWS_SECRET_ACCESS_KEY": keys.secret_access_key}
-    return own | ({"AWS_SESSION_TOKEN": keys.session_token} if keys.session_token else {})
+    parts = keys.access_key_id, keys.secret_access_key, keys.session_token
+    return {name: value for name, value in zip(OWN_KEYS, parts, strict=True) if value}
 
 
 def fetch(url: str, headers: Headers = NO_HEADERS, body: bytes | None = None, method: str = "GET") -> bytes:
-    """What the platform answers. Raises OSError and HTTPException."""
-    connection = connection_to(urllib.parse.urlsplit(url))
-    connection.timeout = PLATFORM_SECONDS
-    with contextlib.closing(connection):
-        connection.request(method, request_target(urllib.parse.urlsplit(url)), body, dict(headers))
-        answer = connection.getresponse()
-        content = answer.read()
+    """What the platform answers. Raises OSError."""
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.closing(connection_to(parts)) as connection:
+        connection.timeout = PLATFORM_SECONDS
+        try:
+            connection.request(method, request_target(parts), body, dict(headers))
+            answer = connection.getresponse()
+            content = answer.read()
+        except CONNECTION_FAULTS as fault:
+            raise OSError(f"{parts.netloc}: {fault or type(fault).__name__}") from None
     if answer.status != 200:
-        code = xml_text(content, "Code") or http_reason(answer.status)
-        raise OSError(f"{urllib.parse.urlsplit(url).netloc} says {code} ({answer.status})")
+        code, words = (xml_text(content, name) for name in ("Code", "Message"))
+        code = code or http_reason(answer.status)
+        raise OSError(f"{parts.netloc}: {code} ({answer.status}){words and f': {words}'}")
     return content
 
 
@@ -964,13 +969,15 @@ S3_HINTS = {
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
-    "ExpiredToken InvalidToken": "Renew {session_token}, or write a lasting key into {access_key_id}.",
+    "ExpiredToken InvalidToken": "Renew {session_token}, or use a lasting key.",
     "NoKeys": "Write {access_key_id}, or see to the role that the platform gives.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
     "AuthorizationHeaderMalformed InvalidRegion": "Set {region} to the bucket's region.",
     "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
+    "Untrusted": "Check {endpoint}, or name the certificate to trust in SSL_CERT_FILE.",
+    "NotImplemented": "Use a server that can do this: a backup needs it.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
     "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
@@ -1035,7 +1042,7 @@ class S3Client:
             connection.request("HEAD", "/")
             date = connection.getresponse().headers.get("Date", "")
         except CONNECTION_FAULTS as fault:
-            raise self._error(0, "NoAnswer", str(fault) or type(fault).__name__) from None
+            raise self._no_answer(fault) from None
         finally:
             version = connection.sock.version() if isinstance(connection.sock, ssl.SSLSocket) else ""
             connection.close()
@@ -1169,10 +1176,8 @@ class S3Client:
                     self.region = region
                     continue
             except CONNECTION_FAULTS as fault:
-                code = "NoKeys" if isinstance(fault, KeysFault) else "NoAnswer"
-                error = self._error(0, code, str(fault) or type(fault).__name__)
-                untrusted = isinstance(fault, ssl.SSLCertVerificationError)
-                patience = 0 if untrusted else self.patience.unreachable_seconds
+                error = self._no_answer(fault)
+                patience = 0 if error.code == "Untrusted" else self.patience.unreachable_seconds
             except ValueError as fault:  # of http.client, whose words quote headers
                 raise self._error(0, "CannotSend", f"cannot be sent ({type(fault).__name__})") from None
             if time.monotonic() - start + pause > patience:
@@ -1236,6 +1241,10 @@ class S3Client:
         answer = Answer(response.status, names, content, sent)
         self.dated = answer if "date" in names else self.dated
         return answer
+
+    def _no_answer(self, fault: Exception) -> S3Error:
+        codes = {KeysFault: "NoKeys", ssl.SSLCertVerificationError: "Untrusted"}
+        return self._error(0, codes.get(type(fault), "NoAnswer"), str(fault) or type(fault).__name__)
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         status, reason = answer.status, http_reason(answer.status)
@@ -5453,7 +5462,7 @@ KEY_CODES = ("NoKeys", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredTo
 
 def check_config(runtime: Runtime) -> int:
     """Asks every store for all that a run needs; changes nothing but probes that it deletes again."""
-    settings, console, failures = runtime.settings, runtime.console, dict[str, None]()
+    settings, console, failures = runtime.settings, runtime.console, dict[str, list[str]]()
     examinations = [functools.partial(examination, runtime, store) for store in settings.stores]
     *found, copies = side_by_side(
         [*examinations, lambda: find_copies(runtime, settings.targets)], runtime.stop
@@ -5465,12 +5474,12 @@ def check_config(runtime: Runtime) -> int:
         rows.append((store.name, "location", f"{store.location} at {store.endpoint}"))
         for what, result in points:
             if isinstance(result, BackupError):
-                failures[str(result)] = None
+                failures.setdefault(str(result), []).append(what)
                 result = f"failed: {getattr(result, 'code', '') or 'see below'}"
             rows.append(("", what, result))
     console.plain("\n".join(table(rows)))
-    for failure in failures:
-        console.error("check-config", failure)
+    for failure, points in failures.items():
+        console.error("check-config", f"{', '.join(points)}: {failure}")
     return EXIT_FAILURE if failures else EXIT_OK
 
 
@@ -5513,14 +5522,16 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
         if found.keys and runtime.settings.headers and not store.target:
             ask("tags", lambda: probe_tags(client, found.keys[0].key))
         if store.target:
-            ask("repository", lambda: what_lies_there(client, found, True).value)
+            ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
     if is_known and store.target:
         key, body = f"{store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
-        if ask("write", lambda: client.put(key, body) and None):
-            ask("read, ranges", lambda: read_back(client, key, body))
-            ask("conditional writes", lambda: probe_conditions(client, key, body))
-        ask("multipart", lambda: probe_multipart(client, key, body))
-        ask("delete", lambda: client.delete(key))
+        try:
+            if ask("write", lambda: client.put(key, body) and None):
+                ask("read, ranges", lambda: read_back(client, key, body))
+                ask("conditional writes", lambda: probe_conditions(client, key, body))
+            ask("multipart", lambda: probe_multipart(client, key, body))
+        finally:  # also after a stop signal
+            ask("delete", lambda: client.delete(key))
     return points
 
 

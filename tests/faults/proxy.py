@@ -6,6 +6,8 @@ see an answer before the body's end: a server that answers earlier and closes lo
 """
 
 import contextlib
+import dataclasses
+import email.utils
 import hashlib
 import hmac
 import random
@@ -20,7 +22,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Self
+from typing import Any, Self
 
 from servers import ADMIN, READER, WRITER, free_ports
 
@@ -89,6 +91,29 @@ class Request:
         """Whether it changes the bucket."""
         return self.method in ("PUT", "POST", "DELETE")
 
+    @property
+    def authorization(self) -> re.Match[str] | None:
+        """The parts of its signature's header: the second is the key's id, the third the scope."""
+        pattern = r"(.* Credential=)([^/]+)/([^,]+)(.*SignedHeaders=)([^,]+)(.*Signature=)(.*)"
+        return re.fullmatch(pattern, self.headers.get("authorization", ""))
+
+    def is_signed_with(self, secret: str) -> bool:
+        """Whether that is the secret of its key."""
+        parts = self.authorization
+        return bool(parts) and parts[7] == _signature(self, parts[5].split(";"), secret, parts[3])
+
+    def without(self, *names: str) -> Self:
+        """The same without these headers."""
+        headers = {name: value for name, value in self.headers.items() if name not in names}
+        return dataclasses.replace(self, headers=headers)
+
+    def signed_by(self, access_key_id: str) -> Self:
+        """The same with this key in its signature, which the proxy makes anew."""
+        parts = self.authorization
+        assert parts, "not signed"
+        text = f"{parts[1]}{access_key_id}/{parts[3]}{parts[4]}{parts[5]}{parts[6]}{parts[7]}"
+        return dataclasses.replace(self, headers={**self.headers, "authorization": text})
+
 
 class Action(Enum):
     """What happens to a request."""
@@ -102,6 +127,8 @@ class Action(Enum):
     IGNORE_RANGE = auto()  # the server does not see Range
     DELAY = auto()  # it is forwarded `seconds` later, or when the fault is removed
     OTHER_ETAGS = auto()  # the answer's ETags are no MD5s, but as constant as those
+    OTHER_DATE = auto()  # the answer's Date is `seconds` later
+    REWRITE = auto()  # the server sees what `rewrite` makes of it, signed anew
 
 
 IGNORED = {Action.IGNORE_CONDITIONS: ("if-match", "if-none-match"), Action.IGNORE_RANGE: ("range",)}
@@ -119,6 +146,7 @@ class Fault:
     status: int = 403
     code: str = "AccessDenied"
     seconds: float = 0
+    rewrite: Callable[[Request], Request] = lambda request: request
     seen: int = 0
     hit: int = 0
     removed: threading.Event = field(default_factory=threading.Event)
@@ -150,9 +178,9 @@ class FaultProxy:
         with self._lock:
             return list(zip(self._requests, self._statuses, strict=True))
 
-    def add(self, matches: Callable[[Request], bool], action: Action, **details: float | str) -> Fault:
+    def add(self, matches: Callable[[Request], bool], action: Action, **details: Any) -> Fault:
         """Do `action` to the requests that match, from now on."""
-        fault = Fault(matches, action, **details)  # type: ignore[arg-type]
+        fault = Fault(matches, action, **details)
         with self._lock:
             self._faults.append(fault)
         return fault
@@ -321,7 +349,11 @@ class _Connection(socketserver.BaseRequestHandler):
         action = fault and fault.action
         if fault and action is Action.DELAY:
             fault.removed.wait(fault.seconds)
-        server.send(_without(head, request, IGNORED[action]) if action in IGNORED else head)
+        if fault and action is Action.REWRITE:
+            head = _head(fault.rewrite(request))
+        elif action in IGNORED:
+            head = _head(request.without(*IGNORED[action]))
+        server.send(head)
         is_whole, answer = self._pass_body(client, server, request)
         body = server.answer_body(answer, request)
         if action is Action.LOSE_ANSWER:
@@ -331,6 +363,9 @@ class _Connection(socketserver.BaseRequestHandler):
             return False
         if action is Action.OTHER_ETAGS:
             answer, body = _with_other_etags(answer), iter([_with_other_etags(b"".join(body))])
+        if fault and action is Action.OTHER_DATE:
+            date = email.utils.formatdate(time.time() + fault.seconds, usegmt=True)
+            answer = re.sub(rb"(?im)^(date:).*$", rf"\1 {date}\r".encode(), answer)
         self.server.proxy.note_status(number, _status(answer))
         client.send(answer)
         if action is Action.CUT and not self._cut(client, answer, body):
@@ -498,27 +533,17 @@ def _parse_request(head: bytes) -> Request:
     return Request(method, target, _headers(head))
 
 
-def _without(head: bytes, request: Request, ignored: tuple[str, ...]) -> bytes:
-    """The head without these headers; signed anew, as a signature covers them."""
-    names = tuple(f"{name}:".encode() for name in ignored)
-    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(names)]
-    return b"\r\n".join(_signed_anew(line, request, ignored) for line in lines)
-
-
-def _signed_anew(line: bytes, request: Request, ignored: tuple[str, ...]) -> bytes:
-    """An Authorization line for the request without these headers; any other line as it is."""
-    parts = re.fullmatch(
-        r"(authorization: .* Credential=)([^/]+)/([^,]+)(.*SignedHeaders=)([^,]+)(.*Signature=).*",
-        line.decode("latin-1"),
-        re.IGNORECASE,
-    )
-    if not parts or parts[2] not in SECRETS:
-        return line
-    names = [name for name in parts[5].split(";") if name not in ignored]
-    signature = _signature(request, names, SECRETS[parts[2]], parts[3])
-    return f"{parts[1]}{parts[2]}/{parts[3]}{parts[4]}{';'.join(names)}{parts[6]}{signature}".encode(
-        "latin-1"
-    )
+def _head(request: Request) -> bytes:
+    """The head of this request, signed anew where its key is one of the server's."""
+    headers = dict(request.headers)
+    parts = request.authorization
+    if parts and parts[2] in SECRETS:
+        names = [name for name in parts[5].split(";") if name in headers]
+        signature = _signature(request, names, SECRETS[parts[2]], parts[3])
+        key, fields = f"{parts[1]}{parts[2]}/{parts[3]}{parts[4]}", f"{';'.join(names)}{parts[6]}"
+        headers["authorization"] = f"{key}{fields}{signature}"
+    lines = [f"{request.method} {request.target} HTTP/1.1", *(f"{name}: {headers[name]}" for name in headers)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def _signature(request: Request, names: list[str], secret: str, scope: str) -> str:
