@@ -6084,7 +6084,10 @@ class ToBucket(Restoration):
                 answer = client.put(key, body, {**KEPT_HEADERS, TAGGING: "a=b"})
                 kept = {TAGGING} if client.tags(key) else set()
             except S3Error:  # the server does not know tags, or the key may not write or read them
-                answer, kept = client.put(key, body, KEPT_HEADERS), set()
+                try:
+                    answer, kept = client.put(key, body, KEPT_HEADERS), set()
+                except S3Error:  # nor redirects, the last of these (Cloudflare R2)
+                    answer, kept = client.put(key, body, dict([*KEPT_HEADERS.items()][:-1])), set()
             dropped = {*KEPT_HEADERS, TAGGING} - kept - headers_of(client.request("HEAD", key)).keys()
             return answer.etag == MD5(body).hexdigest(), dropped
         finally:
