@@ -738,17 +738,19 @@ HASTY, BRIEF = Patience(8, 0, 0), Patience(2, 0, 0)
 S3_HINTS = {
     "NoSuchBucket": "Create the bucket or correct {path}.",
     "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
+    "AccessDenied:cap": "Raise that cap with the provider, or make room.",  # by a word of the message
+    "AccessDenied:deny": "A policy denies that, whatever the key may do: have it allow {permission}.",
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
     "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in the host of {endpoint}: take it out.",
-    "SecondLevelDomainForbidden": "This server wants the bucket in the host name: that is not supported.",
+    "SecondLevelDomainForbidden PathStyleDomainForbidden": "The bucket in the host name is not supported.",
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
     "ExpiredToken InvalidToken": "Write a lasting key into {access_key_id}, no session token.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
-    "AuthorizationHeaderMalformed InvalidRegion": "Set {region} to the bucket's region.",
+    "AuthorizationHeaderMalformed InvalidRegion InvalidRegionName": "Set {region} to the bucket's region.",
     "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
@@ -993,7 +995,8 @@ class S3Client:
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         status, reason = answer.status, http_reason(answer.status)
-        code, message = (xml_text(answer.body, name) for name in ("Code", "Message"))
+        code, *words = (xml_text(answer.body, name) for name in ("Code", "Message", "Details", "Endpoint"))
+        message = " ".join(filter(None, words))
         if status in REDIRECTS and not code:
             to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
             code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
@@ -1005,8 +1008,8 @@ class S3Client:
         settings = {name: store.setting(name) for name in ("endpoint", "path", "region", *SECRET_KEYS[:2])}
         place = f"{store.bucket}/{key}" if key else store.bucket
         settings["permission"] = f"s3:{PERMISSIONS.get(asked_for, 'PutObject')} on {place}"
-        known = (S3_HINTS.get(each) for each in (str(status), f"{asked_for}/{code}", code))
-        hint = next(filter(None, known), TRY_LATER if status >= 500 else TRY_AGAIN)
+        codes = (*(f"{code}:{word}" for word in message.split()), str(status), f"{asked_for}/{code}", code)
+        hint = next(filter(None, map(S3_HINTS.get, codes)), TRY_LATER if status >= 500 else TRY_AGAIN)
         number = f" ({status})" if status else ""
         where = f"{store.name} ({store.location} at {store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint.format(**settings), status, code)
