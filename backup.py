@@ -6009,9 +6009,9 @@ class Uploads:
         try:
             listed = ElementTree.fromstring(self._client.request("GET", query=query).body)
         except S3Error as error:
-            if error.status not in REFUSALS:
+            if error.status not in {*REFUSALS, 501}:
                 raise
-            return []  # the key may not list them (s3:ListBucketMultipartUploads)
+            return []  # the key may not list them (s3:ListBucketMultipartUploads), or Storj cannot
         began = {
             each.findtext("{*}UploadId", ""): datetime.fromisoformat(each.findtext("{*}Initiated", ""))
             for each in listed.iterfind("{*}Upload")
