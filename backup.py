@@ -3846,8 +3846,10 @@ def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequenc
     if not lease.enforced:
         return ()
     name, prefix = client.store.name, client.store.key_prefix
-    # What sorts behind the segments: hints.N, index.N, integrity.N, lock.
-    names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
+    # What sorts behind the segments: hints.N, index.N, integrity.N, lock. Storj lists in an order of its own.
+    page = [entry.key for entry in client.list_page(prefix)[0]]
+    start = f"{prefix}hints" if page == sorted(page) else ""
+    names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, start)]
     # Its last holder may just have left.
     roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
     stale, owners = leftovers(names, roster.body if roster else b"")
