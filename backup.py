@@ -758,7 +758,7 @@ S3_HINTS = {
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
     "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
     "CannotSend": "Correct {endpoint} and {access_key_id}.",
-    "BadListing": "A backup would miss objects: update the server, or use another one.",
+    "BadListing 501": "What is needed does not work there: update the server, or use another one.",
     "RangeIgnored": "Mounts read by ranges: have {endpoint}, or a proxy before it, heed them (206).",
 }
 S3_HINTS = {code: hint for codes, hint in S3_HINTS.items() for code in codes.split()}
