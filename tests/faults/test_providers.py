@@ -5,19 +5,23 @@ says so, or the report of somebody who saw it. Through its provider's rules a ru
 line that has S3's own words and a remedy.
 """
 
+import hashlib
 import math
 import os
+import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
 
 import pytest
 
 from helpers import Bucket, Result, run_backup, sample_objects, settings
 from proof import prove_intact
 from proxy import Action, FaultProxy, Request
-from servers import WRITER, SeaweedFS
+from servers import ADMIN, WRITER, SeaweedFS, s3_client
 
 pytestmark = pytest.mark.usefixtures("needs_fuse")
 
@@ -459,3 +463,174 @@ def test_what_a_provider_refuses_is_told_in_one_line_with_its_words_and_a_remedy
     assert error.startswith(f"target-first ({target.name} at {proxy.endpoint}): ")
     assert words in error
     assert target.sizes() == {}
+
+
+# --------------------------------------------------------------------------------------- Google Cloud Storage
+
+
+def gcs_no_deletion_of_many(proxy: FaultProxy) -> None:
+    """Objects are deleted one by one.
+
+    https://cloud.google.com/storage/docs/migrating#methods-comparison, for the words
+    https://github.com/minio/mc/issues/4778.
+    """
+    proxy.add(
+        lambda request: request.kind == "DELETES",
+        Action.REFUSE,
+        status=400,
+        code="NotImplemented",
+        message="A header or query you provided requested a function that is not implemented.",
+        details="<Details>POST ?delete is not implemented for objects.</Details>",
+    )
+
+
+def gcs_no_conditional_writes(proxy: FaultProxy) -> None:
+    """If-Match and If-None-Match are for reading; a write ignores them.
+
+    https://cloud.google.com/storage/docs/request-preconditions and
+    https://github.com/ClickHouse/ClickHouse/issues/115266.
+    """
+    proxy.add(lambda request: request.is_write, Action.IGNORE_CONDITIONS)
+
+
+@pytest.mark.long
+def test_google_cloud_storage(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path) -> None:
+    """Each run warns that others are not excluded. Keys are encoded in listings where that is told (V2).
+
+    In those of version 1 they are encoded without a word (https://github.com/boto/botocore/issues/3394).
+    """
+    source, target, destination = (new_bucket(name) for name in ("source", "target", "destination"))
+    with provider(server, gcs_no_deletion_of_many, gcs_no_conditional_writes) as proxy:
+        environment = all_at(proxy, server, tmp_path, source, target)
+        result = prove_all(environment, source, target, destination, tmp_path)
+        assert "this S3 server does not enforce conditional writes" in result.output
+        assert {
+            request.query.get("list-type")
+            for request, _ in proxy.requests
+            if request.kind == "LIST" and "encoding-type" in request.query and "uploads" not in request.query
+        } == {"2"}
+
+
+# ------------------------------------------------------------------------------------------------------ Storj
+
+
+PAGE_OBJECTS = 100  # 1,000 at Storj
+
+
+def storj_order(proxy: FaultProxy) -> None:
+    """Listings are in the order of the encrypted keys, part for part, and begin behind a key in that order.
+
+    https://storj.dev/dcs/buckets/object-listings and
+    https://storj.dev/dcs/api/s3/s3-compatibility/storj-vs-self-managed-encryption-s3-compatibility-differences.
+    The salt stands for a key of the encryption that has borg's lock before its `hints`.
+    """
+    host, port = proxy.upstream
+    client = s3_client(f"http://{host}:{port}", ADMIN)
+
+    def place(key: str) -> list[str]:
+        return [part and hashlib.sha256(f"d{part}".encode()).hexdigest() for part in key.split("/")]
+
+    def listing(request: Request) -> str:
+        query = request.query
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter") or "\0"
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=request.bucket, Prefix=prefix)
+        found: dict[str, dict[str, Any]] = {}
+        for entry in (entry for page in pages for entry in page.get("Contents", ())):
+            name, cut, _ = entry["Key"][len(prefix) :].partition(delimiter)
+            found[prefix + name + cut] = {} if cut else entry
+        after = query.get("continuation-token") or query.get("start-after") or query.get("marker")
+        keys = sorted((key for key in found if not after or place(key) > place(after)), key=place)
+        page = keys[: min(int(query.get("max-keys", 1000)), PAGE_OBJECTS)]
+        is_encoded, is_last = "encoding-type" in query, len(page) == len(keys)
+        encode = urllib.parse.quote if is_encoded else escape
+        words = "<EncodingType>url</EncodingType>" if is_encoded else ""
+        words += f"<IsTruncated>{'false' if is_last else 'true'}</IsTruncated>"
+        if not is_last:
+            words += "".join(f"<{name}>{escape(page[-1])}</{name}>" for name in NEXT_PAGE)
+        for key in page:
+            words += entry_of(encode(key), found[key])
+        return f"<ListBucketResult>{words}</ListBucketResult>"
+
+    proxy.add(
+        lambda request: request.kind == "LIST" and "uploads" not in request.query,
+        Action.ANSWER,
+        answer=listing,
+    )
+
+
+NEXT_PAGE = ("NextContinuationToken", "NextMarker")
+
+
+def entry_of(name: str, entry: dict[str, Any]) -> str:
+    """A listing's entry; one that boto3 told nothing of is a folder."""
+    if not entry:
+        return f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>"
+    modified, etag = f"{entry['LastModified']:%Y-%m-%dT%H:%M:%S.000Z}", escape(entry["ETag"])
+    facts = f"<LastModified>{modified}</LastModified><ETag>{etag}</ETag><Size>{entry['Size']}</Size>"
+    return f"<Contents><Key>{name}</Key>{facts}</Contents>"
+
+
+def storj_uploads(proxy: FaultProxy) -> None:
+    """Uploads in parts are listed by prefixes that end with a slash only.
+
+    https://storj.dev/dcs/api/s3/s3-compatibility (ListMultipartUploads).
+    """
+    _storj_refuses_prefixes(proxy, lambda request: "uploads" in request.query)
+
+
+def storj_whole_prefixes(proxy: FaultProxy) -> None:
+    """So are objects, in projects that were made since December 2025.
+
+    https://storj.dev/dcs/api/s3/s3-compatibility/storj-vs-self-managed-encryption-s3-compatibility-differences.
+    """
+    _storj_refuses_prefixes(proxy, lambda _: True)
+
+
+def _storj_refuses_prefixes(proxy: FaultProxy, where: Callable[[Request], bool]) -> None:
+    proxy.add(
+        lambda request: (
+            request.kind == "LIST"
+            and not (request.query.get("prefix") or "/").endswith("/")
+            and where(request)
+        ),
+        Action.REFUSE,
+        status=501,
+        code="NotImplemented",
+        message="A header you provided implies functionality that is not implemented",
+    )
+
+
+@pytest.mark.long
+def test_storj(server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path) -> None:
+    """With more objects in one folder than a page has."""
+    source, target, destination = (new_bucket(name) for name in ("source", "target", "destination"))
+    source.put({f"many/{number}": b"x" for number in range(2 * PAGE_OBJECTS + 50)})
+    with provider(server, storj_uploads, storj_order) as proxy:
+        environment = all_at(proxy, server, tmp_path, source, target)
+        prove_all(environment, source, target, destination, tmp_path)
+
+
+def test_what_crashed_runs_left_is_found_whatever_the_order_of_listings(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    source.put({"key": b"content"})
+    with provider(server, storj_whole_prefixes, storj_order) as proxy:
+        environment = all_at(proxy, server, tmp_path, source, target)
+        run_backup(environment).expect(0)
+        target.put({"lock.exclusive/s3borgbackup-1-0123.4-0": b""})
+        run_backup(environment).expect(0)
+    assert target.locks() == []
+
+
+def test_that_storj_lists_no_part_of_a_name_is_told_when_a_bucket_is_restored_there(
+    server: SeaweedFS, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket], tmp_path: Path
+) -> None:
+    """And nothing is written."""
+    destination = new_bucket("destination")
+    with provider(server, storj_whole_prefixes, storj_order) as proxy:
+        environment = all_at(proxy, server, tmp_path, source, target)
+        result = run_backup(environment, "restore", "first", "--to-bucket", destination.name).expect(2)
+        where = f"destination ({destination.name} at {proxy.endpoint}): NotImplemented (501): "
+    assert the_error(result).startswith(where)
+    assert the_error(result).endswith("update the server, or use another one.")
+    assert destination.sizes() == {}
