@@ -734,11 +734,10 @@ class Patience:
 PROVEN = Patience(ANSWER_TIMEOUT_SECONDS, PROVEN_PATIENCE_SECONDS, PROVEN_PATIENCE_SECONDS)
 HASTY, BRIEF = Patience(8, 0, 0), Patience(2, 0, 0)
 
-# What to do about S3's error codes; {setting} places are filled with the store's own settings.
+# What to do about S3's error codes (with a word of the message); {setting} places are the store's settings.
 S3_HINTS = {
     "NoSuchBucket": "Create the bucket or correct {path}.",
     "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
-    "AccessDenied:cap": "Raise that cap with the provider, or make room.",  # by a word of the message
     "AccessDenied:deny": "A policy denies that, whatever the key may do: have it allow {permission}.",
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
@@ -747,7 +746,7 @@ S3_HINTS = {
     "SecondLevelDomainForbidden PathStyleDomainForbidden": "The bucket in the host name is not supported.",
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
-    "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
+    "QuotaExceeded AccessDenied:cap": "Make room in the bucket, or have its quota or cap raised.",
     "ExpiredToken InvalidToken": "Write a lasting key into {access_key_id}, no session token.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
     "AuthorizationHeaderMalformed InvalidRegion InvalidRegionName": "Set {region} to the bucket's region.",
