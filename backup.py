@@ -1401,8 +1401,9 @@ class Lease:
         self.expires = False  # it is not to be given back, but to expire
         patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS) if only_reads else client.patience
         client = dataclasses.replace(client, patience=patience)
-        # Connecting and waiting for the answer together end before a lease that is suspended can expire.
-        hasty, long = Patience(max(1.0, ttl / 10), 0, 0), min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
+        # Connecting, the answer and another try (R2: 429 for a second) end before a suspended lease expires.
+        hasty = Patience(max(1.0, ttl / 10), 0, ttl / 24)
+        long = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
         patient = Patience(hasty.answer_seconds, long, long)
         self._hasty = dataclasses.replace(client, patience=hasty)
         self._writer = dataclasses.replace(client, patience=patient, trying=self._writing)

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("needs_fuse")
 Rule = Callable[[FaultProxy], None]
 
 KEY_NAMES = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+LEASE = ".s3borgbackup-lease"
 LARGE_BYTES = 23_000_000  # in a target parts of 5 MiB, in a bucket that is restored to two of 16 MiB
 
 
@@ -211,6 +212,26 @@ def test_what_r2_does_not_keep_is_told_when_a_bucket_is_restored_there(
     assert destination.client.head_object(Bucket=destination.name, Key="tagged")["CacheControl"] == "no-store"
 
 
+def test_a_lease_that_was_renewed_within_the_second_is_given_back(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """As R2 does not delete it then (429). Else the next run would have to wait until it has expired."""
+    source.put({"key": b"content"})
+    with FaultProxy(server.endpoint) as proxy:
+        entry = {"path": target.name, "endpoint": proxy.endpoint}
+        environment = settings(server, tmp_path, source.name, {"first": entry})
+        fault = proxy.add(
+            lambda request: request.kind == "DELETE" and request.key == LEASE,
+            Action.REFUSE,
+            times=2,
+            status=429,
+        )
+        result = run_backup(environment).expect(0)
+    assert fault.hit == 2
+    assert "could not be given back" not in result.output
+    assert LEASE not in target.sizes()
+
+
 def test_a_region_that_r2_does_not_know_is_told_before_anything_is_done(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
 ) -> None:
@@ -298,7 +319,7 @@ def test_a_cap_that_is_reached_in_mid_run_is_told_in_s3s_words_and_nothing_is_lo
         result = run_backup(environment).expect(2)
         [told] = [line for line in result.lines if line.startswith("first: target-first (")]
         assert f"{code} (403): {message}" in told
-        assert "Raise that cap with the provider" in told
+        assert "have its quota or cap raised" in told
         proxy.clear()
         prove_intact(environment, source, target, tmp_path)
 
@@ -426,7 +447,7 @@ MOVED = (
     " own region into"
 )
 TOLD: dict[str, tuple[Rule, dict[str, str], str]] = {
-    "B2, a cap": (b2_storage_cap, {}, f"{STORAGE_CAP[0]} (403): {STORAGE_CAP[1]} Raise that cap"),
+    "B2, a cap": (b2_storage_cap, {}, f"{STORAGE_CAP[0]} (403): {STORAGE_CAP[1]} Make room"),
     "AWS, another region": (
         aws_right_region,
         {"region": "us-west-1"},
