@@ -957,22 +957,24 @@ class Patience:
 PROVEN = Patience(ANSWER_TIMEOUT_SECONDS, PROVEN_PATIENCE_SECONDS, PROVEN_PATIENCE_SECONDS)
 HASTY, BRIEF = Patience(8, 0, 0), Patience(2, 0, 0)
 
-# What to do about S3's error codes; {setting} places are filled with the store's own settings.
+# What to do about S3's error codes (with a word of the message); {setting} places are the store's settings.
 S3_HINTS = {
     "NoSuchBucket": "Create the bucket or correct {path}.",
     "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
+    "AccessDenied:deny": "A policy denies that, whatever the key may do: have it allow {permission}.",
     "InvalidAccessKeyId": "Correct {access_key_id}.",
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
     "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in {endpoint}: take it out.",
     "SecondLevelDomainForbidden": "The server wants the bucket in its host name: set {addressing}=virtual.",
+    "PathStyleDomainForbidden": "The server wants the bucket in its host name: set {addressing}=virtual.",
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
-    "QuotaExceeded": "Make room in the bucket, or have its quota raised.",
+    "QuotaExceeded AccessDenied:cap": "Make room in the bucket, or have its quota or cap raised.",
     "ExpiredToken InvalidToken": "Renew {session_token}, or use a lasting key.",
     "NoKeys": "Write {access_key_id}, or see to the role that the platform gives.",
     "RequestTimeTooSkewed RequestExpired": "The clock of this machine is wrong: set it.",
-    "AuthorizationHeaderMalformed InvalidRegion": "Set {region} to the bucket's region.",
+    "AuthorizationHeaderMalformed InvalidRegion InvalidRegionName": "Set {region} to the bucket's region.",
     "IllegalLocationConstraintException": "Set {region} to the bucket's region.",
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
@@ -982,7 +984,7 @@ S3_HINTS = {
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
     "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
     "CannotSend": "Correct {endpoint} and {access_key_id}.",
-    "BadListing": "A backup would miss objects: update the server, or use another one.",
+    "BadListing 501": "What is needed does not work there: update the server, or use another one.",
     "RangeIgnored": "Mounts read by ranges: have {endpoint}, or a proxy before it, heed them (206).",
 }
 S3_HINTS = {code: hint for codes, hint in S3_HINTS.items() for code in codes.split()}
@@ -1248,7 +1250,8 @@ class S3Client:
 
     def _refusal(self, answer: Answer, method: str, key: str) -> S3Error:
         status, reason = answer.status, http_reason(answer.status)
-        code, message = (xml_text(answer.body, name) for name in ("Code", "Message"))
+        code, *words = (xml_text(answer.body, name) for name in ("Code", "Message", "Details", "Endpoint"))
+        message = " ".join(filter(None, words))
         if status in REDIRECTS and not code:
             to = urllib.parse.urlsplit(answer.headers.get("location", ""))  # whose path repeats ours
             code, message = "Redirect", f"to {to.scheme}://{to.netloc}"
@@ -1262,8 +1265,8 @@ class S3Client:
             settings |= dict.fromkeys(SECRET_KEYS, "the platform's keys")
         place = f"{store.bucket}/{key}" if key else store.bucket
         settings["permission"] = f"s3:{PERMISSIONS.get(asked_for, 'PutObject')} on {place}"
-        known = (S3_HINTS.get(each) for each in (str(status), f"{asked_for}/{code}", code))
-        hint = next(filter(None, known), TRY_LATER if status >= 500 else TRY_AGAIN)
+        codes = (*(f"{code}:{word}" for word in message.split()), str(status), f"{asked_for}/{code}", code)
+        hint = next(filter(None, map(S3_HINTS.get, codes)), TRY_LATER if status >= 500 else TRY_AGAIN)
         number = f" ({status})" if status else ""
         where = f"{store.name} ({store.location} at {store.endpoint})"
         return S3Error(f"{where}: {code}{number}: {message}", hint.format(**settings), status, code)
@@ -1668,8 +1671,9 @@ class Lease:
         self.expires = False  # it is not to be given back, but to expire
         patience = Patience(failing_seconds=CONNECT_PATIENCE_SECONDS) if only_reads else client.patience
         client = dataclasses.replace(client, patience=patience)
-        # Connecting and waiting for the answer together end before a lease that is suspended can expire.
-        hasty, long = Patience(max(1.0, ttl / 10), 0, 0), min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
+        # Connecting, the answer and another try (R2: 429 for a second) end before a suspended lease expires.
+        hasty = Patience(max(1.0, ttl / 10), 0, ttl / 24)
+        long = min(PROVEN_PATIENCE_SECONDS, settings.stall_seconds)
         patient = Patience(hasty.answer_seconds, long, long)
         self._hasty = dataclasses.replace(client, patience=hasty)
         self._writer = dataclasses.replace(client, patience=patient, trying=self._writing)
@@ -4131,8 +4135,10 @@ def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequenc
     if not lease.enforced:
         return ()
     name, prefix = client.store.name, client.store.key_prefix
-    # What sorts behind the segments: hints.N, index.N, integrity.N, lock.
-    names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, f"{prefix}hints")]
+    # What sorts behind the segments: hints.N, index.N, integrity.N, lock. Storj lists in an order of its own.
+    page = [entry.key for entry in client.list_page(prefix)[0]]
+    start = f"{prefix}hints" if page == sorted(page) else ""
+    names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, start)]
     # Its last holder may just have left.
     roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
     stale, owners = leftovers(names, roster.body if roster else b"")
@@ -6388,9 +6394,9 @@ class Uploads:
         try:
             listed = ElementTree.fromstring(self._client.request("GET", query=query).body)
         except S3Error as error:
-            if error.status not in REFUSALS:
+            if error.status not in {*REFUSALS, 501}:
                 raise
-            return []  # the key may not list them (s3:ListBucketMultipartUploads)
+            return []  # the key may not list them (s3:ListBucketMultipartUploads), or Storj cannot
         began = {
             each.findtext("{*}UploadId", ""): datetime.fromisoformat(each.findtext("{*}Initiated", ""))
             for each in listed.iterfind("{*}Upload")
@@ -6466,7 +6472,10 @@ class ToBucket(Restoration):
                 answer = client.put(key, body, {**KEPT_HEADERS, TAGGING: "a=b"})
                 kept = {TAGGING} if client.tags(key) else set()
             except S3Error:  # the server does not know tags, or the key may not write or read them
-                answer, kept = client.put(key, body, KEPT_HEADERS), set()
+                try:
+                    answer, kept = client.put(key, body, KEPT_HEADERS), set()
+                except S3Error:  # nor redirects, the last of these (Cloudflare R2)
+                    answer, kept = client.put(key, body, dict([*KEPT_HEADERS.items()][:-1])), set()
             dropped = {*KEPT_HEADERS, TAGGING} - kept - headers_of(client.request("HEAD", key)).keys()
             return answer.etag == MD5(body).hexdigest(), dropped
         finally:

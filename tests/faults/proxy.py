@@ -10,6 +10,7 @@ import dataclasses
 import email.utils
 import hashlib
 import hmac
+import html
 import random
 import re
 import select
@@ -129,8 +130,10 @@ class Action(Enum):
     OTHER_ETAGS = auto()  # the answer's ETags are no MD5s, but as constant as those
     OTHER_DATE = auto()  # the answer's Date is `seconds` later
     REWRITE = auto()  # the server sees what `rewrite` makes of it, signed anew
+    ANSWER = auto()  # what the fault's `answer` returns is the body of a 200, and the server never sees it
 
 
+UNFORWARDED = (Action.REFUSE, Action.HANG, Action.RESET, Action.ANSWER)
 IGNORED = {Action.IGNORE_CONDITIONS: ("if-match", "if-none-match"), Action.IGNORE_RANGE: ("range",)}
 
 
@@ -145,6 +148,10 @@ class Fault:
     probability: float = 1.0
     status: int = 403
     code: str = "AccessDenied"
+    message: str = "injected"
+    details: str = ""  # further elements of S3's error, as XML
+    headers: Mapping[str, str] = field(default_factory=dict)  # of an answer of ours
+    answer: Callable[[Request], str] = lambda _: ""
     seconds: float = 0
     rewrite: Callable[[Request], Request] = lambda request: request
     seen: int = 0
@@ -179,7 +186,7 @@ class FaultProxy:
             return list(zip(self._requests, self._statuses, strict=True))
 
     def add(self, matches: Callable[[Request], bool], action: Action, **details: Any) -> Fault:
-        """Do `action` to the requests that match, from now on."""
+        """Do `action` to the requests that match, from now on; `matches` sees one at a time."""
         fault = Fault(matches, action, **details)
         with self._lock:
             self._faults.append(fault)
@@ -300,7 +307,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 head = client.head()
                 request = _parse_request(head)
                 number, fault = self.server.proxy.judge(request)
-                if fault and fault.action in (Action.REFUSE, Action.HANG, Action.RESET):
+                if fault and fault.action in UNFORWARDED:
                     if not self._fail(client, request, number, fault):
                         return
                     continue
@@ -327,12 +334,16 @@ class _Connection(socketserver.BaseRequestHandler):
         if fault.action is Action.HANG:
             fault.removed.wait()
             return False
-        body = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
-        if not fault.code:
+        words = f"<Code>{fault.code}</Code><Message>{html.escape(fault.message)}</Message>{fault.details}"
+        status, body = fault.status, f"<Error>{words}</Error>".encode()
+        if fault.action is Action.ANSWER:
+            status, body = 200, fault.answer(request).encode()
+        elif not fault.code:
             body = b"<html>\r\n<head><title>Refused</title></head>\r\n<body><hr>\r\n</body>\r\n</html>\r\n"
-        length = f"Content-Length: {len(body)}\r\nContent-Type: application/xml\r\n"
-        head = f"HTTP/1.1 {fault.status} Injected\r\n{length}\r\n".encode()
-        self.server.proxy.note_status(number, fault.status)
+        headers = {"Content-Length": len(body), "Content-Type": "application/xml", **fault.headers}
+        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"HTTP/1.1 {status} Injected\r\n{fields}\r\n".encode()
+        self.server.proxy.note_status(number, status)
         client.send(head if request.method == "HEAD" else head + body)
         return True
 

@@ -262,6 +262,25 @@ def put_is_reset(proxy: FaultProxy, bucket: Bucket) -> bool:
     return False
 
 
+def test_an_answer_of_ours_has_the_words_elements_and_headers_that_are_asked_for(
+    proxy: FaultProxy, client: Any, bucket: Bucket
+) -> None:
+    details = {
+        "message": "moved & gone",
+        "details": "<Region>north</Region>",
+        "headers": {"Retry-After": "7"},
+    }
+    fault = proxy.add(is_put, Action.REFUSE, status=503, **details)
+    with pytest.raises(botocore.exceptions.ClientError) as refused:
+        put(client, bucket)
+    answer = refused.value.response
+    assert (answer["Error"]["Message"], answer["Error"]["Region"]) == ("moved & gone", "north")
+    assert answer["ResponseMetadata"]["HTTPHeaders"]["retry-after"] == "7"
+    proxy.remove(fault)
+    proxy.add(is_get, Action.ANSWER, answer=lambda request: f"for {request.key}")
+    assert get(client, bucket, "nothing there") == b"for nothing there"
+
+
 def test_a_reset_request_does_not_reach_the_server(proxy: FaultProxy, bucket: Bucket) -> None:
     proxy.add(is_put, Action.RESET)
     assert put_is_reset(proxy, bucket)
