@@ -1749,9 +1749,11 @@ class Lease:
             answer = client.put(self._key, body, condition)
         except S3Error as error:
             # 409: somebody else wrote at the same moment; 404: there is nothing to match.
-            if error.status in (409, 412) or error.code == "NoSuchKey":
-                return False
-            raise
+            if error.status not in (409, 412) and error.code != "NoSuchKey":
+                raise
+            # Ceph's gateway means the ETag without the quotes that it gives it.
+            bare = {name: value.strip('"') for name, value in condition.items()}
+            return bare != condition and self._write(client, bare)
         self._etag = answer.headers.get("etag", "")
         self._valid_until = answer.sent + self._ttl
         return True
@@ -1823,7 +1825,8 @@ class Lease:
             if not self._write(client, {"If-Match": self._etag}):
                 current = look_at_lease(client)
                 if current and current.run_id == self._run_id:
-                    self._write(client, {"If-Match": current.etag})
+                    if not self._write(client, {"If-Match": current.etag}):
+                        self._trouble = "the ETag that it gave is refused as If-Match"
                 else:
                     who = current or "its object was deleted"
                     self.lost = f"the lease on the repository was lost ({who})"
