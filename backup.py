@@ -6786,8 +6786,9 @@ class Verifier(Transfer):
         plan, is_old = self.plan, int(not self.plan.has_manifest)
         before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
         # An archive without a manifest does not tell the empty objects that stand for folders.
-        listed = f"source.objects AS now WHERE NOT ({is_old} AND now.size = 0 AND substr(key, -1) = X'2F')"
-        not_then = f"{listed} AND NOT (EXISTS (SELECT 1 FROM items WHERE key = now.key) OR excluded(now.key))"
+        is_marker = f"{is_old} AND now.size = 0 AND substr(key, -1) = X'2F'"
+        listed = f"source.objects AS now WHERE NOT (excluded(now.key) OR {is_marker})"
+        not_then = f"{listed} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
         older = f"{not_then} AND modified < {before}"
         lost = "items WHERE path IS NULL AND size > 0", "its content is not in the archive"
         kinds = {
