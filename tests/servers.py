@@ -123,6 +123,7 @@ class Server:
     # Who may do everything, who may only read, and who may write: the same where a server knows but one key.
     admin, reader, writer = ADMIN, READER, WRITER
     region = "us-east-1"
+    start_seconds = START_TIMEOUT_SECONDS
 
     def __init__(self, directory: Path | None = None) -> None:
         """`directory` keeps data and log; without one a temporary folder is used and removed."""
@@ -188,7 +189,7 @@ class Server:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while not self.answers():
             if self.process.poll() is not None:
                 raise ServerError(f"{self.name} ended with {self.process.returncode}:\n{self.log_tail()}")
