@@ -306,13 +306,13 @@ def chart(measurements: Sequence[Measurement]) -> str:
 # ------------------------------------------------------------------------------------------------------ Files
 
 
-def replace_between_markers(text: str, content: str) -> str:
+def replace_between_markers(text: str, content: str, first: str = BEGIN, last: str = END) -> str:
     """The text with what is between the two markers, and only that, replaced. Raises ReportError."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ReportError(f"the lines {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+        raise ReportError(f"the lines {first} and {last} are missing")
+    return f"{before}{first}\n{content}\n{last}{after}"
 
 
 def write_report(measurements: Sequence[Measurement], readme: Path) -> None:

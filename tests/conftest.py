@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from helpers import Bucket, leftovers, mounted, remove_leftovers, seal_environment, skip_or_fail
+from matrix import ROWS, foot, table, write_report
+from matrix_servers import ABSENT, KINDS
 from servers import Moto, SeaweedFS, Server
 
 seal_environment()
@@ -126,3 +128,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed:
         report.sections += [(f"{server.name}'s log", server.log_tail(15)) for server in servers]
     return report
+
+
+# ------------------------------------------------------------------------------------- The matrix of servers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`tests/run servers --report`."""
+    parser.addoption("--report", action="store_true", help="write the table of servers into README.md")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of servers, where any was tried; in README.md, too, if that is wanted and all were."""
+    rows = config.stash.get(ROWS, [])
+    if rows:
+        terminalreporter.section("servers")
+        terminalreporter.write_line(f"{table(rows)}\n\n{foot(rows, ABSENT)}")
+    if config.getoption("--report"):
+        if len(rows) < len(KINDS):
+            raise pytest.UsageError(f"--report takes all {len(KINDS)} servers, and {len(rows)} were tried")
+        write_report(rows)

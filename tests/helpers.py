@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar
 
 import pytest
 
-from servers import ADMIN, READER, WRITER, Identity, Server, die_with_parent, terminate_with_parent
+from servers import READER, WRITER, Identity, Server, die_with_parent, terminate_with_parent
 
 BACKUP = Path(__file__).resolve().parent.parent / "backup.py"
 PASSPHRASE = "correct horse battery staple"
@@ -256,11 +256,12 @@ class Bucket:
     @property
     def client(self) -> Any:
         """A boto3 client that may do everything."""
-        return self.server.client(ADMIN)
+        return self.server.client()
 
     def create(self) -> Self:
         """Make the bucket."""
         self.client.create_bucket(Bucket=self.name)
+        self.server.admit(self.name)
         return self
 
     def put(self, objects: Mapping[str, bytes]) -> None:

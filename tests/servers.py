@@ -120,6 +120,10 @@ class Server:
 
     name = "server"
     port_count = 1
+    # Who may do everything, who may only read, and who may write: the same where a server knows but one key.
+    admin, reader, writer = ADMIN, READER, WRITER
+    region = "us-east-1"
+    start_seconds = START_TIMEOUT_SECONDS
 
     def __init__(self, directory: Path | None = None) -> None:
         """`directory` keeps data and log; without one a temporary folder is used and removed."""
@@ -185,7 +189,7 @@ class Server:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while not self.answers():
             if self.process.poll() is not None:
                 raise ServerError(f"{self.name} ended with {self.process.returncode}:\n{self.log_tail()}")
@@ -228,9 +232,12 @@ class Server:
         text = self.log_path.read_bytes().replace(b"\0", b"").decode(errors="replace")
         return "\n".join(text.splitlines()[-line_count:])
 
-    def client(self, identity: Identity = ADMIN) -> Any:
-        """A boto3 S3 client: path style, signature version 4, one try, short deadlines."""
-        return s3_client(self.endpoint, identity)
+    def client(self, identity: Identity | None = None) -> Any:
+        """A boto3 S3 client, of who may do everything unless given: path style, one try, short deadlines."""
+        return s3_client(self.endpoint, identity or self.admin, self.region)
+
+    def admit(self, bucket: str) -> None:
+        """Let `reader` and `writer` use a new bucket; most servers need not be told."""
 
     def __enter__(self) -> Self:
         try:
@@ -448,7 +455,7 @@ class ToxicProxy:
 
 
 @functools.cache
-def s3_client(endpoint: str, identity: Identity) -> Any:
+def s3_client(endpoint: str, identity: Identity, region: str = "us-east-1") -> Any:
     """A boto3 S3 client that does what it is told: no retries, no proxies; safe to use in several threads."""
     config = botocore.config.Config(
         signature_version="s3v4",
@@ -464,6 +471,6 @@ def s3_client(endpoint: str, identity: Identity) -> Any:
     session = boto3.session.Session(
         aws_access_key_id=identity.access_key_id,
         aws_secret_access_key=identity.secret_access_key,
-        region_name="us-east-1",
+        region_name=region,
     )
     return session.client("s3", endpoint_url=endpoint, config=config)

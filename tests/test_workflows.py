@@ -85,9 +85,14 @@ def test_no_script_has_an_expression_pasted_into_it(name: str) -> None:
 def test_pushes_run_what_a_contributor_runs_and_every_night_all_else_runs_too() -> None:
     assert {"push", "pull_request", "schedule", "workflow_call"} == set(triggers(CI))
     runs = {name: job["steps"][-1]["run"] for name, job in CI["jobs"].items()}
-    long = "sudo --preserve-env=CI,HOME tests/run long"
-    assert runs == {"tests": "tests/run", "long": long, "container": "tests/run container"}
-    assert CI["jobs"]["long"]["if"] == "github.event_name == 'schedule' || inputs.ref != ''"
+    assert runs == {
+        "tests": "tests/run",
+        "long": "sudo --preserve-env=CI,HOME tests/run long",
+        "servers": "sudo --preserve-env=CI,HOME,PATH tests/run servers",
+        "container": "tests/run container",
+    }
+    for name in ("long", "servers"):
+        assert CI["jobs"][name]["if"] == "github.event_name == 'schedule' || inputs.ref != ''"
     assert not any("if" in CI["jobs"][name] for name in ("tests", "container"))
 
 
