@@ -1999,9 +1999,9 @@ class Report:
     started: datetime
     targets: list[dict[str, Any]] = field(default_factory=list)  # how each went, as JSON has it
     table: str = ""  # the same for people
-    excluded: str = ""  # how much of the source, where EXCLUDE is set
     configured: tuple[str, ...] | None = None  # all targets' names, once they are known
     command: str = "run"
+    excluded: str = ""  # how much of the source, where EXCLUDE is set
 
 
 @dataclass

@@ -49,11 +49,18 @@ class Row:
 ROWS = pytest.StashKey[list[Row]]()  # where the tests leave theirs
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown."""
-    lines = [["server", *COLUMNS.values()], [":---"] * (len(COLUMNS) + 1)]
-    lines += [[f"{row.title} {row.version}", *(row.cells[column] for column in COLUMNS)] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def table(rows: Iterable[Row], earlier: str = "") -> str:
+    """The rows in Markdown, and those of an earlier table whose servers were not tried this time."""
+    head = [
+        f"| {' | '.join(cells)} |" for cells in (["server", *COLUMNS.values()], [":---"] * (len(COLUMNS) + 1))
+    ]
+    lines = {
+        row.title: f"| {row.title} {row.version} | {' | '.join(row.cells[column] for column in COLUMNS)} |"
+        for row in rows
+    }
+    old = earlier.splitlines()[2:]
+    kept = [line for line in old if not any(line.startswith(f"| {title} ") for title in lines)]
+    return "\n".join([*head, *sorted([*kept, *lines.values()], key=str.casefold)])
 
 
 def foot(rows: Iterable[Row], absent: dict[str, str]) -> str:
@@ -64,5 +71,7 @@ def foot(rows: Iterable[Row], absent: dict[str, str]) -> str:
 
 
 def write_report(rows: Iterable[Row], readme: Path = README) -> None:
-    """Put the table into the README's folded part. Raises ReportError."""
-    readme.write_text(replace_between_markers(readme.read_text(), table(rows), *MARKERS))
+    """Put the rows into the table in the README's folded part. Raises ReportError."""
+    text = readme.read_text()
+    earlier = text.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
+    readme.write_text(replace_between_markers(text, table(rows, earlier), *MARKERS))

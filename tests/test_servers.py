@@ -228,7 +228,7 @@ class Site:
         """The configuration: a whole bucket, and a place in another one, as targets."""
         targets = {
             "first": {"path": self.bucket("first").name, "prune": "--keep-last=1", "compact": 0},
-            "second": {"path": f"{self.bucket('second').name}:deep/prefix", "compression": "none"},
+            "second": f"{self.bucket('second').name}:deep/prefix",
         }
         return self.settings(self.source, targets)
 
