@@ -418,7 +418,6 @@ KINDS = (
         "Ceph RADOS gateway",
         "radosgw",
         "--version",
-        defect="a lease cannot be renewed: If-Match has to name the ETag without quotes there",
     ),
     Kind(S3Proxy, "s3proxy", "s3proxy"),
     Kind(Rclone, "rclone serve s3", "rclone", "version"),

@@ -83,6 +83,7 @@ def test_a_server_that_takes_virtual_hosts_only(
         assert not [each for each, status in late if status == 403 and each.authorization]
 
 
+@pytest.mark.long
 def test_an_api_below_a_path_and_buckets_with_dots(
     server: SeaweedFS, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:

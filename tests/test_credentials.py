@@ -257,6 +257,7 @@ def test_session_tokens_in_the_settings_are_used_by_mounts_and_restores_and_an_e
         assert re.search("ExpiredToken.* Renew RESTORE_SESSION_TOKEN, or", late.output)
 
 
+@pytest.mark.long
 def test_a_restore_and_mounts_by_hand_use_the_platforms_keys_beyond_their_end(
     server: SeaweedFS, source: Bucket, target: Bucket, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_each_request_that_makes_an_object_says_how_it_is_to_be_kept(
     assert not [each for each, status in proxy.requests[middle:] if status == 403]
 
 
+@pytest.mark.long
 def test_objects_are_kept_as_the_settings_say(
     moto: Moto, new_bucket: Callable[..., Bucket], tmp_path: Path
 ) -> None:

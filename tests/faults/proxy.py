@@ -170,7 +170,7 @@ class FaultProxy:
         self._statuses: list[int | None] = []
         self._faults: list[Fault] = []
         self._lock, self._chance = threading.Lock(), random.Random(seed)
-        self._server = _Server((address, free_ports(1)[0]), _Connection)
+        self._server = _listening(address)
         self._server.proxy = self
 
     @property
@@ -287,6 +287,17 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A connection that breaks is nothing to print about here."""
+
+
+def _listening(address: str) -> _Server:
+    """Somebody else may take the port between our look and the server's start."""
+    for attempts_left in (4, 3, 2, 1, 0):
+        try:
+            return _Server((address, free_ports(1)[0]), _Connection)
+        except OSError:
+            if not attempts_left:
+                raise
+    raise AssertionError("unreachable")
 
 
 class _Connection(socketserver.BaseRequestHandler):

@@ -71,6 +71,7 @@ def site(server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path) -> I
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_maintenance_that_is_killed_is_repeated_without_help(site: Site, table: Table) -> None:
     """While it prunes, compacts, and uploads."""
     for phase in ("borg prune", "borg compact", "compaction freed"):
