@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import textwrap
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -171,8 +172,16 @@ class MinIO(Listed):
         root = {"MINIO_ROOT_USER": ADMIN.access_key_id, "MINIO_ROOT_PASSWORD": ADMIN.secret_access_key}
         return {**super().environment(), **root, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
 
-    def start(self) -> Self:
-        super().start()
+    def answers(self) -> bool:
+        """It lists buckets some time before it can take users."""
+        try:
+            return super().answers() and self._make_users()
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            return False
+
+    def _make_users(self) -> bool:
         for user, actions in ((READER, MAY_READ), (WRITER, MAY_WRITE)):
             allowed = {"Effect": "Allow", "Action": list(actions), "Resource": ["arn:aws:s3:::*"]}
             name, rights = user.access_key_id, {"Version": "2012-10-17", "Statement": [allowed]}
@@ -180,7 +189,7 @@ class MinIO(Listed):
             account = json.dumps({"secretKey": user.secret_access_key, "status": "enabled"})
             self._admin("add-user", sealed(account.encode(), ADMIN.secret_access_key), accessKey=name)
             self._admin("set-user-or-group-policy", policyName=name, userOrGroup=name, isGroup="false")
-        return self
+        return True
 
     def _admin(self, call: str, body: bytes = b"", **parameters: str) -> None:
         url = f"{self.endpoint}/minio/admin/v3/{call}?{urllib.parse.urlencode(parameters)}"

@@ -85,7 +85,7 @@ class Site:
             found = self.client.get_object_tagging(Bucket=bucket.name, Key=key)["TagSet"]
         except REFUSED:
             return {}
-        return {tag["Key"]: tag["Value"] for tag in found}
+        return {tag["Key"]: tag.get("Value", "") for tag in found}
 
     def snapshot(self, bucket: Bucket) -> SNAPSHOT:
         """All that a bucket has: key → digest of the content, headers, tags."""
@@ -395,6 +395,7 @@ def test_what_is_refused_is_told_in_one_line_with_store_and_remedy(site: Site) -
         result = run_backup(environment, "check-config").expect(2)
         errors = [line for line in result.lines if "] error: " in line]
         for name in expected:
+            assert sum(f" target-{name} (" in each for each in errors) == 1, result.output
             (line,) = [each for each in errors if f" target-{name} (" in each]
             site.row.note(line.partition("] error: ")[2])
             assert line.rstrip().endswith("."), "no remedy"
