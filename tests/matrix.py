@@ -17,7 +17,7 @@ COLUMNS = {
     "keys": "odd keys",
     "headers": "headers",
     "tags": "tags",
-    "rights": "keys that may only read",
+    "rights": "read-only keys",
     "locks": "versions, object lock",
 }
 FAILED = "**failed**"
