@@ -979,7 +979,6 @@ S3_HINTS = {
     "PermanentRedirect TemporaryRedirect": "Write the endpoint of the bucket's own region into {endpoint}.",
     "NoAnswer": "Check {endpoint} and the network.",
     "Untrusted": "Check {endpoint}, or name the certificate to trust in SSL_CERT_FILE.",
-    "NotImplemented": "Use a server that can do this: a backup needs it.",
     "413": "Let the proxy before S3 take requests of 32 MB (nginx: client_max_body_size 32m).",
     "NotS3": "Check {endpoint}: this does not look like an S3 server.",
     "Redirect": "Redirects are not followed: write the right address into {endpoint}.",
@@ -1121,8 +1120,11 @@ class S3Client:
         yield head
 
     def tags(self, key: str) -> dict[str, str]:
-        root = ElementTree.fromstring(self.request("GET", key, query=[("tagging", "")]).body)
-        tags = root.iterfind(".//{*}Tag")
+        answer = self.request("GET", key, query=[("tagging", "")])
+        try:
+            tags = ElementTree.fromstring(answer.body or b"<Tagging/>").iterfind(".//{*}Tag")
+        except ElementTree.ParseError as error:
+            raise self._error(answer.status, "NotS3", f"the tags cannot be read ({error})") from error
         return {tag.findtext("{*}Key", ""): tag.findtext("{*}Value", "") for tag in tags}
 
     def get_span(self, key: str, first: int, last: int, headers: Headers = NO_HEADERS) -> Answer:
@@ -5532,7 +5534,7 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
             ask("tags", lambda: probe_tags(client, found.keys[0].key))
         if store.target:
             ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
-    if is_known and store.target:
+    if is_known and store.target and getattr(listed, "code", "") != "NoSuchBucket":
         key, body = f"{store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
         try:
             if ask("write", lambda: client.put(key, body) and None):
@@ -6445,7 +6447,7 @@ def other_headers(
     names = {*then, *now} - dropped - ({"content-type"} - then.keys())
     other = sorted(name for name in names if readable(then.get(name, "")) != readable(now.get(name, "")))
     if TAGGING not in dropped and (item.tags or answer.has_tags):
-        with contextlib.suppress(S3Error, ElementTree.ParseError):  # the key may not read tags
+        with contextlib.suppress(S3Error):  # the key may not read tags
             other += [] if client.tags(key) == item.tags else ["tags"]
     return other
 

@@ -388,13 +388,9 @@ class Kind:
         *asking: str,
         pattern: str = r"\d+(\.\d+)+",
         is_quick: bool = False,
-        defect: str = "",
     ) -> None:
-        """`asking` is the program, and what makes it print its version; none: its folder's name has that.
-
-        `defect` is one of backup.py that is known, and not removed yet.
-        """
-        self.make, self.title, self.is_quick, self.defect = make, title, is_quick, defect
+        """`asking` is the program, and what makes it print its version; none: its folder's name has that."""
+        self.make, self.title, self.is_quick = make, title, is_quick
         self._asking, self._pattern = asking, pattern
 
     @property
@@ -428,9 +424,9 @@ KINDS = (
         "radosgw",
         "--version",
     ),
-    Kind(S3Proxy, "s3proxy", "s3proxy", defect="a bucket that refuses a header cannot be restored into"),
+    Kind(S3Proxy, "s3proxy", "s3proxy"),
     Kind(Rclone, "rclone serve s3", "rclone", "version"),
-    Kind(S3Mock, "S3Mock", "s3mock", defect="no tags are an empty answer there, which is not understood"),
+    Kind(S3Mock, "S3Mock", "s3mock"),
 )
 
 # What cannot be had from package registries, or not within reason.

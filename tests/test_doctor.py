@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[Callable[[Case, str], None], str, str]] = {
     "no multipart": (
         rule(lambda request: request.kind == "INITIATE", **NOT_IMPLEMENTED),
         "multipart +failed: NotImplemented",
-        "multipart: .*Use a server that can do this",
+        "multipart: .*What is needed does not work there",
     ),
     "no conditions": (
         rule(lambda _: True, Action.IGNORE_CONDITIONS),

@@ -290,16 +290,10 @@ def details(headers: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def marks(kind: Kind) -> list[pytest.MarkDecorator]:
-    """What a kind of server is marked with."""
-    defect = pytest.mark.xfail(bool(kind.defect), reason=kind.defect, strict=False)
-    return [pytest.mark.servers, defect]
-
-
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param((each, LARGE_BYTES), id=each.make.name, marks=marks(each)) for each in KINDS),
+        *(pytest.param((each, LARGE_BYTES), id=each.make.name, marks=pytest.mark.servers) for each in KINDS),
         *(
             pytest.param((each, SHORT_BYTES), id=f"{each.make.name}, short")
             for each in KINDS
@@ -317,8 +311,6 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with kind.make() as server:
         row = Row(kind.title, kind.version)
         request.config.stash.setdefault(ROWS, []).append(row)
-        if kind.defect:
-            row.note(kind.defect)
         yield Site(server, folder, row, large_bytes)
     found = leftovers(folder)
     remove_leftovers(folder)
@@ -330,7 +322,8 @@ def test_every_store_is_found_usable(site: Site) -> None:
     with site.row.checking("story"):
         site.row.cells["locks"] = site.has_locks()
         result = site.run("check-config")
-        assert result.output.count(" ok, holds ") == 3
+        assert not [line for line in result.lines if "failed" in line]
+        assert result.output.count(" ok, holds ") == 2
 
 
 def test_what_was_backed_up_is_whole_and_comes_back_the_same(site: Site) -> None:
@@ -399,11 +392,12 @@ def test_what_is_refused_is_told_in_one_line_with_store_and_remedy(site: Site) -
         result = run_backup(environment, "check-config").expect(2)
         errors = [line for line in result.lines if "] error: " in line]
         for name in expected:
-            assert sum(f" target-{name} (" in each for each in errors) == 1, result.output
-            (line,) = [each for each in errors if f" target-{name} (" in each]
-            site.row.note(line.partition("] error: ")[2])
-            assert line.rstrip().endswith("."), "no remedy"
-        assert len(errors) == len(expected)
+            lines = [each for each in errors if f" target-{name} (" in each]
+            assert len(lines) == 1 or (lines and name == "reader"), (
+                result.output
+            )  # a line for each permission
+            site.row.note(lines[0].partition("] error: ")[2])
+            assert all(line.rstrip().endswith(".") for line in lines), "no remedy"
         unchecked = [name for name in wrong if not is_checked[name]]
         site.row.cells["rights"] = (
             f"accepts a wrong {unchecked[-1]}" if unchecked else "yes" if has_rights else "no"

@@ -329,7 +329,7 @@ def test_a_cap_that_is_reached_in_mid_run_is_told_in_s3s_words_and_nothing_is_lo
 REGION = "eu-central-1"
 MALFORMED = f"The authorization header is malformed; the region is wrong; expecting '{REGION}'"
 DENIED = "with an explicit deny in a resource-based policy"
-STYLE = "The server wants the bucket in its host name: set SOURCE_ADDRESSING=virtual."
+STYLE = 'The server wants the bucket in its host name: set TARGETS "first"."addressing"=virtual.'
 
 
 def aws_right_region(proxy: FaultProxy) -> None:
