@@ -138,11 +138,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", action="store_true", help="write the table of servers into README.md")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of servers, where any was tried; with `--report` in README.md, too."""
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """The table of servers, where any was tried; with `--report` in README.md, too, unless interrupted."""
     rows = config.stash.get(ROWS, [])
     if rows:
         terminalreporter.section("servers")
         terminalreporter.write_line(f"{table(rows)}\n\n{foot(rows, ABSENT)}")
-        if config.getoption("--report"):
+        if config.getoption("--report") and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             write_report(rows)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import shutil
 import time
 import uuid
@@ -329,7 +330,8 @@ def test_every_store_is_found_usable(site: Site) -> None:
 def test_what_was_backed_up_is_whole_and_comes_back_the_same(site: Site) -> None:
     with site.row.checking("story"):
         first, unchanged, changed = site.runs
-        assert unchanged.output.count(" 0 B new in the repository") == 2
+        # Kilobytes at most: what was overwritten a moment before the first run is looked at once more.
+        assert len(re.findall(r" k?B new in the repository", unchanged.output)) == 2
         site.row.note(f"first run {first.duration_seconds:.0f} s, {changed.duration_seconds:.0f} s the last")
         assert len(site.run("list", "first").lines) == 2  # a head, and what prune left
         site.run("verify", "first", "--sample", "all")
