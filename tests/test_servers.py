@@ -83,7 +83,7 @@ class Site:
     def tags(self, bucket: Bucket, key: str) -> dict[str, str]:
         """The tags of an object; none where the server knows none."""
         try:
-            found = self.client.get_object_tagging(Bucket=bucket.name, Key=key)["TagSet"]
+            found = self.client.get_object_tagging(Bucket=bucket.name, Key=key).get("TagSet", [])
         except REFUSED:
             return {}
         return {tag["Key"]: tag.get("Value", "") for tag in found}
