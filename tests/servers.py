@@ -115,6 +115,13 @@ def free_ports(count: int) -> list[int]:
         return ports
 
 
+def _is_stopped(task: Path) -> bool:
+    """Whether a thread is stopped by a signal, proc(5); one that has ended is, too."""
+    with contextlib.suppress(OSError):
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return True
+
+
 class Server:
     """A server process with its data and its log in one folder; a `with` block starts and stops it."""
 
@@ -212,6 +219,8 @@ class Server:
         """Let the server hang: connections are accepted by the kernel, no request is answered."""
         assert self.process, "not running"
         self.process.send_signal(signal.SIGSTOP)
+        while not all(map(_is_stopped, Path(f"/proc/{self.process.pid}/task").iterdir())):
+            time.sleep(POLL_SECONDS)  # a thread that runs on may still answer
 
     def resume(self) -> None:
         """Go on after `pause`."""
