@@ -260,8 +260,7 @@ class Bucket:
 
     def create(self) -> Self:
         """Make the bucket."""
-        self.client.create_bucket(Bucket=self.name)
-        self.server.admit(self.name)
+        self.server.make_bucket(self.name)
         return self
 
     def put(self, objects: Mapping[str, bytes]) -> None:

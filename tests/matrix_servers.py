@@ -77,9 +77,10 @@ class VersityGW(Listed):
             *("posix", "--versioning-dir", versions, data),
         )
 
-    def admit(self, bucket: str) -> None:
+    def make_bucket(self, name: str) -> None:
+        super().make_bucket(name)
         rights = {READER.access_key_id: MAY_READ, WRITER.access_key_id: MAY_WRITE}
-        self.client().put_bucket_policy(Bucket=bucket, Policy=policy(bucket, rights))
+        self.client().put_bucket_policy(Bucket=name, Policy=policy(name, rights))
 
 
 class OneKey(Listed):
@@ -264,9 +265,16 @@ class Garage(Listed):
         self._tell("key", "allow", "--create-bucket", self.admin.access_key_id)
         return self
 
-    def admit(self, bucket: str) -> None:
-        self._tell("bucket", "allow", bucket, "--read", "--key", self.reader.access_key_id)
-        self._tell("bucket", "allow", bucket, "--read", "--write", "--key", self.writer.access_key_id)
+    def make_bucket(self, name: str) -> None:
+        """One that is made by S3 has a name for its maker alone."""
+        self._tell("bucket", "create", name)
+        may_write = ("--read", "--write")
+        for each, rights in (
+            (self.admin, ("--owner", *may_write)),
+            (self.reader, ("--read",)),
+            (self.writer, may_write),
+        ):
+            self._tell("bucket", "allow", name, *rights, "--key", each.access_key_id)
 
     def _tell(self, *words: str) -> str:
         return output_of("garage", "-c", self._config, *words)
@@ -362,11 +370,12 @@ class Ceph(Listed):
             other.kill()
             other.wait()
 
-    def admit(self, bucket: str) -> None:
+    def make_bucket(self, name: str) -> None:
+        super().make_bucket(name)
         # An object is its writer's, whom else the bucket's owner would have to ask.
         users = {ADMIN: ("s3:*",), READER: MAY_READ, WRITER: MAY_WRITE}
         rights = {f"arn:aws:iam:::user/{user.access_key_id}": may for user, may in users.items()}
-        self.client().put_bucket_policy(Bucket=bucket, Policy=policy(bucket, rights))
+        self.client().put_bucket_policy(Bucket=name, Policy=policy(name, rights))
 
 
 def output_of(*command: str | Path) -> str:

@@ -245,8 +245,9 @@ class Server:
         """A boto3 S3 client, of who may do everything unless given: path style, one try, short deadlines."""
         return s3_client(self.endpoint, identity or self.admin, self.region)
 
-    def admit(self, bucket: str) -> None:
-        """Let `reader` and `writer` use a new bucket; most servers need not be told."""
+    def make_bucket(self, name: str) -> None:
+        """Make a bucket that `reader` and `writer` may use as they are meant to."""
+        self.client().create_bucket(Bucket=name)
 
     def __enter__(self) -> Self:
         try:
