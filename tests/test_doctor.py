@@ -52,7 +52,7 @@ def untrusted(case: Case, store: str) -> None:
 def wrong_clock(case: Case, store: str) -> None:
     """The server's clock is two hours ahead of ours, and it refuses what is signed by ours."""
     proxy = case.proxies[store]
-    proxy.add(lambda request: not request.bucket, Action.OTHER_DATE, seconds=7200)
+    proxy.add(lambda request: not request.bucket, Action.OTHER_DATE, seconds=7230)  # Date has whole seconds
     proxy.add(lambda request: bool(request.bucket), Action.REFUSE, code="RequestTimeTooSkewed")
 
 
