@@ -966,8 +966,9 @@ S3_HINTS = {
     "SignatureDoesNotMatch": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
     "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in {endpoint}: take it out.",
-    "SecondLevelDomainForbidden": "The server wants the bucket in its host name: set {addressing}=virtual.",
-    "PathStyleDomainForbidden": "The server wants the bucket in its host name: set {addressing}=virtual.",
+    "SecondLevelDomainForbidden PathStyleDomainForbidden": (
+        "The server wants the bucket in its host name: set {addressing}=virtual."
+    ),
     "MethodNotAllowed": "Check {endpoint}: an S3 API lies elsewhere (is this a console or a web site?).",
     "AccountProblem AllAccessDisabled": "See to the account: the provider has locked it.",
     "QuotaExceeded AccessDenied:cap": "Make room in the bucket, or have its quota or cap raised.",
@@ -1022,6 +1023,7 @@ class S3Client:
     trying: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # round each try
     idle: IdleConnections = field(default_factory=IdleConnections, repr=False)
     dated: Answer | None = field(default=None, repr=False)  # the last one that had a time
+    is_sorted: bool = True  # whether a store lists in key order, see `look`
 
     def __post_init__(self) -> None:
         self.region = self.region or self.store.region or "us-east-1"
@@ -3962,6 +3964,7 @@ class Preflight:
     keys: tuple[S3Object, ...]  # the first page of its listing
     following: tuple[str, str] | None  # what asks for the next page; None: the first is all there is
     clock: datetime  # the server's
+    is_sorted: bool = True  # the listing
 
     def repository_state(self, store: Store) -> RepositoryState:
         # `borg init` writes README, config, the segments 0 and 1, and last an index. Without a further
@@ -4006,9 +4009,10 @@ UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than
 
 def look(client: S3Client) -> Preflight:
     entries, more = client.list_page(client.store.key_prefix)
-    if more and entries != sorted(entries, key=lambda entry: entry.key):  # what matters may be on any page
+    client.is_sorted = entries == sorted(entries, key=lambda entry: entry.key)
+    if more and not client.is_sorted:  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
-    return Preflight(client.region, tuple(entries), more, client.clock)
+    return Preflight(client.region, tuple(entries), more, client.clock, client.is_sorted)
 
 
 def examine(client: S3Client, write: bool) -> Preflight:
@@ -4141,8 +4145,7 @@ def clear_leftovers(runtime: Runtime, client: S3Client, lease: Lease) -> Sequenc
         return ()
     name, prefix = client.store.name, client.store.key_prefix
     # What sorts behind the segments: hints.N, index.N, integrity.N, lock. Storj lists in an order of its own.
-    page = [entry.key for entry in client.list_page(prefix)[0]]
-    start = f"{prefix}hints" if page == sorted(page) else ""
+    start = f"{prefix}hints" if client.is_sorted else ""
     names = [entry.key[len(prefix) :] for entry in client.list_objects(prefix, start)]
     # Its last holder may just have left.
     roster = client.find(f"{prefix}lock.roster") if "lock.roster" in names else None
@@ -5528,12 +5531,12 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
     is_known = ask("reach", client.reach) & ask("credentials", credentials)
     if is_known and ask("list", list_it) and isinstance(listed, Preflight):
         found = listed
-        if not store.target:
-            ask("read, ranges", lambda: probe_read(client, found))
-        if found.keys and runtime.settings.headers and not store.target:
-            ask("tags", lambda: probe_tags(client, found.keys[0].key))
         if store.target:
             ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
+        else:
+            ask("read, ranges", lambda: probe_read(client, found))
+            if found.keys and runtime.settings.headers:
+                ask("tags", lambda: probe_tags(client, found.keys[0].key))
     if is_known and store.target and getattr(listed, "code", "") != "NoSuchBucket":
         key, body = f"{store.key_prefix}{PROBE_NAME}{secrets.token_hex(6)}", secrets.token_bytes(16)
         try:
@@ -6789,7 +6792,8 @@ class Verifier(Transfer):
         before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
         # An archive without a manifest does not tell the empty objects that stand for folders.
         is_marker = f"{is_old} AND now.size = 0 AND substr(key, -1) = X'2F'"
-        listed = f"source.objects AS now WHERE NOT (excluded(now.key) OR {is_marker})"
+        is_excluded = "excluded(now.key)" if self.runtime.settings.exclude else "0"  # a call for each key
+        listed = f"source.objects AS now WHERE NOT ({is_excluded} OR {is_marker})"
         not_then = f"{listed} AND NOT EXISTS (SELECT 1 FROM items WHERE items.key = now.key)"
         older = f"{not_then} AND modified < {before}"
         lost = "items WHERE path IS NULL AND size > 0", "its content is not in the archive"
@@ -6977,6 +6981,7 @@ class ManualMount:
         runtime, store = self.runtime, self.store
         check = preflight_one(runtime, store, write=read_write)
         client, lease = S3Client(store, check.region, PROVEN, runtime.stop), None
+        client.is_sorted = check.is_sorted
         with contextlib.ExitStack() as undo:  # gives the lease back
             if store.target and check.repository_state(store) is RepositoryState.READY:
                 lease = undo.enter_context(Lease(runtime, client, MANUAL_WORK))

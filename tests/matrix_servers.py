@@ -15,13 +15,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-import botocore.exceptions
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from servers import ADMIN, READER, WRITER, Identity, Moto, SeaweedFS, Server, ServerError, die_with_parent
+from servers import (
+    ADMIN,
+    READER,
+    WRITER,
+    Identity,
+    Listed,
+    Moto,
+    SeaweedFS,
+    Server,
+    ServerError,
+    die_with_parent,
+)
 
 # What the README says a source, a target and a bucket to restore into need.
 MAY_READ = ("s3:ListBucket", "s3:GetObject", "s3:GetObjectTagging")
@@ -40,17 +50,6 @@ def policy(bucket: str, principals: Mapping[str, Sequence[str]]) -> str:
         for who, actions in principals.items()
     ]
     return json.dumps({"Version": "2012-10-17", "Statement": statements})
-
-
-class Listed(Server):
-    """A server that is up when it lists its buckets."""
-
-    def answers(self) -> bool:
-        try:
-            self.client().list_buckets()
-            return True
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            return False
 
 
 class VersityGW(Listed):

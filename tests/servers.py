@@ -262,7 +262,18 @@ class Server:
         self.close()
 
 
-class SeaweedFS(Server):
+class Listed(Server):
+    """A server that is up when it lists its buckets."""
+
+    def answers(self) -> bool:
+        try:
+            self.client().list_buckets()
+            return True
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            return False
+
+
+class SeaweedFS(Listed):
     """SeaweedFS's master, volume server, filer and S3 gateway in one process (`weed server`).
 
     Up in 2.3 s (it sleeps for two of them), with 130 MB of memory. Each bucket is a collection with a volume
@@ -309,9 +320,8 @@ class SeaweedFS(Server):
 
     def answers(self) -> bool:
         try:
-            self.client().list_buckets()
-            return self._has_volume_server()
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError):
+            return super().answers() and self._has_volume_server()
+        except OSError:
             return False
 
     def _has_volume_server(self) -> bool:
@@ -382,20 +392,13 @@ class SeaweedFS(Server):
         self._config_path.write_text(json.dumps({"identities": entries}))
 
 
-class Moto(Server):
+class Moto(Listed):
     """`moto_server`: keeps everything in memory, accepts any credentials, takes any key."""
 
     name = "moto"
 
     def command(self) -> Sequence[str | Path]:
         return ("moto_server", "-H", "127.0.0.1", "-p", str(self.ports[0]))
-
-    def answers(self) -> bool:
-        try:
-            self.client().list_buckets()
-            return True
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            return False
 
 
 class Toxiproxy(Server):
