@@ -10,7 +10,7 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 BUDGET = {
-    "lines of backup.py": 7_345,
+    "lines of backup.py": 7_347,
     "bytes of backup.py": 373_500,
     "functions of backup.py": 487,
     "lines of its longest function": 60,

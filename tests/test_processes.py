@@ -164,6 +164,15 @@ def mount(tmp_path: Path) -> backup.Mount:
     return backup.Mount(None, store, tmp_path, child, log, backup.S3Client(store))
 
 
+def test_an_answer_that_the_kernel_no_longer_awaits_is_no_complaint(mount: backup.Mount) -> None:
+    """Seen at an unmount just after a file was closed."""
+    mount.log.feed("writeMessage: no such file or directory [16 0 0 0 0 0 0 0 50 0 0 0 0 0 0 0]")
+    assert not mount.log.is_complaining
+    refused = "writeMessage: no such file or directory [16 0 0 0 251 255 255 255 50 0 0 0 0 0 0 0]"
+    mount.log.feed(refused)  # -EIO, which nobody was told
+    assert mount.log.reason == refused
+
+
 FAILED = json.dumps({"level": "warn", "message": "Failed to flush part 0 of object data/0/1: RequestError"})
 
 
