@@ -129,6 +129,9 @@ MAX_BACKOFF_SECONDS = 8.0
 SMALLEST_CACHE_MB, TARGET_CACHE_MB, SOURCE_CACHE_MB = 48, 128, 1000
 LEAST_REST_MB = 236  # what one target's tigrisfs and borg, backup.py, and the source's beside its cache need
 OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs beside its cache, and a borg
+LONGEST_RUN_SECONDS = 10 * 86400
+MANY_OBJECTS = 100_000  # TigrisFS takes 1.6 KB for each that it has listed, and has to forget some
+SLOW_BYTES_PER_SECOND = 1_000_000  # a first run of many that is slower has more requests
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
 WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
 NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
@@ -150,6 +153,7 @@ READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALL_BODY_BYTES = 64 * 1024  # of a request, sent at once with its headers
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 64 * 1024  # what an object takes of the window at least
+LEAST_THREADS, MOST_THREADS, READS_PER_SECOND = 32, 256, 1000
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -482,6 +486,8 @@ SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "borg_pass
 WRITERS_KEYS = ("storage_class", "sse")  # of stores that are written to
 TARGET_KEYS = tuple(key for key in (*STORE, *TARGET) if key not in SECRET_KEYS)
 ON_OR_OFF = {"on": True, "off": False}
+THREADS = {"auto": None, **{str(number): number for number in range(MOST_THREADS + 1)}}
+THREADS_HELP = f"auto, or a whole number from 0 to {MOST_THREADS}; 0 turns it off"
 URL_HELP = "an http(s) URL, such as https://hc-ping.com/your-uuid"
 METRICS_HELP = "an absolute path, such as /metrics/s3borgbackup.prom"
 # One that ends like a date would be taken for a shorter label with a date, and `prune` would confuse the two.
@@ -505,7 +511,7 @@ class Settings:
     stall_seconds: int = setting("STALL_TIMEOUT", range(5, 86401), 900, " (seconds)")
     audit: bool = setting("AUDIT", ON_OR_OFF, True)
     memory_limit_mb: int | None = setting("MEMORY_LIMIT_MB", MEMORY_MB, None, MEMORY_HELP)
-    read_ahead_threads: int = setting("READ_AHEAD_THREADS", range(257), 32, "; 0 turns it off")
+    read_ahead_threads: int | None = setting("READ_AHEAD_THREADS", THREADS, None, THREADS_HELP)
     parallel_targets: int = setting("PARALLEL_TARGETS", range(1, 65), 4)  # fewer where memory is short
     source_metadata: bool = setting("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
     headers: bool = setting("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
@@ -709,6 +715,7 @@ Query = Sequence[tuple[str, str]]
 Headers = Mapping[str, str]
 Where = tuple[str, str] | None  # a listing begins: the parameter of its request that says so
 NO_HEADERS: Headers = {}
+LISTED = ("Key", "LastModified", "Size", "ETag")  # of what a listing says of an object
 MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
 # A key as S3 sorts them, and as all else has it.
@@ -1063,18 +1070,18 @@ class S3Client:
         key, objects = "", []
         try:
             root = ElementTree.fromstring(answer.body)
-            if not root.tag.endswith("ListBucketResult"):
+            space, kind, rest = root.tag.partition("ListBucketResult")
+            if not kind or rest:
                 raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
             is_encoded = root.findtext("{*}EncodingType") == "url"
-            for entry in root.iterfind("{*}Contents"):
-                listed = {element.tag.rpartition("}")[2]: element.text or "" for element in entry}
-                key = listed.get("Key", "")
-                key = urllib.parse.unquote_plus(key, errors="surrogateescape") if is_encoded else key
+            for entry in root.iterfind(f"{space}Contents"):
+                key, modified, size_bytes, etag = [entry.findtext(space + name, "") for name in LISTED]
+                if is_encoded and ("%" in key or "+" in key):
+                    key = urllib.parse.unquote_plus(key, errors="surrogateescape")
+                when = datetime.fromisoformat(modified)
                 # S3's times are UTC, also where a server does not say so.
-                modified = datetime.fromisoformat(listed.get("LastModified", ""))
-                modified = modified.replace(tzinfo=modified.tzinfo or UTC)
-                size_bytes, etag = int(listed.get("Size", "")), listed.get("ETag", "").strip('"')
-                objects.append(S3Object(key, size_bytes, modified, etag))
+                when = when if when.tzinfo else when.replace(tzinfo=UTC)
+                objects.append(S3Object(key, int(size_bytes), when, etag.strip('"')))
         except ElementTree.ParseError as error:
             raise self._error(answer.status, "NotS3", f"the listing cannot be read ({error})") from error
         except ValueError as error:
@@ -1093,8 +1100,11 @@ class S3Client:
     def list_objects(self, prefix: str, start_after: str = "", where: Where = None) -> Iterator[S3Object]:
         """Those below `prefix`, or after a key or from a page on, in order, but in S3's directory buckets."""
         where, last, empty = ("start-after", start_after) if start_after else where, None, 0
+        page = in_background(lambda: self.list_page(prefix, where))
         while True:
-            objects, following = self.list_page(prefix, where)
+            objects, following = page.result()
+            if following:  # S3 looks for these while those are worked at
+                page = in_background(functools.partial(self.list_page, prefix, following))
             yield from (entry for entry in objects if entry.key > start_after)  # some servers ignore that
             if not following:
                 return
@@ -1376,6 +1386,10 @@ NOT_IN_XML = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+def microseconds(when: datetime) -> int:
+    return (when - EPOCH) // timedelta(microseconds=1)
+
+
 def is_showable(key: str, size_bytes: int) -> bool:
     """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
     name = key if size_bytes else key.removesuffix("/")
@@ -1437,7 +1451,7 @@ class Catalog:
 
     def add(self, objects: Iterable[S3Object]) -> None:
         def row(each: S3Object) -> tuple[Any, ...]:
-            modified = (each.last_modified - EPOCH) // timedelta(microseconds=1)
+            modified = microseconds(each.last_modified)
             facts = None if each.facts is None else json.dumps(each.facts)
             return encode_key(each.key), each.size_bytes, modified, each.etag, each.is_shown, facts
 
@@ -2331,6 +2345,7 @@ def tigrisfs_command(
     plan: MemoryPlan,
     environ: Mapping[str, str],
     preloads: bool = True,
+    listed_seconds: int = LONGEST_RUN_SECONDS,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line that mounts `store`, and the environment, which alone has its keys.
 
@@ -2359,7 +2374,8 @@ def tigrisfs_command(
         *(("--storage-class", store.storage_class) if store.storage_class else ()),
         *(("--sse",) if store.sse else ()),
         *(("--sse-kms", store.sse[8:]) if store.sse and store.sse.startswith("aws:kms") else ()),
-        *("--stat-cache-ttl", "240h"),  # nobody else writes, for longer than a run can last
+        *("--stat-cache-ttl", f"{listed_seconds}s"),  # nobody else writes
+        *("--entry-limit", "20000"),  # of what was listed so long ago
         # 1+2+4+8+15+15+... s: after some five minutes of errors borg names the object.
         *("--read-retry-attempts", "24", "--read-retry-max-interval", "15s", "--retry-interval", "2s"),
         # For a whole request. A read that is cut off goes on where it was, a part of an upload begins anew:
@@ -2685,6 +2701,7 @@ def mounted(
     lease: Lease | None = None,
     unlistable: Collection[str] = (),
     path: Path | None = None,
+    listed_seconds: int = LONGEST_RUN_SECONDS,
 ) -> Mount:
     """`store` being mounted at its mount point, or at `path`; usable when `wait_until_usable` returns.
 
@@ -2693,7 +2710,8 @@ def mounted(
     """
     path = prepare_mount_point(runtime, store, path or runtime.settings.mount_point(store))
     log, plan = TigrisLog(store.name, runtime.console), MemoryPlan(runtime.settings, runtime.memory_mb)
-    command = tigrisfs_command(store, region, path, read_only, plan, runtime.environ, not unlistable)
+    given = not unlistable, listed_seconds
+    command = tigrisfs_command(store, region, path, read_only, plan, runtime.environ, *given)
     child = Child(*command, log.feed, log.feed)
     client = S3Client(store, region, BRIEF, runtime.stop)
     return Mount(
@@ -2838,6 +2856,8 @@ class ReadAhead:
         self.is_over = False
         self._window = self._room = plan.window_bytes
         self._piece_bytes, self._threads = plan.piece_bytes, settings.read_ahead_threads
+        self._quickest_seconds = math.inf if self._threads is None else 0.0  # of a read, where that matters
+        self._threads = LEAST_THREADS if self._threads is None else self._threads
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
         self._slowest, self._moved_at = (0, 0), time.monotonic()
         self._items, self._readers = items, list(readers)
@@ -2948,7 +2968,7 @@ class ReadAhead:
 
     def _read(self) -> None:
         while piece := self._pieces.get():
-            item, offset, (_, end) = piece.item, piece.offset, piece.end
+            start, (item, offset, (_, end)) = time.monotonic(), (piece.item, piece.offset, piece.end)
             if self.is_over or piece.end <= self._passed:
                 continue
             with contextlib.suppress(OSError):
@@ -2963,6 +2983,7 @@ class ReadAhead:
                             offset += got
                     finally:
                         os.close(fd)
+                    self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - start)
             self.moved += 1
 
     def _watch(self) -> None:
@@ -2976,6 +2997,11 @@ class ReadAhead:
                         reader.waited_seconds += time.monotonic() - before
                 self._slide()
                 self._leave_behind()
+                # As many as are busy at READS_PER_SECOND.
+                wanted = math.ceil(min(READS_PER_SECOND * self._quickest_seconds, MOST_THREADS))
+                while self._quickest_seconds < math.inf and self._threads < wanted and not self.is_over:
+                    self._threads += 1
+                    threading.Thread(target=self._read, daemon=True).start()
 
     def _look(self, reader: Reader) -> None:
         # borg is told of objects, not of pieces: who is far ahead within a large one is stopped.
@@ -3370,7 +3396,7 @@ def passphrase_file(passphrase: str) -> Iterator[int]:
 # deleted, one change is left to do for good (sendRename in core/file.go). borg takes its lock by such a
 # rename. So a folder is made anew under its new name, and its fsync is that of the files that were renamed.
 BORG_ADDITIONS = """\
-import ctypes, fcntl, json, os, shutil, stat, sys, tarfile, time
+import contextlib, ctypes, fcntl, json, os, shutil, stat, sys, tarfile, time, types
 
 MOUNT, ARRIVED = os.environ["S3BORGBACKUP_MOUNT"], os.path.dirname(__file__) + "/arrived"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -3385,15 +3411,17 @@ def around(owner, name):
 def is_on_mount(path):
     return MOUNT and os.path.join(path, "").startswith(MOUNT + "/")
 
+def open_as(fd, path, flags):
+    opened = os.open(path, flags)
+    os.dup2(opened, fd, inheritable=False)
+    os.close(opened)
+
 def close_for_a_moment(fd, path):
     flags, position = fcntl.fcntl(fd, fcntl.F_GETFL), os.lseek(fd, 0, os.SEEK_CUR)
-    with open(os.devnull) as null:
-        os.dup2(null.fileno(), fd, inheritable=False)
+    open_as(fd, os.devnull, os.O_RDONLY)
     time.sleep(3)
-    again = os.open(path, flags)
-    os.lseek(again, position, os.SEEK_SET)
-    os.dup2(again, fd, inheritable=False)
-    os.close(again)
+    open_as(fd, path, flags)
+    os.lseek(fd, position, os.SEEK_SET)
 
 def patient(sync, file):
     fd = file if isinstance(file, int) else file.fileno()
@@ -3439,24 +3467,37 @@ def trust_old():
 # borg would wait for 4096 characters of paths before it begins with the first. Here it takes each one at once
 # from a pipe of our own, reports how many it is done with, which ones it has read and of which it could make
 # no file, and must be told that the list is at its end: whoever feeds it may be gone.
+#
+# Before each path stands what stat(2) would say of it, where that is known: it takes TigrisFS five answers.
+# borg then gets a file that cannot be read, and the right one when it wants to read it all the same.
 def be_fed(fd):
-    from borg import archiver
+    from borg import archive, archiver
     number = at = 0
+    facts = late = None  # what is known of a file; what opens it
 
-    def report(kind, **facts):
-        print(json.dumps({"type": kind, "number": number, **facts}), file=sys.stderr, flush=True)
+    def report(kind, **more):
+        print(json.dumps({"type": kind, "number": number, **more}), file=sys.stderr, flush=True)
+
+    def stat_of(mode, size, time_ns):
+        return types.SimpleNamespace(
+            st_mode=mode, st_size=size, st_mtime_ns=time_ns, st_ctime_ns=time_ns, st_atime_ns=time_ns,
+            st_ino=0, st_nlink=1, st_uid=os.getuid(), st_gid=os.getgid(),
+        )
 
     def paths(*arguments):
-        nonlocal number, at
+        nonlocal number, at, facts
         rest = b""
         while part := os.read(fd, 65536):
             *whole, rest = (rest + part).split(b"\\0")
-            for path in whole:
-                if not path:
+            for each in whole:
+                if not each:
                     return
+                known, _, path = each.partition(b" ")
+                facts = known and stat_of(*map(int, known.split(b",")))
                 number += 1
                 yield os.fsdecode(path)
-                if path is whole[-1] or time.monotonic() > at + 0.05:
+                facts = None
+                if each is whole[-1] or time.monotonic() > at + 0.05:
                     at = time.monotonic()
                     report("fed_done")
         raise EOFError("the list of what to archive has no end")
@@ -3466,6 +3507,30 @@ def be_fed(fd):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
+
+    @around(archiver, "os_stat")
+    def look(look_now, **given):
+        return facts or look_now(**given)
+
+    @around(archive, "stat_update_check")
+    def compare(compare_now, before, now):
+        return facts or compare_now(before, now)
+
+    @around(archive, "OsOpen")
+    @contextlib.contextmanager
+    def open_late(open_now, **given):
+        nonlocal late
+        instead = {"path": os.devnull, "flags": os.O_WRONLY} if facts else {}
+        with open_now(**{**given, **instead}) as opened:
+            late = facts and (opened, given["path"], given["flags"])
+            yield opened
+
+    @around(archive.ChunksProcessor, "process_file_chunks")
+    def read(read_now, *given, **options):
+        if late:
+            with archive.backup_io("open"):
+                open_as(*late)
+        return read_now(*given, **options)
 
 # `borg list --format` knows `nfiles` and `size`, too, which borg notes in each archive. `borg info` would
 # read all of each archive's metadata, and needs the cache.
@@ -4603,10 +4668,15 @@ def back_up_all(runtime: Runtime, source: Source, runs: Sequence[TargetRun]) -> 
     # Where a target got stuck, the source is mounted anew, too: it may be the one that does not move.
     store, region = source.client.store, source.client.region
     at_once = MemoryPlan(runtime.settings, runtime.memory_mb).targets_at_once
+    given: Any = {"unlistable": source.unlistable}
+    objects, size_bytes = source.catalog.total()
+    if objects > MANY_OBJECTS and not source.unlistable:
+        # TigrisFS forgets what is that old, which must not be before it is read: a page lasts for longest.
+        given["listed_seconds"] = 30 + CATALOG_PAGE * size_bytes // objects // SLOW_BYTES_PER_SECOND
     while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
         tries = sum(run.tries for run in runs)
         try:
-            with mounted(runtime, store, region, read_only=True, unlistable=source.unlistable) as mount:
+            with mounted(runtime, store, region, read_only=True, **given) as mount:
                 for start in range(0, len(remaining), at_once):
                     batch = remaining[start : start + at_once]
                     back_up_batch(runtime, source, mount, batch)
@@ -5078,24 +5148,34 @@ class Feeder(ReadAhead):
         return f"{self.mount.path}/{each.key.rstrip('/')}"
 
     def _objects(self) -> Iterator[Upcoming]:
-        # Each one's folders are listed before, so that TigrisFS looks nothing up one by one.
         listed: list[str] = []
         for each in self.catalog.rows():
             if not each.is_shown:  # an empty one is fetched, too
                 yield Upcoming("", max(each.size_bytes, 1), fetch=functools.partial(self.fetched, each))
                 continue
-            folders = folders_of(each.key)
-            for folder in folders:
-                if folder not in listed and folder not in self.mount.unlistable:
-                    with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
-                        for _ in found:  # TigrisFS asks for page after page
-                            self.moved += 1
-            listed = folders
             modified = each.last_modified.timestamp()
-            is_read = each.size_bytes and any(modified >= reader.since for reader in self._readers)
+            is_new = not is_folder(each) and any(modified >= reader.since for reader in self._readers)
+            if is_new:
+                listed = self._list(each, listed)
+            is_read = each.size_bytes and is_new
             if is_read and not (each.facts is None and self._heads):
                 self.is_unproven = True
             yield Upcoming(self.path(each), each.size_bytes if is_read else 0)
+
+    def _list(self, each: S3Object, listed: list[str]) -> list[str]:
+        # Asked for an unknown key, TigrisFS lists a thousand from there on. Others ask after that.
+        # It does not in a bucket that has what it cannot list. There it needs each whole folder.
+        if not self.mount.unlistable:
+            with contextlib.suppress(OSError):
+                os.stat(self.path(each))
+            return listed
+        folders = folders_of(each.key)
+        for folder in folders:
+            if folder not in listed and folder not in self.mount.unlistable:
+                with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
+                    for _ in found:  # TigrisFS asks for page after page
+                        self.moved += 1
+        return folders
 
     def _ask(self) -> None:
         while True:
@@ -5321,7 +5401,11 @@ class Fed(Reader):
             self._number = number
             self._under_way.append((number, each, file))
             self.files += not is_folder(each)
-        self._pipe.write(os.fsencode(path) + b"\0")
+        facts = b""
+        if not file and each.is_shown and (is_folder(each) or each.last_modified.timestamp() < self.since):
+            mode = stat.S_IFDIR | 0o755 if is_folder(each) else stat.S_IFREG | 0o644  # as TigrisFS shows them
+            facts = b"%d,%d,%d" % (mode, each.size_bytes, 1000 * microseconds(each.last_modified))
+        self._pipe.write(b"%b %b\0" % (facts, os.fsencode(path)))
 
     def _tell_fetched(self, objects: Sequence[tuple[int, S3Object]]) -> None:
         for number, each, file in [(*pair, self.feeder.fetched(pair[1])) for pair in objects]:
@@ -6791,7 +6875,7 @@ class Verifier(Transfer):
 
     def compare(self, as_of: datetime) -> None:
         plan, is_old = self.plan, int(not self.plan.has_manifest)
-        before = (as_of - timedelta(seconds=RACE_SECONDS) - EPOCH) // timedelta(microseconds=1)
+        before = microseconds(as_of - timedelta(seconds=RACE_SECONDS))
         # An archive without a manifest does not tell the empty objects that stand for folders.
         is_marker = f"{is_old} AND now.size = 0 AND substr(key, -1) = X'2F'"
         is_excluded = "excluded(now.key)" if self.runtime.settings.exclude else "0"  # a call for each key

@@ -1,8 +1,10 @@
 """Reading ahead: the source's bytes are fetched once and side by side, and the archives are the same."""
 
+import contextlib
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -341,6 +343,54 @@ def test_objects_are_read_side_by_side_and_without_threads_one_by_one(
     proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
     run_backup(environment(READ_AHEAD_THREADS=threads)).expect(0)
     assert most_at_a_time(reads(proxy)) in at_once
+
+
+def test_where_s3_is_far_away_more_are_read_side_by_side(
+    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy
+) -> None:
+    source.put({f"{number}": b"x" for number in range(200)})
+    proxy.add(is_read, Action.DELAY, seconds=DELAY_SECONDS)
+    run_backup(environment()).expect(0)
+    assert most_at_a_time(reads(proxy)) > backup.LEAST_THREADS + 20
+
+
+def is_asked(request: Request) -> bool:
+    """Whether TigrisFS looks an object or a folder up."""
+    return request.kind in ("LIST", "HEAD") and "user-agent" in request.headers
+
+
+def test_what_is_unchanged_tigrisfs_is_not_asked_for(
+    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """It looks into the bucket once, when it is mounted."""
+    source.put({**sample_objects(3, 40), "folder/": b"", "folder/deep/er": b"x"})
+    time.sleep(SETTLED_SECONDS)
+    made = environment()
+    run_backup(made).expect(0)
+    proxy.requests.clear()
+    run_backup(made).expect(0)
+    assert len([request for request, _ in proxy.requests if is_asked(request)]) <= 2
+    assert newest_contents(target, tmp_path, made) == source.contents()
+
+
+def test_what_borg_does_not_know_is_read_whatever_the_catalog_says(
+    environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """borg gets the catalog's facts about an object first, and its content when it wants to read it."""
+    source.put({"known": b"known"})
+    time.sleep(SETTLED_SECONDS)
+    made = environment()
+    run_backup(made).expect(0)
+    source.put({"folder/unknown": os.urandom(3_000_000), "empty": b""})
+    time.sleep(SETTLED_SECONDS)
+    [catalog] = (tmp_path / "cache").rglob("*.catalog")
+    with contextlib.closing(sqlite3.connect(catalog, isolation_level=None)) as database:
+        database.execute("UPDATE archives SET as_of = ?", [time.time()])
+    assert "warning" not in run_backup(made).expect(0).output
+    assert newest_contents(target, tmp_path, made) == source.contents()
+    already = len(reads(proxy))
+    run_backup(made).expect(0)
+    assert read_keys(proxy, already) == set(), "borg knows it now"
 
 
 @pytest.mark.long
