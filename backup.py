@@ -970,7 +970,7 @@ S3_HINTS = {
     "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
     "AccessDenied:deny": "A policy denies that, whatever the key may do: have it allow {permission}.",
     "InvalidAccessKeyId": "Correct {access_key_id}.",
-    "SignatureDoesNotMatch": "Correct {secret_access_key}.",
+    "SignatureDoesNotMatch AccessDenied:signature": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
     "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in {endpoint}: take it out.",
     "SecondLevelDomainForbidden PathStyleDomainForbidden": (
