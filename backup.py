@@ -397,6 +397,11 @@ class Shard:
         """As SHARD has it, with its depth."""
         return f"{self.number}/{self.count}/{self.depth}"
 
+    @property
+    def dashed(self) -> str:
+        """The same in the names of files and objects."""
+        return self.setting.replace("/", "-")
+
     def __str__(self) -> str:
         return f"part {self.number:,} of {self.count:,}"
 
@@ -4241,10 +4246,8 @@ def prepare_repository(
     store, prefix, found = target.store, target.store.key_prefix, look(client)
     probes = [entry.key for entry in found.keys if entry.key.startswith(f"{prefix}{PROBE_NAME}")]
     delete_all(lease, "", probes)  # which preflights that were killed left
-    state = what_lies_there(client, found, may_be_new)
+    state = what_lies_there(runtime, client, found, may_be_new)
     if state is RepositoryState.READY:
-        if may_be_new:
-            expect_part(runtime, store, found.names(store))
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while owners := clear_leftovers(runtime, client, lease):
             if time.monotonic() > deadline:
@@ -4264,27 +4267,21 @@ def prepare_repository(
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(["init", "--encryption", target.encryption, str(repository)])
-        notes = [name for name in found.names(store) if name.startswith(SHARD_NAME)]
-        # of a repository that was here before
-        delete_all(lease, prefix, (KEY_EXPORTED_NAME, CHECKED_NAME, *notes))
+        parts = [name for name in found.names(store) if name.startswith(SHARD_NAME)]
+        delete_all(lease, prefix, (KEY_EXPORTED_NAME, CHECKED_NAME, *parts))  # of one that was here before
         if shard := runtime.settings.shard:
-            lease.write(S3Client.put, f"{prefix}{shard_note(shard)}", b"{}")
+            lease.write(S3Client.put, f"{prefix}{SHARD_NAME}{shard.dashed}", b"{}")
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
             lease.write(S3Client.put, f"{prefix}{path.relative_to(repository)}", path.read_bytes())
     return True
 
 
-def shard_note(shard: Shard) -> str:
-    """The name of the note that a repository is for this part."""
-    return f"{SHARD_NAME}{shard.setting.replace('/', '-')}"
-
-
 def expect_part(runtime: Runtime, store: Store, names: Iterable[str]) -> None:
     """Raises BackupError unless a repository, whose files have these names, is for what is backed up."""
     shard = runtime.settings.shard
     found = [name.removeprefix(SHARD_NAME) for name in names if name.startswith(SHARD_NAME)]
-    if found == ([shard.setting.replace("/", "-")] if shard else []):
+    if found == ([shard.dashed] if shard else []):
         return
     there = ", ".join(name.replace("-", "/") for name in found)
     is_for = f"SHARD={there}" if there else "a whole source (without SHARD)"
@@ -4296,7 +4293,9 @@ def expect_part(runtime: Runtime, store: Store, names: Iterable[str]) -> None:
     )
 
 
-def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> RepositoryState:
+def what_lies_there(
+    runtime: Runtime, client: S3Client, found: Preflight, may_be_new: bool
+) -> RepositoryState:
     """The state of the place for a repository. Raises BackupError where what lies there is not wanted."""
     store, state = client.store, found.repository_state(client.store)
     if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
@@ -4314,6 +4313,8 @@ def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> Rep
             f"{store.name}: {store.location} holds no repository yet",
             f"Run a backup first, or correct {store.setting('path')}.",
         )
+    if state is RepositoryState.READY and may_be_new:  # somebody backs up to it, and does not just read it
+        expect_part(runtime, store, found.names(store))
     return state
 
 
@@ -4485,7 +4486,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     """
     store, found = target.store, preflight_one(runtime, target.store, write=False)
     client = S3Client(store, found.region, PROVEN, runtime.stop)
-    what_lies_there(client, found, may_be_new=False)
+    what_lies_there(runtime, client, found, may_be_new=False)
     with contextlib.ExitStack() as undo:
         undo.enter_context(full_disk_told(store))
         if purpose:
@@ -4934,7 +4935,7 @@ class TargetRun:
         if isinstance(check := self.check, BackupError):
             raise check
         runtime, target, label = self.runtime, self.target, self.runtime.settings.label
-        catalog, mount = fed.feeder.catalog, fed.feeder.mount
+        source, catalog, mount = fed.feeder.source, fed.feeder.catalog, fed.feeder.mount
         if self.tries > 1:  # a store that does not take writes any more is to be told in seconds
             check = preflight_one(runtime, target.store, write=True)
         client = S3Client(target.store, check.region, PROVEN, runtime.stop)
@@ -4949,10 +4950,8 @@ class TargetRun:
                 self.create_archive(repository, fed)
                 archive, objects = self.numbers["archive"], self.numbers["objects"]
                 is_good = bool(objects and not self.failures)
-                is_known = is_good or (fed.feeder.source.is_empty_part and not self.failures)
-                is_pruned = (
-                    self.is_like_last(repository, fed.feeder.source) and is_good and bool(target.prune)
-                )
+                is_known = is_good or (source.is_empty_part and not self.failures)
+                is_pruned = self.is_like_last(repository, source) and is_good and bool(target.prune)
                 self.keep_up(repository, is_pruned, is_pruned, f"the archive {archive} is stored")
             outlast_name(archive)
         if is_known:  # what comes after another one is to be compared with the last good one
@@ -5133,7 +5132,7 @@ def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
 def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]) -> None:
     report, console = runtime.report, runtime.console
     report.targets = [run.as_json() for run in runs]
-    part = f"this is {runtime.settings.origin}" if runtime.settings.shard else ""
+    part = f"this is {runtime.settings.shard}" if runtime.settings.shard else ""
     report.table = "\n".join(filter(None, [summary(runs, columns), part, report.excluded]))
     if not console.as_json:
         console.plain(report.table)
@@ -5164,7 +5163,7 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
     """
     console, kept = runtime.console, own_cache(runtime.environ, runtime.settings.source)
     if shard := runtime.settings.shard:
-        kept = kept.with_name(f"{kept.name}-{shard.setting.replace('/', '-')}")
+        kept = kept.with_name(f"{kept.name}-{shard.dashed}")
     kept = kept.with_suffix(".catalog")
     folder = kept.with_suffix(f".{runtime.run_id}")
     with contextlib.ExitStack() as undo:
@@ -5785,7 +5784,7 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
     if is_known and ask("list", list_it) and isinstance(listed, Preflight):
         found = listed
         if store.target:
-            ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
+            ask("repository", lambda: f"ok, holds {what_lies_there(runtime, client, found, True).value}")
         else:
             ask("read, ranges", lambda: probe_read(client, found))
             if found.keys and runtime.settings.headers:
@@ -6948,7 +6947,7 @@ def parse_sample(text: str) -> float:
 
 
 class Verification:
-    def __init__(self, target: str, seed: int, shard: Shard | None) -> None:
+    def __init__(self, target: str, seed: int, shard: Shard | None = None) -> None:
         self.target, self.seed, self.archive, self.as_of, self.shard = target, seed, "", "", shard
         self.error = ""  # why it could not be verified to the end
         self.found = {kind: Findings() for kind in (*OF_ALL, *OF_SAMPLE)}  # keys and reasons
@@ -7421,11 +7420,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., int], str, str]] = {
     "maintain": (maintain, "targets", "prune, compact and check, without the source"),
     "key-export": (export_key, "target", "print a repository's key, to be kept elsewhere"),
     "borg": (run_borg, "target", "run any borg command: borg first diff ARCHIVE1 ARCHIVE2"),
-    "verify": (
-        run_verify,
-        "target archive|all_shards sample seed as_json",
-        "compare an archive with the bucket",
-    ),
+    "verify": (run_verify, "target archive|all_shards sample seed as_json", "compare with the source"),
     "check": (run_check, "target max_duration|verify_data", "check a repository; never repairs"),
     "restore": (
         restore,
