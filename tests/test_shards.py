@@ -317,10 +317,12 @@ def test_a_repository_is_for_one_part_and_says_so(
         assert "is for SHARD=1/2/1, and here SHARD is not set" in run_backup(whole).expect(2).output
         # Each was refused with the first page, before the source was listed.
         assert len(listed(proxy)) == listed_before + 3
-    assert "is for SHARD=1/2/1" in run_backup({**env, "SHARD": "1/3"}, "verify", "first").expect(2).output
+    other = {**env, "SHARD": "1/3", "SOURCE_ENDPOINT": server.endpoint}
+    for command in (["verify", "first"], ["check-config"]):
+        assert "is for SHARD=1/2/1" in run_backup(other, *command).expect(2).output
     # What reads is not refused, nor is the part itself.
-    run_backup({**env, "SHARD": "1/3"}, "list", "first").expect(0)
-    run_backup({**env, "SHARD": "1/3"}, "restore", "first", "--to", str(tmp_path / "restored")).expect(0)
+    run_backup(other, "list", "first").expect(0)
+    run_backup(other, "restore", "first", "--to", str(tmp_path / "restored")).expect(0)
     run_backup(environment(server, tmp_path, source, target, "1/2")).expect(0)
 
 
