@@ -1,10 +1,11 @@
 """SHARD: each key is in exactly one part of the source, and all parts together hold every key."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,20 +118,33 @@ def test_each_part_has_a_place_of_its_own(shard: str, path: str, bucket: str, pr
 # ------------------------------------------------------------------------------------------------ The listing
 
 
-def lister(server: Server, bucket: Bucket, prefix: str, endpoint: str = "") -> Callable[..., dict[str, int]]:
-    """Lists a part, or all without one, as a run does: key → size; a key that comes twice is told."""
+Listing = Callable[..., list[backup.S3Object]]
+
+
+def lister(server: Server, bucket: Bucket, prefix: str, endpoint: str = "") -> Listing:
+    """Lists a part, or all without one, as a run does."""
     key = server.reader.access_key_id, server.reader.secret_access_key
     store = backup.Store(None, endpoint or server.endpoint, bucket.name, prefix, *key)
 
-    def keys(shard: backup.Shard | None = None) -> dict[str, int]:
+    def objects(shard: backup.Shard | None = None) -> list[backup.S3Object]:
         console = SimpleNamespace(progress=lambda *_: None)
         runtime = SimpleNamespace(settings=SimpleNamespace(shard=shard), console=console)
-        found = list(backup.objects_of(runtime, backup.S3Client(store)))
-        sizes = {each.key: each.size_bytes for each in found if each.size_bytes >= 0}
-        assert len(sizes) == sum(each.size_bytes >= 0 for each in found), "one came twice"
-        return sizes
+        return list(backup.objects_of(runtime, backup.S3Client(store)))
 
-    return keys
+    return objects
+
+
+def keys_of(listing: Iterable[backup.S3Object]) -> list[str]:
+    """The keys of objects, sorted."""
+    return sorted(each.key for each in listing if each.size_bytes >= 0)
+
+
+def shown(listing: Iterable[backup.S3Object], folder: Path) -> dict[str, bool]:
+    """Whether a mount shows it, by key, as the catalog has it."""
+    with contextlib.closing(backup.Catalog(folder / "catalog")) as catalog:
+        catalog.add(listing)
+        catalog.hide([])
+        return {each.key: each.is_shown for each in catalog.rows()}
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +163,24 @@ def test_the_parts_lists_are_the_whole_list_and_share_nothing(
     """Also where a listing has many pages."""
     list_page = backup.S3Client.list_page
     monkeypatch.setattr(backup.S3Client, "list_page", functools.partialmethod(list_page, limit=3))
-    keys = lister(moto, odd_bucket, prefix)
-    lists = [keys(shard) for shard in parts(count, depth)]
-    together = {key: size for each in lists for key, size in each.items()}
-    assert together == keys()
-    assert sum(map(len, lists)) == len(together) >= len(ODD_KEYS) - 4
+    objects = lister(moto, odd_bucket, prefix)
+    lists = [keys_of(objects(shard)) for shard in parts(count, depth)]
+    assert sorted(key for each in lists for key in each) == keys_of(objects())
+    assert sum(map(len, lists)) >= len(ODD_KEYS) - 4
     for shard, each in zip(parts(count, depth), lists, strict=True):
         assert [key for key in each if not shard.has(key)] == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_part_knows_what_folders_of_other_parts_hide(
+    moto: Moto, odd_bucket: Bucket, tmp_path: Path, depth: int
+) -> None:
+    """The mount shows them all: `a` beside `a/b` is to be fetched, whosever `a/b` is."""
+    objects, together = lister(moto, odd_bucket, ""), dict[str, bool]()
+    for shard in parts(5, depth):
+        together |= shown(objects(shard), tmp_path)
+    assert together == shown(objects(), tmp_path)
+    assert not together["a"]
 
 
 def listed(proxy: FaultProxy) -> list[tuple[str, bool]]:
@@ -172,11 +197,12 @@ def test_a_part_lists_its_own_folders_and_those_above(server: SeaweedFS, source:
     for depth, above in ((1, ["p/"]), (2, ["p/", "p/a/", "p/b/"])):
         for shard in parts(3, depth):
             with FaultProxy(server.endpoint) as proxy:
-                sizes = lister(server, source, "p", proxy.endpoint)(shard)
+                found = keys_of(lister(server, source, "p", proxy.endpoint)(shard))
                 requests = listed(proxy)
-            own = sorted(
-                {f"p/{folder}" for key in sizes if (folder := shard.folder_of(key)).count("/") == depth}
-            )
+            keys = [key.removeprefix("p/") for key in source.sizes("p/")]
+            own = {shard.folder_of(key) for key in keys if shard.has(key)}
+            own = sorted(f"p/{folder}" for folder in own if folder.count("/") == depth)
+            assert found == sorted(key for key in keys if shard.has(key))
             assert requests[0] == ("p/", True)
             assert sorted(prefix for prefix, has_delimiter in requests if has_delimiter) == above
             assert [prefix for prefix, has_delimiter in requests if not has_delimiter] == own
