@@ -406,7 +406,7 @@ class Shard:
         return f"part {self.number:,} of {self.count:,}"
 
 
-SHARD_HELP = "a part's number, how many there are, and the depth of folders if not 1, such as 3/16 or 3/16/2"
+SHARD_HELP = "a part's number and how many there are, such as 3/16, or 3/16/2"
 
 
 def parse_exclude(text: str) -> tuple[str, ...]:
