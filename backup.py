@@ -360,6 +360,55 @@ def parse_json(text: str) -> dict[str, Any]:
     return document
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source. Which one a key belongs to depends on nothing but the key."""
+
+    number: int  # from 1
+    count: int
+    depth: int = 1  # how many components of a key's folder count
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        found = re.fullmatch("([0-9]{1,5})/([0-9]{1,5})(?:/([1-8]))?", text)
+        number, total, depth = (int(each or 1) for each in found.groups()) if found else (1, 0, 1)
+        if number > total or not total:
+            raise ValueError(text)
+        return cls(number or total, total, depth)  # Kubernetes counts from 0
+
+    def folder_of(self, key: str) -> str:
+        """The folder that decides: "" or with a slash at the end."""
+        return "".join(f"{part}/" for part in key.split("/")[:-1][: self.depth])
+
+    def has_folder(self, folder: str) -> bool:
+        digest = MD5(encode_key(folder)).digest()
+        return int.from_bytes(digest, "big") % self.count == self.number % self.count
+
+    def has(self, key: str) -> bool:
+        return self.has_folder(self.folder_of(key))
+
+    @property
+    def padded(self) -> str:
+        """What `{shard}` stands for in a path."""
+        return f"{self.number:0{len(str(self.count))}}"
+
+    @property
+    def setting(self) -> str:
+        """As SHARD has it, with its depth."""
+        return f"{self.number}/{self.count}/{self.depth}"
+
+    @property
+    def dashed(self) -> str:
+        """The same in the names of files and objects."""
+        return self.setting.replace("/", "-")
+
+    def __str__(self) -> str:
+        return f"part {self.number:,} of {self.count:,}"
+
+
+SHARD_HELP = "a part's number and how many there are, such as 3/16, or 3/16/2"
+
+
 def parse_exclude(text: str) -> tuple[str, ...]:
     patterns = json.loads(text)
     if not isinstance(patterns, list) or not all(isinstance(each, str) and each for each in patterns):
@@ -516,6 +565,7 @@ class Settings:
     source_metadata: bool = setting("SOURCE_METADATA", {"false": False, "true": True}, False)  # not needed
     headers: bool = setting("HEADERS", ON_OR_OFF, True)  # whether they are archived, with tags
     exclude: tuple[str, ...] = setting("EXCLUDE", parse_exclude, (), EXCLUDE_HELP)  # for fnmatch
+    shard: Shard | None = setting("SHARD", Shard.parse, None, SHARD_HELP)  # None: the whole source
     # An archive that lost more of its objects than this is suspicious.
     shrink_percent: int = setting("SHRINK_WARNING", range(100), 50, " (percent); 0 turns it off")
     # Who is told how a run went; nobody where it is empty.
@@ -528,6 +578,11 @@ class Settings:
     @property
     def stores(self) -> tuple[Store, ...]:
         return (self.source, *(target.store for target in self.targets))
+
+    @property
+    def origin(self) -> str:
+        """What is backed up."""
+        return f"{self.shard} of {self.source.location}" if self.shard else self.source.location
 
     def mount_point(self, store: Store) -> Path:
         return self.data_dir / store.name
@@ -682,9 +737,24 @@ class Configuration:
                 self._texts[store.setting(key)] = json.dumps(value) if is_number else value
                 if key not in keys:
                     self._tell(f"{variable} {quoted}", f"unknown key {json.dumps(key)}; {near(key, keys)}")
+        self._replace_shard(store.setting("path"))
         mode = self._texts.get(store.setting("encryption")) or ""
         fields = self._fields(Target, store.setting, str(mode).lower() != "none")
         return Target(name, self._store(store, True), must_match=bool(mode), **fields)
+
+    def _replace_shard(self, place: str) -> None:
+        # Each part has a repository of its own. A mistake in SHARD itself was told.
+        path, shard = self._texts.get(place), self.known.shard
+        if not isinstance(path, str) or not path or (self._texts["SHARD"] and not shard):
+            return
+        if shard and "{shard}" not in path:
+            words = f"SHARD is set, and each part needs a repository of its own; write {{shard}} into {path}"
+            self._tell(place, f"{words}, such as {path}{'/' if ':' in path else ':'}{{shard}}")
+        elif "{shard}" in path and not shard:
+            self._tell(place, "has {shard}, and SHARD is not set; set that, such as 1/16, or take this out")
+            self._texts[place] = WRONG
+        elif shard:
+            self._texts[place] = path.replace("{shard}", shard.padded)
 
 
 def overlap_mistakes(stores: Sequence[Store]) -> list[str]:
@@ -716,7 +786,9 @@ Headers = Mapping[str, str]
 Where = tuple[str, str] | None  # a listing begins: the parameter of its request that says so
 NO_HEADERS: Headers = {}
 LISTED = ("Key", "LastModified", "Size", "ETag")  # of what a listing says of an object
+IS_FOLDER = -1  # in place of a size: it is no object, but others lie below it
 MD5 = functools.partial(hashlib.md5, usedforsecurity=False)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # A key as S3 sorts them, and as all else has it.
 encode_key = functools.partial(str.encode, encoding="utf-8", errors="surrogateescape")
@@ -1063,9 +1135,15 @@ class S3Client:
             raise self._error(0, "RequestTimeTooSkewed", words)
         return f"ok, {text}, clocks differ by {abs(ahead)} s" if clock else f"ok, {text}"
 
-    def list_page(self, prefix: str, where: Where = None, limit: int = 1000) -> tuple[list[S3Object], Where]:
-        """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none."""
+    def list_page(
+        self, prefix: str, where: Where = None, limit: int = 1000, delimiter: str = ""
+    ) -> tuple[list[S3Object], Where]:
+        """Up to `limit` objects below `prefix`, and the `where` of the next page; None: there is none.
+
+        With a `delimiter` all that has it behind the prefix is one entry, which ends with it.
+        """
         query = [("list-type", "2"), ("encoding-type", "url"), ("max-keys", str(limit)), ("prefix", prefix)]
+        query += [("delimiter", delimiter)] if delimiter else []
         answer = self.request("GET", query=[*query, where] if where else query)
         key, objects = "", []
         try:
@@ -1074,10 +1152,17 @@ class S3Client:
             if not kind or rest:
                 raise ElementTree.ParseError(f"{root.tag} instead of ListBucketResult")
             is_encoded = root.findtext("{*}EncodingType") == "url"
+
+            def decoded(key: str) -> str:
+                if is_encoded and ("%" in key or "+" in key):
+                    return urllib.parse.unquote_plus(key, errors="surrogateescape")
+                return key
+
+            for folder in root.iterfind(f"{space}CommonPrefixes"):
+                objects.append(S3Object(decoded(folder.findtext(f"{space}Prefix", "")), IS_FOLDER, EPOCH))
             for entry in root.iterfind(f"{space}Contents"):
                 key, modified, size_bytes, etag = [entry.findtext(space + name, "") for name in LISTED]
-                if is_encoded and ("%" in key or "+" in key):
-                    key = urllib.parse.unquote_plus(key, errors="surrogateescape")
+                key = decoded(key)
                 when = datetime.fromisoformat(modified)
                 # S3's times are UTC, also where a server does not say so.
                 when = when if when.tzinfo else when.replace(tzinfo=UTC)
@@ -1092,19 +1177,22 @@ class S3Client:
         if token := root.findtext("{*}NextContinuationToken"):
             return objects, ("continuation-token", token)
         keys = [entry.key for entry in objects]
-        if not keys or keys != sorted(keys):
+        if not keys or keys != sorted(keys) or delimiter:
             words = "a page of the listing is truncated, and does not say how it goes on"
             raise self._error(answer.status, "BadListing", words)
         return objects, ("start-after", keys[-1])
 
-    def list_objects(self, prefix: str, start_after: str = "", where: Where = None) -> Iterator[S3Object]:
+    def list_objects(
+        self, prefix: str, start_after: str = "", where: Where = None, delimiter: str = ""
+    ) -> Iterator[S3Object]:
         """Those below `prefix`, or after a key or from a page on, in order, but in S3's directory buckets."""
         where, last, empty = ("start-after", start_after) if start_after else where, None, 0
-        page = in_background(lambda: self.list_page(prefix, where))
+        ask = functools.partial(self.list_page, prefix, **({"delimiter": delimiter} if delimiter else {}))
+        page = in_background(lambda: ask(where))
         while True:
             objects, following = page.result()
             if following:  # S3 looks for these while those are worked at
-                page = in_background(functools.partial(self.list_page, prefix, following))
+                page = in_background(functools.partial(ask, following))
             yield from (entry for entry in objects if entry.key > start_after)  # some servers ignore that
             if not following:
                 return
@@ -1383,7 +1471,6 @@ EXISTS (
 UNREPRESENTABLE = re.compile(r"(^|/)(\.{0,2})(/|$)|\0")  # an empty part, or one that is a folder's own name
 # XML 1.0 has no place for these ("Char" in its grammar): a page of a listing that has one cannot be read.
 NOT_IN_XML = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def microseconds(when: datetime) -> int:
@@ -1501,6 +1588,7 @@ class Catalog:
             values = key, key[:-1] + b"0" if key else b"\xff" * 5, len(key) + 1
             self.execute(f"{hide} key > ? AND key < ? AND instr(substr(key, ?), X'2F') = 0", values)
         self.execute(f"{hide} is_shown AND {IS_COVERED}")
+        self.execute("DELETE FROM objects WHERE size < 0")  # what lies in other parts is not needed any more
 
     def exclude(self, patterns: Sequence[str]) -> set[str]:
         """Has SQL's `excluded(key)` say whether one of them matches; the set has those that ever did."""
@@ -1601,6 +1689,7 @@ LEASE_NAME = f"{OWN_PREFIX}lease"
 PROBE_NAME = f"{OWN_PREFIX}probe-"
 KEY_EXPORTED_NAME = f"{OWN_PREFIX}key-exported"  # notes: small JSON objects
 CHECKED_NAME = f"{OWN_PREFIX}checked"
+SHARD_NAME = f"{OWN_PREFIX}shard-"  # and the part that a repository is for
 LEASE_MARGIN_SECONDS = 2  # HTTP's dates have whole seconds
 NO_SUCH_ETAG = '"00000000000000000000000000000000"'
 IF_ABSENT = {"If-None-Match": "*"}
@@ -4049,7 +4138,10 @@ class Preflight:
 
     def holds(self, store: Store, name: str) -> bool:
         """Whether a note is there; our names sort before all of borg's."""
-        return any(entry.key == f"{store.key_prefix}{name}" for entry in self.keys)
+        return name in self.names(store)
+
+    def names(self, store: Store) -> list[str]:
+        return [entry.key[len(store.key_prefix) :] for entry in self.keys]
 
     def others(self, store: Store) -> dict[str, int]:
         """What is not ours, as the lease, probes and notes are: name below the prefix -> size in bytes."""
@@ -4077,7 +4169,7 @@ UNFINISHED_MAX_BYTES = 65536  # the first manifest and its commit take less than
 def look(client: S3Client) -> Preflight:
     entries, more = client.list_page(client.store.key_prefix)
     client.is_sorted = entries == sorted(entries, key=lambda entry: entry.key)
-    if more and not client.is_sorted:  # what matters may be on any page
+    if more and not client.is_sorted and client.store.target:  # what matters may be on any page
         entries, more = list(client.list_objects(client.store.key_prefix)), None
     return Preflight(client.region, tuple(entries), more, client.clock, client.is_sorted)
 
@@ -4154,7 +4246,7 @@ def prepare_repository(
     store, prefix, found = target.store, target.store.key_prefix, look(client)
     probes = [entry.key for entry in found.keys if entry.key.startswith(f"{prefix}{PROBE_NAME}")]
     delete_all(lease, "", probes)  # which preflights that were killed left
-    state = what_lies_there(client, found, may_be_new)
+    state = what_lies_there(runtime, client, found, may_be_new)
     if state is RepositoryState.READY:
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while owners := clear_leftovers(runtime, client, lease):
@@ -4175,14 +4267,35 @@ def prepare_repository(
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
         repository = Path(folder, "repository")
         Borg(runtime, target, repository).run(["init", "--encryption", target.encryption, str(repository)])
-        delete_all(lease, prefix, (KEY_EXPORTED_NAME, CHECKED_NAME))  # of a repository that was here before
+        parts = [name for name in found.names(store) if name.startswith(SHARD_NAME)]
+        delete_all(lease, prefix, (KEY_EXPORTED_NAME, CHECKED_NAME, *parts))  # of one that was here before
+        if shard := runtime.settings.shard:
+            lease.write(S3Client.put, f"{prefix}{SHARD_NAME}{shard.dashed}", b"{}")
         paths = [path for path in repository.rglob("*") if path.is_file() and path.name != "lock.roster"]
         for path in sorted(paths, key=lambda path: (path.name == "config", path.name != "README")):
             lease.write(S3Client.put, f"{prefix}{path.relative_to(repository)}", path.read_bytes())
     return True
 
 
-def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> RepositoryState:
+def expect_part(runtime: Runtime, store: Store, names: Iterable[str]) -> None:
+    """Raises BackupError unless a repository, whose files have these names, is for what is backed up."""
+    shard = runtime.settings.shard
+    found = [name.removeprefix(SHARD_NAME) for name in names if name.startswith(SHARD_NAME)]
+    if found == ([shard.dashed] if shard else []):
+        return
+    there = ", ".join(name.replace("-", "/") for name in found)
+    is_for = f"SHARD={there}" if there else "a whole source (without SHARD)"
+    here = f"SHARD={shard.setting}" if shard else "SHARD is not set"
+    raise BackupError(
+        f"{store.name}: the repository at {store.location} is for {is_for}, and here {here}",
+        f"Set SHARD as it was, or point {store.setting('path')} at an empty place: other parts need new"
+        " repositories, and the old ones can still be restored from.",
+    )
+
+
+def what_lies_there(
+    runtime: Runtime, client: S3Client, found: Preflight, may_be_new: bool
+) -> RepositoryState:
     """The state of the place for a repository. Raises BackupError where what lies there is not wanted."""
     store, state = client.store, found.repository_state(client.store)
     if state is RepositoryState.UNFINISHED:  # nothing of somebody else must be removed
@@ -4200,6 +4313,8 @@ def what_lies_there(client: S3Client, found: Preflight, may_be_new: bool) -> Rep
             f"{store.name}: {store.location} holds no repository yet",
             f"Run a backup first, or correct {store.setting('path')}.",
         )
+    if state is RepositoryState.READY and may_be_new:  # somebody backs up to it, and does not just read it
+        expect_part(runtime, store, found.names(store))
     return state
 
 
@@ -4371,7 +4486,7 @@ def opened_for_reading(runtime: Runtime, target: Target, purpose: str = "") -> I
     """
     store, found = target.store, preflight_one(runtime, target.store, write=False)
     client = S3Client(store, found.region, PROVEN, runtime.stop)
-    what_lies_there(client, found, may_be_new=False)
+    what_lies_there(runtime, client, found, may_be_new=False)
     with contextlib.ExitStack() as undo:
         undo.enter_context(full_disk_told(store))
         if purpose:
@@ -4608,7 +4723,7 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
 
     Raises BackupError when no target could even be tried, Stopped after everything is undone.
     """
-    what = f"backup of {runtime.settings.source.location} to {count(len(targets), 'target')}"
+    what = f"backup of {runtime.settings.origin} to {count(len(targets), 'target')}"
     names = [target.name for target in targets]
     runtime.console.info("run", what, "run_started", version=VERSION, targets=names)
     if runtime.settings.source_metadata:
@@ -4621,8 +4736,12 @@ def run_backup(runtime: Runtime, targets: Sequence[Target]) -> int:
             raise found
         for run, check in zip(runs, checks, strict=True):
             run.check = check
-        with listed_source(runtime, found) as source:
-            back_up_all(runtime, source, runs)
+        if all(isinstance(check, BackupError) for check in checks):  # a large source is not listed in vain
+            for run in runs:
+                run.attempt(run.back_up, None)
+        else:
+            with listed_source(runtime, found) as source:
+                back_up_all(runtime, source, runs)
         runtime.stop.check()
     finally:
         conclude(runtime, runs, RUN_COLUMNS)
@@ -4633,9 +4752,17 @@ def preflight(runtime: Runtime, targets: Sequence[Target]) -> list[Preflight | B
     """Examines the source and all targets at the same time; the source's result is the first."""
     stores = [runtime.settings.source, *(target.store for target in targets)]
     clients = [S3Client(store, stop=runtime.stop) for store in stores]
-    checks = [functools.partial(examine, each, write=each.store.target is not None) for each in clients]
+    checks = [functools.partial(examine_for_run, runtime, each) for each in clients]
     *found, copies = side_by_side([*checks, lambda: find_copies(runtime, targets)], runtime.stop)
     return [copies.get(store.target, result) for store, result in zip(stores, found, strict=True)]
+
+
+def examine_for_run(runtime: Runtime, client: S3Client) -> Preflight:
+    store = client.store
+    found = examine(client, write=store.target is not None)
+    if store.target and found.repository_state(store) is RepositoryState.READY:
+        expect_part(runtime, store, found.names(store))
+    return found
 
 
 def find_copies(runtime: Runtime, targets: Sequence[Target]) -> dict[str, BackupError]:
@@ -4808,7 +4935,7 @@ class TargetRun:
         if isinstance(check := self.check, BackupError):
             raise check
         runtime, target, label = self.runtime, self.target, self.runtime.settings.label
-        catalog, mount = fed.feeder.catalog, fed.feeder.mount
+        source, catalog, mount = fed.feeder.source, fed.feeder.catalog, fed.feeder.mount
         if self.tries > 1:  # a store that does not take writes any more is to be told in seconds
             check = preflight_one(runtime, target.store, write=True)
         client = S3Client(target.store, check.region, PROVEN, runtime.stop)
@@ -4823,10 +4950,11 @@ class TargetRun:
                 self.create_archive(repository, fed)
                 archive, objects = self.numbers["archive"], self.numbers["objects"]
                 is_good = bool(objects and not self.failures)
-                is_pruned = self.is_like_last(repository, catalog) and is_good and bool(target.prune)
+                is_known = is_good or (source.is_empty_part and not self.failures)
+                is_pruned = self.is_like_last(repository, source) and is_good and bool(target.prune)
                 self.keep_up(repository, is_pruned, is_pruned, f"the archive {archive} is stored")
             outlast_name(archive)
-        if is_good:  # what comes after another one is to be compared with the last good one
+        if is_known:  # what comes after another one is to be compared with the last good one
             catalog.note_archive(repository.cache.name, label, objects)
         self.info(f"done: everything is uploaded to {target.store.location}")
         if target.encryption != "none" and (is_new or not check.holds(target.store, KEY_EXPORTED_NAME)):
@@ -4912,14 +5040,15 @@ class TargetRun:
         source.catalog.note_archive(repository.cache.name, label, None, as_of.timestamp())
 
     def judge_archive(self, fed: Fed) -> None:
-        console, feeder, location = self.runtime.console, fed.feeder, self.runtime.settings.source.location
+        console, feeder, location = self.runtime.console, fed.feeder, self.runtime.settings.origin
         if fed.lacks.count:  # some objects, or is the source gone, or its keys revoked?
             examine(feeder.client, write=False)
         if not self.numbers["objects"]:
             if feeder.catalog.total("size > 0 OR substr(key, -1) != X'2F'")[0]:  # more than mere folders
                 what = f"the archive {self.numbers['archive']} is empty, and {location} was not"
                 raise BackupError(f"{self.name}: {what}", "Run it again; nothing was pruned.")
-            self.warn(f"the source {location} lists no objects; nothing was pruned")
+            if not feeder.source.is_empty_part:
+                self.warn(f"the source {location} lists no objects; nothing was pruned")
         for found in (fed.lacks, feeder.mixed):
             for key, reason in found.named:
                 console.warning(self.name, f"{key!r} is not, or not whole, in the archive: {reason}")
@@ -4944,20 +5073,21 @@ class TargetRun:
         for key in sorted(feeder.mount.log.shrunk):  # what became shorter borg sees end early, with no error
             self.warn(f"{key!r} was overwritten while it was read: it is incomplete in this archive")
 
-    def is_like_last(self, repository: Repository, catalog: Catalog) -> bool:
+    def is_like_last(self, repository: Repository, source: Source) -> bool:
         # Else the source may be wrong. This warns of it once: the next archive is compared with this one.
         settings, objects = self.runtime.settings, self.numbers["objects"]
         sql = "SELECT objects FROM archives WHERE repository = ? AND label = ?"
-        [[last]] = catalog.execute(sql, [repository.cache.name, settings.label])
+        [[last]] = source.catalog.execute(sql, [repository.cache.name, settings.label])
         if last is None and settings.shrink_percent:
             options = ["--last", "2", "--glob-archives", archive_pattern(settings.label)]
             before, *made = archives_of(repository, *options)[1]
             last = before.objects if made else None
-        if not has_shrunk(objects, last or 0, settings.shrink_percent):
+        was_emptied = source.is_empty_part and last and settings.shrink_percent
+        if not was_emptied and not has_shrunk(objects, last or 0, settings.shrink_percent):
             return True
         reason = (
             f"the archive has {count(objects, 'object')}, the one before it {last:,}:"
-            f" is {settings.source.location} what you want to back up? nothing was pruned (SHRINK_WARNING)"
+            f" is {settings.origin} what you want to back up? nothing was pruned (SHRINK_WARNING)"
         )
         self.warn(reason, "shrunk", objects=objects, objects_before=last)
         return False
@@ -5002,7 +5132,8 @@ def summary(runs: Sequence[TargetRun], columns: Sequence[str]) -> str:
 def conclude(runtime: Runtime, runs: Sequence[TargetRun], columns: Sequence[str]) -> None:
     report, console = runtime.report, runtime.console
     report.targets = [run.as_json() for run in runs]
-    report.table = "\n".join(filter(None, [summary(runs, columns), report.excluded]))
+    part = f"this is {runtime.settings.shard}" if runtime.settings.shard else ""
+    report.table = "\n".join(filter(None, [summary(runs, columns), part, report.excluded]))
     if not console.as_json:
         console.plain(report.table)
         return
@@ -5021,6 +5152,7 @@ class Source:
     clock: datetime  # the server's, before it was listed
     catalog: Catalog
     unlistable: Collection[str]  # folders that TigrisFS cannot list
+    is_empty_part: bool  # other parts have objects
 
 
 @contextlib.contextmanager
@@ -5030,6 +5162,8 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
     What is wrong with the last one, or with its place, is told, and costs requests.
     """
     console, kept = runtime.console, own_cache(runtime.environ, runtime.settings.source)
+    if shard := runtime.settings.shard:
+        kept = kept.with_name(f"{kept.name}-{shard.dashed}")
     kept = kept.with_suffix(".catalog")
     folder = kept.with_suffix(f".{runtime.run_id}")
     with contextlib.ExitStack() as undo:
@@ -5064,7 +5198,7 @@ def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
 def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) -> Source:
     console, catalog = runtime.console, Catalog(folder / "catalog")
     client = S3Client(runtime.settings.source, found.region, PROVEN, runtime.stop)
-    catalog.add(objects_of(client, console, found))
+    catalog.add(objects_of(runtime, client, found))
     unlistable = catalog.unlistable()
     catalog.hide(unlistable)
     try:
@@ -5086,25 +5220,57 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
                 console.info("source", f"EXCLUDE: no key matches {pattern!r}")
     number, size_bytes = catalog.total()
     text = f"lists {count(number, 'object')}, {size(size_bytes)}"
+    text = f"{runtime.settings.shard}: {text}" if runtime.settings.shard else text
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
     if new := heads_to_ask(runtime, catalog):
         console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
-    return Source(client, found.clock, catalog, unlistable)
+    is_empty_part = bool(runtime.settings.shard and found.keys and not number)
+    return Source(client, found.clock, catalog, unlistable, is_empty_part)
 
 
 def heads_to_ask(runtime: Runtime, catalog: Catalog) -> int:
     return catalog.total("facts IS NULL AND is_shown")[0] if runtime.settings.headers else 0
 
 
-def objects_of(client: S3Client, console: Console, found: Preflight | None = None) -> Iterator[S3Object]:
-    """What a store lists, by the keys behind its prefix; `found` knows the beginning."""
+def list_shard(client: S3Client, shard: Shard, folder: str = "", depth: int = 0) -> Iterator[S3Object]:
+    """What the folders of a part hold, and, as IS_FOLDER, whatever folders lie beside their objects.
+
+    A folder at the depth that counts is listed in full, those above it level by level.
+    """
+    start = f"{client.store.key_prefix}{folder}"
+    if depth == shard.depth:
+        yield from client.list_objects(start)
+        return
+    is_own, folders = shard.has_folder(folder), set[str]()
+    for each in client.list_objects(start, delimiter="/"):
+        name, slash, _ = each.key[len(start) :].partition("/")
+        if not slash and is_own:
+            yield each
+        elif slash and name not in folders:
+            folders.add(name)
+            yield S3Object(f"{start}{name}/", IS_FOLDER, EPOCH)
+    for below in (f"{folder}{name}/" for name in sorted(folders)):
+        if depth + 1 < shard.depth or shard.has_folder(below):
+            yield from list_shard(client, shard, below, depth + 1)
+
+
+def objects_of(runtime: Runtime, client: S3Client, found: Preflight | None = None) -> Iterator[S3Object]:
+    """What the source lists, or a part of it, by the keys behind its prefix; `found` knows the beginning.
+
+    Of a part, folders that are no objects come, too: a mount shows the whole source, where they hide objects
+    of their names. So do keys that no XML holds, as they spoil the mount's listing, whosever they are.
+    """
     prefix, entries = client.store.key_prefix, client.list_objects(client.store.key_prefix)
-    if found:
+    if shard := runtime.settings.shard:
+        bad = [each.key for each in (found.keys if found else ()) if NOT_IN_XML.search(each.key)]
+        strange = (S3Object(key, IS_FOLDER, EPOCH) for key in bad)
+        entries = itertools.chain(strange, list_shard(client, shard))
+    elif found:
         rest = client.list_objects(prefix, where=found.following) if found.following else ()
         entries = itertools.chain(found.keys, rest)
     for number, each in enumerate(entries, 1):
         if not number % CATALOG_PAGE:
-            console.progress(client.store.name, f"listing: {count(number, 'object')}")
+            runtime.console.progress(client.store.name, f"listing: {count(number, 'object')}")
         if key := each.key[len(prefix) :]:
             is_shown = is_showable(key, each.size_bytes)
             yield S3Object(key, each.size_bytes, each.last_modified, each.etag, is_shown)
@@ -5289,9 +5455,9 @@ class Feeder(ReadAhead):
         return file
 
     def _look_again(self) -> None:
-        for now in objects_of(self.client, self.runtime.console):
+        for now in objects_of(self.runtime, self.client):
             self.moved += 1
-            each = self.catalog.get(now.key)
+            each = self.catalog.get(now.key) if now.size_bytes >= 0 else None
             if not each or not each.is_shown or (now.etag and not each.etag):  # that was noted before
                 continue
             if (each.size_bytes, each.etag) != (now.size_bytes, now.etag):
@@ -5618,7 +5784,7 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
     if is_known and ask("list", list_it) and isinstance(listed, Preflight):
         found = listed
         if store.target:
-            ask("repository", lambda: f"ok, holds {what_lies_there(client, found, True).value}")
+            ask("repository", lambda: f"ok, holds {what_lies_there(runtime, client, found, True).value}")
         else:
             ask("read, ranges", lambda: probe_read(client, found))
             if found.keys and runtime.settings.headers:
@@ -6756,7 +6922,7 @@ OF_SAMPLE = ("sampled", "sampled_bytes", "equal", "extracted", "differing", "hea
 ONLY_COUNTED = ("archived", "listed", "new", "sampled", "sampled_bytes", "equal", "extracted")
 
 VERIFICATION_TEXT = """\
-archive       {archive} of {target}: the source as of {as_of}
+archive       {archive} of {target}{part}: the source as of {as_of}
 compared      {archived:,} archived, {listed:,} in the source now
 missing       {missing:,} that the source had before
 unarchivable  {unarchivable:,} that no mount can show
@@ -6781,8 +6947,8 @@ def parse_sample(text: str) -> float:
 
 
 class Verification:
-    def __init__(self, target: str, seed: int) -> None:
-        self.target, self.seed, self.archive, self.as_of = target, seed, "", ""
+    def __init__(self, target: str, seed: int, shard: Shard | None = None) -> None:
+        self.target, self.seed, self.archive, self.as_of, self.shard = target, seed, "", "", shard
         self.error = ""  # why it could not be verified to the end
         self.found = {kind: Findings() for kind in (*OF_ALL, *OF_SAMPLE)}  # keys and reasons
 
@@ -6801,6 +6967,7 @@ class Verification:
             found[kind] = each.count if kind in ONLY_COUNTED else {"count": each.count, "objects": objects}
         sample = {"seed": self.seed, **{kind: found.pop(kind) for kind in OF_SAMPLE}}
         facts = {"target": self.target, "archive": self.archive, "as_of": self.as_of or None}
+        facts |= {"shard": self.shard.setting} if self.shard else {}
         found |= {"sample": sample, "result": self.verdict.value}
         return json.dumps({**facts, "error": self.error, **found})
 
@@ -6812,16 +6979,45 @@ class Verification:
         ]
         words = {**vars(self), **{kind: each.count for kind, each in self.found.items()}}
         words |= {"archive": self.archive or "-", "as_of": self.as_of or "-", "result": self.verdict.value}
+        words |= {"part": f", {self.shard}" if self.shard else ""}
         words["sampled_size"] = size(words["sampled_bytes"])
         error = [f"error: {self.error}"] if self.error else []
         return "\n".join([*named, VERIFICATION_TEXT.format(**words), *error])
 
 
 def run_verify(
+    runtime: Runtime, target: Target, archive: str | None, all_shards: bool, sample: float, **options: Any
+) -> int:
+    """Verifies an archive, or the newest one of each part; returns the worst exit code."""
+    if not all_shards:
+        return verify_and_tell(runtime, target, archive, sample, **options)
+    if not (shard := runtime.settings.shard):
+        raise ConfigurationError(["`--all-shards`: SHARD is not set; write any part's, such as 1/16"])
+    codes = {}
+    for number in range(1, shard.count + 1):
+        each = dataclasses.replace(shard, number=number)
+        environ = {**runtime.environ, "SHARD": each.setting, "SHARD_FILE": ""}
+        configuration = Configuration(environ)
+        runtime.console.secrets = configuration.secrets
+        part = dataclasses.replace(runtime, settings=configuration.settings(), environ=environ)
+        runtime.console.info(target.store.name, f"{each} is verified")
+        codes[number] = verify_and_tell(
+            part, chosen(part.settings, "target", target.name), None, sample, **options
+        )
+    if bad := [f"{number:,}" for number, code in codes.items() if code]:
+        words = f"of {shard.count:,} parts, these are not all right: {', '.join(bad)}"
+        runtime.console.error(target.store.name, words)
+    else:
+        words = f"all {shard.count:,} parts are right: together they have each key that the source listed"
+        runtime.console.info(target.store.name, words)
+    return max(codes.values())
+
+
+def verify_and_tell(
     runtime: Runtime, target: Target, archive: str | None, sample: float, seed: int, as_json: bool
 ) -> int:
     """Prints what is found about an archive, also where that is an error; returns the exit code."""
-    found = Verification(target.name, seed)
+    found = Verification(target.name, seed, runtime.settings.shard)
     try:
         verify(runtime, target, archive, sample, found)
     except (Stopped, ConfigurationError):
@@ -6841,6 +7037,8 @@ def verify(runtime: Runtime, target: Target, name: str | None, sample: float, fo
         opened_for_reading(runtime, target, "`verify`") as repository,
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder,
     ):
+        names = within(MOUNT_SECONDS, target.store.name, lambda: os.listdir(repository.mount.path), stop)
+        expect_part(runtime, target.store, names)
         pattern = re.sub(r"[*?[]", r"[\g<0>]", name) if name else archive_pattern(label)
         archives = archives_of(repository, "--last", "1", "--glob-archives", pattern)[1]
         if not archives:
@@ -6849,9 +7047,9 @@ def verify(runtime: Runtime, target: Target, name: str | None, sample: float, fo
             raise BackupError(f"{target.store.name}: there is no archive {which}", hint)
         archive = archives[0]
         found.archive, found.as_of = archive.name, f"{archive.as_of:%Y-%m-%dT%H:%M:%SZ}"
-        runtime.console.info(target.store.name, f"{archive.name} is compared with {source.location}")
+        runtime.console.info(target.store.name, f"{archive.name} is compared with {runtime.settings.origin}")
         with contextlib.closing(Catalog(Path(folder, "source"))) as catalog:
-            take = functools.partial(catalog.add, objects_of(client, runtime.console))
+            take = functools.partial(catalog.add, objects_of(runtime, client))
             within(LIST_SECONDS, "source: listing it", take, stop)
             catalog.hide([])
         with contextlib.closing(Plan(Path(folder, "plan"))) as plan:
@@ -7197,6 +7395,7 @@ ARGUMENTS: Mapping[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "store": ("NAME", str, "source, or target-<name>"),
     "stores": ("NAME...", str, "source, or target-<name>; all without any"),
     "paths": ("PATH...", matching(".*[^/].*"), "a key, or a folder of keys; leave it out to restore all"),
+    "all_shards": ("--all-shards", None, "verify each part of the source, see SHARD"),
     "archive": ("--archive ARCHIVE", TEXT, "its name; leave it out for the newest of BACKUP_LABEL"),
     "until": ("--at TIME", end_of_time, f"{TIME_HELP}: the newest archive until then"),
     "folder": ("--to DIR", PATH, "a path: restore into this folder"),
@@ -7221,7 +7420,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., int], str, str]] = {
     "maintain": (maintain, "targets", "prune, compact and check, without the source"),
     "key-export": (export_key, "target", "print a repository's key, to be kept elsewhere"),
     "borg": (run_borg, "target", "run any borg command: borg first diff ARCHIVE1 ARCHIVE2"),
-    "verify": (run_verify, "target archive sample seed as_json", "compare an archive with the bucket"),
+    "verify": (run_verify, "target archive|all_shards sample seed as_json", "compare with the source"),
     "check": (run_check, "target max_duration|verify_data", "check a repository; never repairs"),
     "restore": (
         restore,

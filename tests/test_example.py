@@ -53,6 +53,11 @@ def accepted(environment: Mapping[str, str]) -> backup.Settings:
         pytest.fail("\n".join(error.mistakes))
 
 
+def with_shards(targets: str) -> str:
+    """TARGETS as SHARD wants it."""
+    return re.sub(r'"path": "([^":]+):?([^"]*)"', r'"path": "\1:\2/{shard}"', targets)
+
+
 def test_the_example_is_accepted_as_it_stands() -> None:
     settings = accepted(docker_env_file(EXAMPLE))
     assert [target.name for target in settings.targets] == ["first", "second"]
@@ -62,7 +67,7 @@ def test_the_optional_settings_are_accepted_too_and_are_the_defaults() -> None:
     plain = docker_env_file(EXAMPLE)
     everything = docker_env_file(OPTIONAL_SETTING.sub("", EXAMPLE))
     assert set(everything) == set(backup.VARIABLES)
-    with_all = accepted(everything)
+    with_all = accepted(everything | {"TARGETS": with_shards(everything["TARGETS"])})
     assert with_all.source.region == "eu-central-1"
     assert (with_all.data_dir, with_all.debug) == (accepted(plain).data_dir, accepted(plain).debug)
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +19,11 @@ import yaml
 
 import backup
 from helpers import (
-    BACKUP,
-    Bucket,
-    Repository,
-    run_backup,
-    sample_objects,
-    settings,
     skip_or_fail,
     wait_until,
 )
 from readme import ONE_SHOT, README, S3BB, TOP, code_block, code_blocks
-from servers import Server
-from test_example import accepted, docker_env_file
+from test_example import accepted, docker_env_file, with_shards
 
 DOCKERFILE = (TOP / "Dockerfile").read_text(encoding="utf-8")
 SCRIPT = "/usr/local/bin/s3-backup"
@@ -271,7 +263,7 @@ def merged(base: Any, changes: Any) -> Any:
     return changes
 
 
-def with_a_pod_for_each_folder(nightly: Mapping[str, Any]) -> dict[str, Any]:
+def with_a_pod_for_each_part(nightly: Mapping[str, Any]) -> dict[str, Any]:
     """The nightly backup's manifests with the changes that the README tells."""
     assert "take out `backoffLimit`" in README.replace("\n", " ")
     assert "give the claim `ReadWriteMany`" in README.replace("\n", " ")
@@ -305,8 +297,8 @@ def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 NIGHTLY = manifests(code_block("Kubernetes", "yaml", "PersistentVolumeClaim"))
-FOLDERS = with_a_pod_for_each_folder(NIGHTLY)
-BOTH = pytest.mark.parametrize("kinds", [NIGHTLY, FOLDERS], ids=["nightly", "folders"])
+SHARDS = with_a_pod_for_each_part(NIGHTLY)
+BOTH = pytest.mark.parametrize("kinds", [NIGHTLY, SHARDS], ids=["nightly", "shards"])
 
 
 @dataclass(frozen=True)
@@ -359,11 +351,27 @@ def created(tmp_path: Path) -> Created:
     return create(tmp_path, text.replace("\nTARGET_SECRETS=", "\n TARGET_SECRETS="))
 
 
-def environment_of_pod(kinds: Mapping[str, Any], created: Created) -> dict[str, str]:
-    """What a pod gives the program."""
+# Of the example, with `{shard}` in the path of every target, as the README says.
+EXAMPLE = docker_env_file((TOP / "example.env").read_text())
+CREATED_SHARDS = Created(
+    {
+        "secret s3borgbackup": {"TARGET_SECRETS": EXAMPLE["TARGET_SECRETS"]},
+        "configmap s3borgbackup": {**EXAMPLE, "TARGETS": with_shards(EXAMPLE["TARGETS"])},
+    }
+)
+INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
+
+def environment_of_pod(kinds: Mapping[str, Any], created: Created, index: int = 0) -> dict[str, str]:
+    """What a pod gives the program. A value knows the variables before it: Kubernetes adds its own last."""
     sources = [{"configMapRef": {"name": "s3borgbackup"}}, {"secretRef": {"name": "s3borgbackup"}}]
     assert container(kinds)["envFrom"] == sources
-    own = {entry["name"]: entry["value"] for entry in container(kinds).get("env", [])}
+    own: dict[str, str] = {}
+    for entry in container(kinds).get("env", []):
+        if "value" not in entry:
+            assert entry["valueFrom"] == {"fieldRef": {"fieldPath": INDEX}}
+        value = entry.get("value", str(index))
+        own[entry["name"]] = re.sub(r"\$\((\w+)\)", lambda found: own.get(found[1], found[0]), value)
     return {**created.config_map, **created.secret, **own}
 
 
@@ -385,9 +393,9 @@ def test_the_cron_job_never_runs_twice_at_once_nor_again_and_again(kinds: Mappin
 
 def test_a_run_that_failed_waits_for_the_next_night_and_ends_no_other() -> None:
     assert job(NIGHTLY)["backoffLimit"] == 0
-    assert job(FOLDERS)["backoffLimitPerIndex"] == 0
-    assert "backoffLimit" not in job(FOLDERS)
-    assert "maxFailedIndexes" not in job(FOLDERS)
+    assert job(SHARDS)["backoffLimitPerIndex"] == 0
+    assert "backoffLimit" not in job(SHARDS)
+    assert "maxFailedIndexes" not in job(SHARDS)
 
 
 @BOTH
@@ -398,7 +406,8 @@ def test_the_secrets_come_from_the_secret_and_nothing_else_does(
     assert set(created.config_map) == set(docker_env_file((TOP / "example.env").read_text())) - set(
         created.secret
     )
-    assert not {entry["name"] for entry in container(kinds).get("env", [])} & set(backup.VARIABLES)
+    own = {entry["name"] for entry in container(kinds).get("env", [])}
+    assert own & set(backup.VARIABLES) <= {"SHARD"}
 
 
 def test_no_secret_that_can_be_set_becomes_public(tmp_path: Path) -> None:
@@ -410,9 +419,8 @@ def test_no_secret_that_can_be_set_becomes_public(tmp_path: Path) -> None:
     assert not secret & set(found.config_map)
 
 
-@BOTH
-def test_the_program_accepts_what_a_pod_gives_it(kinds: Mapping[str, Any], created: Created) -> None:
-    given = accepted(environment_of_pod(kinds, created))
+def test_the_program_accepts_what_a_pod_gives_it(created: Created) -> None:
+    given = accepted(environment_of_pod(NIGHTLY, created))
     assert given == accepted(docker_env_file((TOP / "example.env").read_text()))
 
 
@@ -448,133 +456,22 @@ def test_a_pod_has_the_memory_that_the_program_needs(kinds: Mapping[str, Any]) -
     assert int(number) * BYTES[suffix] // 10**6 >= backup.MEMORY_MB[0]
 
 
-# -------------------------------------------------------------------------- A pod for each folder of a bucket
+# ---------------------------------------------------------------------------- A pod for each part of a bucket
 
 
-def test_each_pod_has_an_index_and_all_folders_have_a_pod() -> None:
-    assert job(FOLDERS)["completionMode"] == "Indexed"
-    (count,) = container(FOLDERS)["env"]  # Kubernetes adds JOB_COMPLETION_INDEX by itself
-    assert (count["name"], int(count["value"])) == ("FOLDERS", job(FOLDERS)["completions"] - 1)
-    assert job(FOLDERS)["parallelism"] < job(FOLDERS)["completions"]
-    assert FOLDERS["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
-    volumes = by_name(pod(FOLDERS)["volumes"])
-    assert volumes["folders"]["configMap"]["name"] in code_block(LARGE, "shell", "kubectl create configmap")
+def test_each_part_has_a_pod() -> None:
+    count = job(SHARDS)["completions"]
+    assert job(SHARDS)["completionMode"] == "Indexed"
+    assert job(SHARDS)["parallelism"] < count
+    assert SHARDS["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    parts = [accepted(environment_of_pod(SHARDS, CREATED_SHARDS, index)).shard for index in range(count)]
+    assert sorted(part.number for part in parts) == list(range(1, count + 1))
+    assert {part.count for part in parts} == {count}
 
 
-def folder_script() -> str:
-    """What each pod runs."""
-    assert container(FOLDERS)["command"] == ["ash", "-euc"]
-    (script,) = container(FOLDERS)["args"]
-    return script
-
-
-def test_the_folder_script_is_clean_shell() -> None:
-    given = "".join(f"{name}=\n" for name in ("JOB_COMPLETION_INDEX", "FOLDERS", "SOURCE_PATH", "TARGETS"))
-    shellcheck(given + folder_script(), "busybox")
-
-
-@dataclass(frozen=True)
-class FolderJob:
-    """The pods of the Indexed Job, played one by one against a real server."""
-
-    folder: Path
-    environment: Mapping[str, str]
-
-    def run(
-        self, index: int, folders: list[str], count: int | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        """The pod of this index to its end; `count` is what the manifest says that the list's length is."""
-        (self.folder / "folders").write_text("".join(f"{line}\n" for line in folders))
-        executable(self.folder / "bin" / "backup.py", f'#!/bin/sh\nexec {sys.executable} {BACKUP} "$@"\n')
-        script = replaced(
-            folder_script(),
-            {
-                "/data/source": self.folder / "data" / "source",
-                "/tmp/top": self.folder / "tmp" / "top",
-                "/folders/folders": self.folder / "folders",
-                '"/cache/': f'"{self.folder}/cache/',
-                '"/config/': f'"{self.folder}/config/',
-            },
-        )
-        return subprocess.run(
-            ["sh", "-euc", script],
-            env={
-                **self.environment,
-                "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-                "JOB_COMPLETION_INDEX": str(index),
-                "FOLDERS": str(len(folders) if count is None else count),
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    def unmount(self) -> None:
-        """What a container's end does."""
-        run_backup(self.environment, "umount", "source").expect(0)
-
-
-CONTENTS = {
-    **sample_objects(1, 3, prefix="photos/"),
-    **sample_objects(2, 3, prefix="two words/"),
-    "beside": b"1",
-}
-
-
-@pytest.fixture
-def folder_job(needs_fuse: None, tmp_path: Path, server: Server, source: Bucket, target: Bucket) -> FolderJob:
-    """A bucket with two folders and an object beside them."""
-    source.put(CONTENTS)
-    return FolderJob(tmp_path, settings(server, tmp_path, source.name, {"first": f"{target.name}:PREFIX"}))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("folders", "count", "missing"),
-    [
-        (["photos", "two words", "beside"], 3, []),
-        (["two words"], 1, ["beside", "photos"]),
-        # A line that was added to the list alone has no pod.
-        (["photos", "beside", "two words"], 2, ["two words"]),
-        (["photo", "two", "words", "beside"], 4, ["photos", "two words"]),
-        ([], 0, ["beside", "photos", "two words"]),
-    ],
-)
-def test_the_first_pod_names_what_no_other_takes(
-    folder_job: FolderJob, folders: list[str], count: int, missing: list[str]
-) -> None:
-    done = folder_job.run(0, folders, count)
-    folder_job.unmount()
-    printed = [line for line in done.stdout.splitlines() if line in ("beside", "photos", "two words")]
-    assert (done.returncode, sorted(printed)) == (1 if missing else 0, missing), done.stdout + done.stderr
-
-
-@pytest.mark.long
-def test_each_further_pod_backs_up_its_folder_to_a_repository_of_its_own(
-    folder_job: FolderJob, target: Bucket, tmp_path: Path
-) -> None:
-    folders = ["photos", "two words"]
-    for index, name in enumerate(folders, 1):
-        done = folder_job.run(index, folders)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (tmp_path / "cache" / name / "borg").is_dir()
-        repository = Repository.download(target, tmp_path / "downloaded" / name, prefix=name)
-        (archive,) = repository.archives()
-        archived = repository.contents(archive, tmp_path / "data" / "source", tmp_path / "extracted" / name)
-        prefix = f"{name}/"
-        assert archived == {
-            key.removeprefix(prefix): body for key, body in CONTENTS.items() if key.startswith(prefix)
-        }
-    assert {key.split("/")[0] for key in target.sizes()} == set(folders)
-
-
-def test_a_pod_without_a_line_fails(folder_job: FolderJob, target: Bucket) -> None:
-    done = folder_job.run(3, ["photos", "two words"])
-    assert done.returncode != 0
-    assert "has no line 3" in done.stderr
-    assert target.sizes() == {}
+def test_each_part_goes_to_a_repository_of_its_own() -> None:
+    places = [accepted(environment_of_pod(SHARDS, CREATED_SHARDS, index)).targets for index in range(16)]
+    assert len({target.store.location for targets in places for target in targets}) == 16 * 2
 
 
 # ----------------------------------------------------------------------------------------------------- fly.io
