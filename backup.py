@@ -1041,7 +1041,7 @@ S3_HINTS = {
     "NoSuchBucket": "Create the bucket or correct {path}.",
     "AccessDenied": "Give the key {permission}, or correct {path} and {access_key_id}.",
     "AccessDenied:deny": "A policy denies that, whatever the key may do: have it allow {permission}.",
-    "InvalidAccessKeyId": "Correct {access_key_id}.",
+    "InvalidAccessKeyId AccessDenied:key:": "Correct {access_key_id}.",
     "SignatureDoesNotMatch AccessDenied:signature": "Correct {secret_access_key}.",
     "InvalidBucketName": "Correct {path}.",
     "LIST/NoSuchKey": "The bucket's name belongs in {path}, not in {endpoint}: take it out.",

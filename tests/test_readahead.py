@@ -363,9 +363,10 @@ def test_what_is_unchanged_tigrisfs_is_not_asked_for(
     environment: Make, source: Bucket, target: Bucket, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     """It looks into the bucket once, when it is mounted."""
-    source.put({**sample_objects(3, 40), "folder/": b"", "folder/deep/er": b"x"})
+    source.put({f"{number % 4}/{number}": b"x" for number in range(2500)})
+    source.put({"folder/": b"", "folder/deep/er": b"x"})
     time.sleep(SETTLED_SECONDS)
-    made = environment()
+    made = environment(HEADERS="off")
     run_backup(made).expect(0)
     proxy.requests.clear()
     run_backup(made).expect(0)
@@ -386,7 +387,9 @@ def test_what_borg_does_not_know_is_read_whatever_the_catalog_says(
     [catalog] = (tmp_path / "cache").rglob("*.catalog")
     with contextlib.closing(sqlite3.connect(catalog, isolation_level=None)) as database:
         database.execute("UPDATE archives SET as_of = ?", [time.time()])
+    already = len(reads(proxy))
     assert "warning" not in run_backup(made).expect(0).output
+    assert read_keys(proxy, already) == {"folder/unknown"}
     assert newest_contents(target, tmp_path, made) == source.contents()
     already = len(reads(proxy))
     run_backup(made).expect(0)
