@@ -132,6 +132,7 @@ OWN_MB, FIXED_MB, BORG_MB = 40, 90, 100  # what backup.py needs, a tigrisfs besi
 LONGEST_RUN_SECONDS = 10 * 86400
 MANY_OBJECTS = 100_000  # TigrisFS takes 1.6 KB for each that it has listed, and has to forget some
 SLOW_BYTES_PER_SECOND = 1_000_000  # a first run of many that is slower has more requests
+LARGEST_LISTED_FOLDER = 2000  # objects, where there are many
 WHOLE_READ_BYTES = 1024 * 1024  # what TigrisFS reads in one request, and so of one version of an object
 WAKE_SECONDS = 0.5  # how long an fsync that missed its wake-up sleeps at most
 NUDGE_BYTES = 400  # what that costs tigrisfs in reads and writes; seen: 240
@@ -153,7 +154,7 @@ READ_BYTES = 1024 * 1024  # for one read of a thread
 SMALL_BODY_BYTES = 64 * 1024  # of a request, sent at once with its headers
 SMALLEST_PIECE_BYTES, LARGEST_PIECE_BYTES = 1024 * 1024, 8 * 1024 * 1024
 SMALLEST_PLACE_BYTES = 64 * 1024  # what an object takes of the window at least
-LEAST_THREADS, MOST_THREADS, READS_PER_SECOND = 32, 256, 1000
+LEAST_THREADS, MOST_THREADS, READS_PER_SECOND, MEASURED_READS = 32, 256, 1000, 100
 WATCH_SECONDS = 0.05  # between looks at how far borg is in a large object
 JOIN_SECONDS = 15  # how long a borg that is about to begin is waited for
 HOLD_SECONDS = 30  # how long a fast borg is held for the sake of a slow one, at first
@@ -1490,6 +1491,12 @@ def folders_of(key: str) -> list[str]:
     return ["", *(key[: match.end()] for match in re.finditer("/", key))]
 
 
+def below(folder: str) -> tuple[bytes, bytes]:
+    """What the keys in a folder, "" or with a slash at the end, begin with, and the first key behind them."""
+    start = encode_key(folder)
+    return start, start[:-1] + b"0" if start else b"\xff" * 5  # 0 comes after the slash
+
+
 def pages(rows: Iterable[Result]) -> Iterator[list[Result]]:
     """Rows, as many at a time as is good for a database."""
     rows = iter(rows)
@@ -1584,8 +1591,7 @@ class Catalog:
         """Notes what no mount shows, though the keys would do, when all are in."""
         hide = "UPDATE objects SET is_shown = 0 WHERE"
         for folder in unlistable:  # what is directly in it, not further down
-            key = encode_key(folder)
-            values = key, key[:-1] + b"0" if key else b"\xff" * 5, len(key) + 1
+            values = *below(folder), len(encode_key(folder)) + 1
             self.execute(f"{hide} key > ? AND key < ? AND instr(substr(key, ?), X'2F') = 0", values)
         self.execute(f"{hide} is_shown AND {IS_COVERED}")
         self.execute("DELETE FROM objects WHERE size < 0")  # what lies in other parts is not needed any more
@@ -2945,7 +2951,8 @@ class ReadAhead:
         self.is_over = False
         self._window = self._room = plan.window_bytes
         self._piece_bytes, self._threads = plan.piece_bytes, settings.read_ahead_threads
-        self._quickest_seconds = math.inf if self._threads is None else 0.0  # of a read, where that matters
+        self._measured, self._quickest_seconds = 0, math.inf  # reads, where their number is to be found
+        self._is_automatic = self._threads is None
         self._threads = LEAST_THREADS if self._threads is None else self._threads
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
         self._slowest, self._moved_at = (0, 0), time.monotonic()
@@ -3073,6 +3080,7 @@ class ReadAhead:
                     finally:
                         os.close(fd)
                     self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - start)
+                    self._measured += 1
             self.moved += 1
 
     def _watch(self) -> None:
@@ -3086,11 +3094,15 @@ class ReadAhead:
                         reader.waited_seconds += time.monotonic() - before
                 self._slide()
                 self._leave_behind()
-                # As many as are busy at READS_PER_SECOND.
-                wanted = math.ceil(min(READS_PER_SECOND * self._quickest_seconds, MOST_THREADS))
-                while self._quickest_seconds < math.inf and self._threads < wanted and not self.is_over:
-                    self._threads += 1
-                    threading.Thread(target=self._read, daemon=True).start()
+                if self._is_automatic and self._measured > MEASURED_READS and not self.is_over:
+                    self._add_threads()
+
+    def _add_threads(self) -> None:
+        # As many as are busy at READS_PER_SECOND, if the quickest read shows how far away S3 is.
+        while self._threads < min(READS_PER_SECOND * self._quickest_seconds, MOST_THREADS):
+            self._threads += 1
+            threading.Thread(target=self._read, daemon=True).start()
+        self._is_automatic = False
 
     def _look(self, reader: Reader) -> None:
         # borg is told of objects, not of pieces: who is far ahead within a large one is stopped.
@@ -4795,11 +4807,7 @@ def back_up_all(runtime: Runtime, source: Source, runs: Sequence[TargetRun]) -> 
     # Where a target got stuck, the source is mounted anew, too: it may be the one that does not move.
     store, region = source.client.store, source.client.region
     at_once = MemoryPlan(runtime.settings, runtime.memory_mb).targets_at_once
-    given: Any = {"unlistable": source.unlistable}
-    objects, size_bytes = source.catalog.total()
-    if objects > MANY_OBJECTS and not source.unlistable:
-        # TigrisFS forgets what is that old, which must not be before it is read: a page lasts for longest.
-        given["listed_seconds"] = 30 + CATALOG_PAGE * size_bytes // objects // SLOW_BYTES_PER_SECOND
+    given: Any = {"unlistable": source.unlistable, "listed_seconds": source.listed_seconds}
     while remaining := sorted((run for run in runs if run.is_to_be_tried), key=lambda run: run.tries):
         tries = sum(run.tries for run in runs)
         try:
@@ -5154,6 +5162,14 @@ class Source:
     unlistable: Collection[str]  # folders that TigrisFS cannot list
     is_empty_part: bool  # other parts have objects
 
+    @functools.cached_property
+    def listed_seconds(self) -> int:
+        """How long TigrisFS keeps what it has listed: where that is much, until it is read."""
+        objects, size_bytes = self.catalog.total()
+        if objects <= MANY_OBJECTS or self.unlistable:
+            return LONGEST_RUN_SECONDS
+        return 30 + LARGEST_LISTED_FOLDER * size_bytes // objects // SLOW_BYTES_PER_SECOND
+
 
 @contextlib.contextmanager
 def listed_source(runtime: Runtime, found: Preflight) -> Iterator[Source]:
@@ -5314,34 +5330,38 @@ class Feeder(ReadAhead):
         return f"{self.mount.path}/{each.key.rstrip('/')}"
 
     def _objects(self) -> Iterator[Upcoming]:
-        listed: list[str] = []
-        for each in self.catalog.rows():
+        listed, known_until = dict[str, bool](), 0
+        for number, each in enumerate(self.catalog.rows()):
             if not each.is_shown:  # an empty one is fetched, too
                 yield Upcoming("", max(each.size_bytes, 1), fetch=functools.partial(self.fetched, each))
                 continue
             modified = each.last_modified.timestamp()
             is_new = not is_folder(each) and any(modified >= reader.since for reader in self._readers)
             if is_new:
-                listed = self._list(each, listed)
+                folders = folders_of(each.key)
+                listed = {name: listed[name] if name in listed else self._list(name) for name in folders}
+                # Asked for an unknown key, TigrisFS lists a thousand from there on. Others ask after that.
+                if not all(listed.values()) and number >= known_until:
+                    with contextlib.suppress(OSError):
+                        os.stat(self.path(each))
+                    known_until = number + CATALOG_PAGE
             is_read = each.size_bytes and is_new
             if is_read and not (each.facts is None and self._heads):
                 self.is_unproven = True
             yield Upcoming(self.path(each), each.size_bytes if is_read else 0)
 
-    def _list(self, each: S3Object, listed: list[str]) -> list[str]:
-        # Asked for an unknown key, TigrisFS lists a thousand from there on. Others ask after that.
-        # It does not in a bucket that has what it cannot list. There it needs each whole folder.
-        if not self.mount.unlistable:
-            with contextlib.suppress(OSError):
-                os.stat(self.path(each))
-            return listed
-        folders = folders_of(each.key)
-        for folder in folders:
-            if folder not in listed and folder not in self.mount.unlistable:
-                with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
-                    for _ in found:  # TigrisFS asks for page after page
-                        self.moved += 1
-        return folders
+    def _list(self, folder: str) -> bool:
+        # As a whole, where TigrisFS can keep it: so the kernel, too, hears of all entries with one answer.
+        if folder in self.mount.unlistable:
+            return True
+        in_it = "key >= ? AND key < ?", below(folder)
+        is_much = self.source.listed_seconds < LONGEST_RUN_SECONDS
+        if is_much and self.catalog.total(*in_it)[0] > LARGEST_LISTED_FOLDER:
+            return False
+        with contextlib.suppress(OSError), os.scandir(f"{self.mount.path}/{folder}") as found:
+            for _ in found:  # TigrisFS asks for page after page
+                self.moved += 1
+        return True
 
     def _ask(self) -> None:
         while True:
@@ -6098,11 +6118,6 @@ def parse_entry(place: int, line: bytes) -> tuple[Any, ...]:
     return encode_key(given["path"]), place, kind, given["size"], modified, given["healthy"]
 
 
-def below(folder: str) -> tuple[bytes, bytes]:
-    """The first key that may be in a folder, and the first one behind it: 0 comes after the slash."""
-    return encode_key(f"{folder}/"), encode_key(f"{folder}0")
-
-
 class Plan(Catalog):
     """What is to be done about an archive's objects; those of the catalog are the manifest's."""
 
@@ -6145,7 +6160,7 @@ class Plan(Catalog):
         """
         if self.has_manifest:
             sql = "UPDATE entries SET kind = 'own' WHERE path >= ? AND path < ?"
-            self.execute(sql, below(OWN_FOLDER.rstrip("/")))
+            self.execute(sql, below(OWN_FOLDER))
         [(first, kind)] = self.execute("SELECT min(path), kind FROM entries WHERE kind != 'own'")
         [(last,)] = self.execute("SELECT max(path) FROM entries WHERE kind != 'own'")
         before, name, key = f"{decode_key(first or b'')}/".partition(f"/{source.name}/")
@@ -6154,7 +6169,7 @@ class Plan(Catalog):
             guesses.append(f"{before}/{source.name}")
         low, high = b"", b"\xff" * 5
         for guess in guesses:
-            start, end = below(guess)
+            start, end = below(f"{guess}/")
             if first is None or (last < end and (first >= start or first == encode_key(guess))):
                 self.prefix, low, high = f"{guess}/", start, end
                 break
@@ -6166,7 +6181,7 @@ class Plan(Catalog):
         for path in paths:
             bare = path.strip("/")
             for name in (path, bare, bare.removeprefix(self.prefix)):
-                values = [encode_key(name), *below(name.rstrip("/"))]
+                values = [encode_key(name), *below(f"{name.rstrip('/')}/")]
                 sql = "UPDATE items SET is_chosen = 1 WHERE key = ? OR (key >= ? AND key < ?) RETURNING 1"
                 if self.execute(sql, values):
                     break
