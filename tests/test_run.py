@@ -462,7 +462,8 @@ def test_a_mistake_in_a_maintenance_is_the_failure_of_its_target_only(
         for name in ("one", "two")
     ]
     report = backup.Report("id", "backup", datetime.now(UTC))
-    runtime = SimpleNamespace(console=backup.Console(debug=False), report=report)
+    configured = backup.Settings(targets=tuple(targets))
+    runtime = SimpleNamespace(console=backup.Console(debug=False), report=report, settings=configured)
     assert backup.maintain(runtime, targets) == 2
     assert [target["result"] for target in report.targets] == ["failed", "ok"]
     assert capfd.readouterr().err.count("ValueError: as if it had a mistake") == 1
