@@ -377,16 +377,10 @@ class Shard:
             raise ValueError(text)
         return cls(number or total, total, depth)  # Kubernetes counts from 0
 
-    def folder_of(self, key: str) -> str:
-        """The folder that decides: "" or with a slash at the end."""
-        return "".join(f"{part}/" for part in key.split("/")[:-1][: self.depth])
-
     def has_folder(self, folder: str) -> bool:
+        """Whether it has the objects whose folder, cut to `depth`, is this: "" or with a slash at the end."""
         digest = MD5(encode_key(folder)).digest()
         return int.from_bytes(digest, "big") % self.count == self.number % self.count
-
-    def has(self, key: str) -> bool:
-        return self.has_folder(self.folder_of(key))
 
     @property
     def padded(self) -> str:
@@ -1188,8 +1182,8 @@ class S3Client:
     ) -> Iterator[S3Object]:
         """Those below `prefix`, or after a key or from a page on, in order, but in S3's directory buckets."""
         where, last, empty = ("start-after", start_after) if start_after else where, None, 0
-        ask = functools.partial(self.list_page, prefix, **({"delimiter": delimiter} if delimiter else {}))
-        page = in_background(lambda: ask(where))
+        ask = functools.partial(self.list_page, prefix, delimiter=delimiter)
+        page = in_background(functools.partial(ask, where))
         while True:
             objects, following = page.result()
             if following:  # S3 looks for these while those are worked at
@@ -2921,6 +2915,9 @@ class Reader:
     is_ahead: bool = False  # and is told of nothing more, for the sake of others
     waited_seconds: float = 0.0  # for others
 
+    def knows(self, each: S3Object) -> bool:
+        return each.is_shown and each.last_modified.timestamp() < self.since
+
     @property
     def waits(self) -> bool:
         return self.is_ahead or bool(self.child and self.child.is_held(HELD_BACK))
@@ -2950,10 +2947,9 @@ class ReadAhead:
         self.moved = 0  # grows with all that is done for borg
         self.is_over = False
         self._window = self._room = plan.window_bytes
-        self._piece_bytes, self._threads = plan.piece_bytes, settings.read_ahead_threads
-        self._measured, self._quickest_seconds = 0, math.inf  # reads, where their number is to be found
-        self._is_automatic = self._threads is None
-        self._threads = LEAST_THREADS if self._threads is None else self._threads
+        self._piece_bytes, threads = plan.piece_bytes, settings.read_ahead_threads
+        self._is_automatic, self._threads = threads is None, LEAST_THREADS if threads is None else threads
+        self._measured, self._quickest_seconds = 0, math.inf  # reads
         self._patience_seconds = min(HOLD_SECONDS, settings.stall_seconds / 3)
         self._slowest, self._moved_at = (0, 0), time.monotonic()
         self._items, self._readers = items, list(readers)
@@ -5161,14 +5157,7 @@ class Source:
     catalog: Catalog
     unlistable: Collection[str]  # folders that TigrisFS cannot list
     is_empty_part: bool  # other parts have objects
-
-    @functools.cached_property
-    def listed_seconds(self) -> int:
-        """How long TigrisFS keeps what it has listed: where that is much, until it is read."""
-        objects, size_bytes = self.catalog.total()
-        if objects <= MANY_OBJECTS or self.unlistable:
-            return LONGEST_RUN_SECONDS
-        return 30 + LARGEST_LISTED_FOLDER * size_bytes // objects // SLOW_BYTES_PER_SECOND
+    listed_seconds: int  # how long TigrisFS keeps what it has listed
 
 
 @contextlib.contextmanager
@@ -5241,7 +5230,10 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
     if new := heads_to_ask(runtime, catalog):
         console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
     is_empty_part = bool(runtime.settings.shard and found.keys and not number)
-    return Source(client, found.clock, catalog, unlistable, is_empty_part)
+    listed_seconds = LONGEST_RUN_SECONDS
+    if number > MANY_OBJECTS and not unlistable:  # until it is read
+        listed_seconds = 30 + LARGEST_LISTED_FOLDER * size_bytes // number // SLOW_BYTES_PER_SECOND
+    return Source(client, found.clock, catalog, unlistable, is_empty_part, listed_seconds)
 
 
 def heads_to_ask(runtime: Runtime, catalog: Catalog) -> int:
@@ -5310,6 +5302,8 @@ class Feeder(ReadAhead):
         self.catalog, self.client = source.catalog, source.client
         self.readers = [Fed(self, name) for name in names]
         self.mixed = Findings()  # what may have been archived as no version ever was
+        self.read_again = set[str]()  # keys of what a borg did not know, though it should
+        self.overwritten: dict[str, S3Object] = {}  # as they were listed
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self.doubt = ""  # why that could not be looked at again
         self._asking = dataclasses.replace(self.client, is_direct=True)
@@ -5335,8 +5329,7 @@ class Feeder(ReadAhead):
             if not each.is_shown:  # an empty one is fetched, too
                 yield Upcoming("", max(each.size_bytes, 1), fetch=functools.partial(self.fetched, each))
                 continue
-            modified = each.last_modified.timestamp()
-            is_new = not is_folder(each) and any(modified >= reader.since for reader in self._readers)
+            is_new = not (is_folder(each) or all(reader.knows(each) for reader in self._readers))
             if is_new:
                 folders = folders_of(each.key)
                 listed = {name: listed[name] if name in listed else self._list(name) for name in folders}
@@ -5410,15 +5403,15 @@ class Feeder(ReadAhead):
 
         Whoever has read it has the old one, the new one, or, where that took several requests, some of both.
         """
-        modified = each.last_modified.timestamp()
+        self.overwritten.setdefault(each.key, each)
+        is_read = any(reader.began and not reader.knows(each) for reader in self.readers)
+        if not is_read and each.key not in self.read_again:
+            return each  # and its headers belong to the version that the next run reads
         try:
             shown = within(MOUNT_SECONDS, f"source: {each.key!r}", lambda: os.stat(self.path(each)))
         except OSError as error:
             self.mixed.add(each.key, f"it was overwritten meanwhile, and {error.strerror}")
             return dataclasses.replace(now, etag="")
-        is_read = any(reader.began and modified >= reader.since for reader in self.readers)
-        if not is_read and shown.st_mtime - modified <= 1:
-            return each  # and its headers belong to the version that the next run reads
         was_rewritten = now.last_modified.timestamp() - shown.st_mtime > 1
         if shown.st_size != now.size_bytes:
             sizes = f"{shown.st_size:,} bytes are archived, it has {now.size_bytes:,}"
@@ -5469,6 +5462,8 @@ class Feeder(ReadAhead):
                 except S3Error as error:
                     self.doubt = str(error)
             for each in self.catalog.rows():
+                if reader.knows(each) and each.key not in self.read_again:
+                    each = self.overwritten.get(each.key, each)
                 if each.key not in vanished:
                     stream.write(f"{manifest_line(each)}\n")
                     self.moved += 1
@@ -5550,8 +5545,9 @@ class Fed(Reader):
 
     def _judge(self, number: int, each: S3Object, status: str) -> None:
         if status in "AMC":  # it reads what it should know: another version, perhaps
-            if each.is_shown and each.last_modified.timestamp() < self.since:
+            if self.knows(each):
                 self.feeder.is_unproven = True
+                self.feeder.read_again.add(each.key)
         elif status == "E" or not is_folder(each):
             self.files -= not is_folder(each)
             self._unread.add(number)
@@ -5588,7 +5584,7 @@ class Fed(Reader):
             self._under_way.append((number, each, file))
             self.files += not is_folder(each)
         facts = b""
-        if not file and each.is_shown and (is_folder(each) or each.last_modified.timestamp() < self.since):
+        if not file and (is_folder(each) or self.knows(each)):
             mode = stat.S_IFDIR | 0o755 if is_folder(each) else stat.S_IFREG | 0o644  # as TigrisFS shows them
             facts = b"%d,%d,%d" % (mode, each.size_bytes, 1000 * microseconds(each.last_modified))
         self._pipe.write(b"%b %b\0" % (facts, os.fsencode(path)))
@@ -5636,7 +5632,7 @@ class Fed(Reader):
     def _tell_progress(self, passed: Sequence[S3Object]) -> None:
         # What borg knows is passed soon, and a small object takes longer than its bytes.
         for each in passed:
-            is_new = not each.is_shown or each.last_modified.timestamp() >= self.since
+            is_new = not self.knows(each)
             self._done_bytes += each.size_bytes
             self._done_effort += KNOWN_BYTES + is_new * (SMALLEST_PLACE_BYTES + each.size_bytes)
         share = min(1.0, self._done_effort / max(1, self._effort))

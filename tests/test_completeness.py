@@ -1,6 +1,7 @@
 """Completeness: an archive has each object that the source lists; what it lacks is named, with its reason."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -95,7 +96,9 @@ LARGE = backup.WHOLE_READ_BYTES + 1
         # The mount was listed after it: that version was read, or will be by the next run.
         (True, 7, 5, 7, "", (7, "new")),
         (True, LARGE, 5, LARGE, "", (LARGE, "new")),
-        (False, 7, 5, 7, "", (7, "new")),
+        ("again", 7, 5, 7, "", (7, "new")),
+        # borg knows the version that was listed, and was told of that.
+        (False, 7, 5, 7, "", (5, "old")),
         # It came after the mount was listed.
         (False, 5, 0, 7, "", (5, "old")),
         (True, 5, 0, 7, "it was overwritten meanwhile: 5 bytes are archived, it has 7", (5, "")),
@@ -107,7 +110,7 @@ LARGE = backup.WHOLE_READ_BYTES + 1
 )  # fmt: skip
 def test_what_is_noted_of_an_object_that_was_overwritten_after_it_was_listed(
     tmp_path: Path,
-    is_read: bool,
+    is_read: bool | str,
     shown_bytes: int | None,
     shown_after_seconds: int | None,
     now_bytes: int,
@@ -120,9 +123,11 @@ def test_what_is_noted_of_an_object_that_was_overwritten_after_it_was_listed(
             file.truncate(shown_bytes)
         when = LISTED_AT.timestamp() + shown_after_seconds
         os.utime(tmp_path / "key", (when, when))
-    since = LISTED_AT.timestamp() + (-60 if is_read else 60)
+    since = LISTED_AT.timestamp() + (-60 if is_read is True else 60)
     feeder = SimpleNamespace(
         readers=[backup.Reader(since=since, began=1.0)],
+        read_again={"key"} if is_read == "again" else set(),
+        overwritten={},
         mixed=backup.Findings(),
         path=lambda each: str(tmp_path / each.key),
     )
@@ -136,6 +141,7 @@ def test_what_is_noted_of_an_object_that_was_overwritten_after_it_was_listed(
 def test_that_borg_reads_a_manifest_is_no_reason_to_list_the_source_again() -> None:
     """It is older than anything that borg knows, and always new."""
     fed = SimpleNamespace(since=LISTED_AT.timestamp(), feeder=SimpleNamespace(is_unproven=False))
+    fed.knows = lambda each: backup.Reader.knows(fed, each)
     backup.Fed._judge(fed, 1, backup.MANIFEST, "A")
     assert not fed.feeder.is_unproven
 
@@ -324,6 +330,36 @@ def test_what_is_overwritten_in_mid_run_is_named(
     }
     run_backup(environment).expect(0)
     assert archive_of(target, tmp_path / "copy", environment) == digests({**fillers, **after})
+
+
+@pytest.mark.usefixtures("needs_fuse")
+def test_who_knows_an_object_that_is_overwritten_after_the_listing_has_the_listed_version(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path
+) -> None:
+    """Another target reads the new one. Each archive is what its manifest says."""
+    source.put({"key": b"old"})
+    let_age(source)
+    one = settings(server, tmp_path, source.name, {"first": f"{target.name}:1"}, HEADERS="off")
+    run_backup(one).expect(0)
+
+    def overwrite(request: Request) -> Request:
+        source.put({"key": b"new"})
+        return request
+
+    with FaultProxy(server.endpoint) as proxy:
+        is_mount = lambda request: request.kind == "LIST" and "user-agent" in request.headers  # noqa: E731
+        proxy.add(is_mount, Action.REWRITE, times=1, rewrite=overwrite)
+        targets = {"first": f"{target.name}:1", "second": f"{target.name}:2"}
+        both = settings(server, tmp_path, source.name, targets, SOURCE_ENDPOINT=proxy.endpoint)
+        run_backup(both).expect(0)
+    assert source.get("key") == b"new"
+    for name, body in (("first", b"old"), ("second", b"new")):
+        restored = tmp_path / name
+        options = ("--to", str(restored), "--metadata", str(tmp_path / "lines"))
+        run_backup(both, "restore", name, *options).expect(0)
+        assert (restored / "key").read_bytes() == body
+        noted = json.loads((tmp_path / "lines").read_text()).get("etag", "")
+        assert noted in ("", hashlib.md5(body).hexdigest())
 
 
 @pytest.mark.long
