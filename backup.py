@@ -2109,6 +2109,12 @@ class Report:
     configured: tuple[str, ...] | None = None  # all targets' names, once they are known
     command: str = "run"
     excluded: str = ""  # how much of the source, where EXCLUDE is set
+    shard: Shard | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What it is known by, together with its target."""
+        return {"label": self.label} | ({"shard": self.shard.setting} if self.shard else {})
 
 
 @dataclass
@@ -3952,7 +3958,7 @@ def run_document(report: Report, code: int, finished: datetime, console: Console
         "command": report.command,
         "version": VERSION,
         "host": socket.gethostname(),
-        "label": report.label,
+        **report.labels,
         "started": f"{report.started:%Y-%m-%dT%H:%M:%SZ}",
         "finished": f"{finished:%Y-%m-%dT%H:%M:%SZ}",
         "seconds": round((finished - report.started).total_seconds(), 3),
@@ -4068,11 +4074,11 @@ def metrics_text(report: Report, code: int, finished: datetime, old: str) -> str
     """
     samples, now = dict(METRIC_LINE.findall(old)), round(finished.timestamp(), 3)
     if report.configured is not None:  # else nobody knows which targets are gone
-        wanted = {metric(name, report.label, target) for name in METRICS for target in report.configured}
+        wanted = {metric(name, report.labels, target) for name in METRICS for target in report.configured}
         samples = {key: value for key, value in samples.items() if key in wanted}
 
     def tell(target: str | None, **values: Any) -> None:
-        samples.update({metric(name, report.label, target): str(value) for name, value in values.items()})
+        samples.update({metric(name, report.labels, target): str(value) for name, value in values.items()})
 
     seconds = round((finished - report.started).total_seconds(), 3)
     tell(None, run_timestamp_seconds=now, run_duration_seconds=seconds, run_exit_code=code)
@@ -4093,8 +4099,8 @@ def metrics_text(report: Report, code: int, finished: datetime, old: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def metric(name: str, label: str, target: str | None) -> str:
-    labels = {"label": label} if target is None else {"label": label, "target": target}
+def metric(name: str, labels: Mapping[str, str], target: str | None) -> str:
+    labels = labels if target is None else {**labels, "target": target}
     escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{key}="{value.translate(escaped)}"' for key, value in labels.items())
     return f"s3borgbackup_{name}{{{pairs}}}".encode("utf-8", "replace").decode()
@@ -5749,6 +5755,16 @@ def check_config(runtime: Runtime) -> int:
     *found, copies = side_by_side(
         [*examinations, lambda: find_copies(runtime, settings.targets)], runtime.stop
     )
+    is_ready = not any(isinstance(result, BackupError) for points in found for _, result in points)
+    slow = {each.compression: each for each in settings.targets if not QUICK.fullmatch(each.compression)}
+    costs = {
+        name: side_by_side([functools.partial(compare_compressions, runtime, target)], runtime.stop)[0]
+        for name, target in slow.items()
+        if is_ready
+    }
+    for target, points in zip(settings.targets, found[1:], strict=True):
+        if target.compression in costs:
+            points.append(("compression", costs[target.compression]))
     rows = [("store", "what", "result")]
     for store, points in zip(settings.stores, found, strict=True):
         if error := copies.get(store.target):
@@ -5815,6 +5831,60 @@ def examination(runtime: Runtime, store: Store) -> list[tuple[str, str | BackupE
         finally:  # also after a stop signal
             ask("delete", lambda: client.delete(key))
     return points
+
+
+QUICK = re.compile(r"(auto,)*(none|lz4|zstd(,[1-6])?)")  # compressions that cost little
+COMPARED_WITH = "zstd,3"
+SAMPLES_BYTES = 4_000_000, 100_000_000  # of the source's first objects; a second one where the first is quick
+QUICK_SECONDS = 2
+
+
+def compare_compressions(runtime: Runtime, target: Target) -> str:
+    """What a target's compression costs against a quick one: both archive the source's first objects here."""
+    runtime.console.progress(target.store.name, f"{target.compression} is compared with {COMPARED_WITH}")
+    with full_disk_told(target.store):
+        for most_bytes in SAMPLES_BYTES:
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
+                if not (total := fetch_sample(runtime, most_bytes, Path(folder, "sample"))):
+                    return "ok"
+                tries = target.compression, COMPARED_WITH
+                results = [archive_sample(runtime, target, each, Path(folder)) for each in tries]
+            if total < most_bytes or results[0][0] > QUICK_SECONDS:
+                break
+    words = [
+        f"{name} archives {size(total / seconds)}/s and leaves {100 * stored / total:.0f} %"
+        for name, (seconds, stored) in zip(tries, results, strict=True)
+    ]
+    return f"{', '.join(words)} (first {size(total)})"
+
+
+def fetch_sample(runtime: Runtime, most_bytes: int, folder: Path) -> int:
+    """Fetches the source's first objects, cold ones aside, into files; returns how many bytes that are."""
+    client, pieces, left = S3Client(runtime.settings.source, stop=runtime.stop), [], most_bytes
+    folder.mkdir()
+    for each in look(client).keys:
+        for first in range(0, min(each.size_bytes, left), LARGEST_PIECE_BYTES):
+            end = min(first + LARGEST_PIECE_BYTES, each.size_bytes, first + left)
+            pieces.append(functools.partial(client.get, each.key, (first, end - 1)))
+            left -= end - first
+    for start in range(0, len(pieces), FETCHED_AT_ONCE):
+        for number, content in enumerate(side_by_side(pieces[start:][:FETCHED_AT_ONCE], runtime.stop), start):
+            if isinstance(content, bytes):
+                Path(folder, str(number)).write_bytes(content)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def archive_sample(runtime: Runtime, target: Target, compression: str, folder: Path) -> tuple[float, int]:
+    """Archives a sample in a repository of its own: the seconds that takes, and the bytes that remain."""
+    repository, kept = folder / compression, ("CACHE", "CONFIG", "SECURITY")
+    folders = {f"BORG_{kind}_DIR": f"{folder}/{kind} {compression}" for kind in kept}
+    borg = Borg(runtime, dataclasses.replace(target, encryption="none"), repository, folders=folders)
+    borg.run(["init", "--encryption", "none", str(repository)])
+    place = f"{repository}::sample", f"{folder}/sample"
+    archive = json.loads(borg.run(["create", "--json", "--compression", compression, *place]).output)[
+        "archive"
+    ]
+    return max(archive["duration"], 0.001), archive["stats"]["compressed_size"]
 
 
 def probe_tags(client: S3Client, key: str) -> str:
@@ -7583,7 +7653,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         os.execve(program, list(argv), dict(environ))
     configuration, command, stop = Configuration(environ), argv[0] if argv else "run", Stop()
     known = configuration.known
-    report = Report(secrets.token_hex(6), known.label, datetime.now(UTC), command=command)
+    report = Report(secrets.token_hex(6), known.label, datetime.now(UTC), command=command, shard=known.shard)
     console = Console(False, known.log_as_json, report.run_id)
     console.secrets = configuration.secrets
     threading.excepthook = lambda hook: console.defect("thread", hook.exc_value)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 BUDGET = {
-    "lines of backup.py": 7_646,
-    "bytes of backup.py": 388_500,
-    "functions of backup.py": 505,
+    "lines of backup.py": 7_715,
+    "bytes of backup.py": 392_200,
+    "functions of backup.py": 507,
     "lines of its longest function": 60,
     "lines of README.md": 500,
 }

@@ -220,3 +220,28 @@ def test_any_two_faults_are_both_named_and_nothing_stays(
     left = target.sizes()
     assert not left or ("target: may not delete" in wrong and next(iter(left)) in result.output)
     assert not target.client.list_multipart_uploads(Bucket=target.name).get("Uploads")
+
+
+def test_what_a_slow_compression_costs_is_measured_on_the_sources_own_data(
+    server: SeaweedFS, source: Bucket, target: Bucket, new_bucket: Callable[[str], Bucket], tmp_path: Path
+) -> None:
+    lines = "".join(f"{number * 7919 % 99991} of what compresses well\n" for number in range(60_000)).encode()
+    source.put({f"{part}": lines[part:] for part in range(3)})
+    env = settings(server, tmp_path, source.name, {"first": target.name, "second": new_bucket("second").name})
+    env = with_target(env, "first", compression="lzma,9")
+    output = run_backup(env, "check-config").expect(0).output
+    [row] = re.findall(r"^ +compression +(.*)$", output.partition("target-second")[0], re.M)
+    words = re.fullmatch(
+        r"lzma,9 archives ([\d.]+) (k|M)B/s and leaves (\d+) %, "
+        r"zstd,3 archives ([\d.]+) MB/s and leaves (\d+) % \(first 4 MB\)",
+        row,
+    )
+    assert words, row
+    slow = float(words[1]) * (1 if words[2] == "M" else 0.001)
+    assert slow < float(words[4])
+    assert 0 < int(words[3]) < int(words[5]) < 50
+    assert "compression" not in output.partition("target-second")[2], "lz4 costs nothing"
+    assert not target.sizes()
+    assert not [*(tmp_path / "tmp").iterdir()]
+    broken = run_backup(with_target(env, "second", path="no-such-bucket"), "check-config").expect(2)
+    assert "zstd,3" not in broken.output

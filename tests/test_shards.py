@@ -298,9 +298,12 @@ def test_a_part_without_objects_is_no_warning_until_it_is_emptied(
     key = next(key for key in CONTENTS if owner(key, 2) == 1)
     other = next(key for key in CONTENTS if owner(key, 2) == 2)
     source.put({key: b"1"})
-    pod = environment(server, tmp_path, source, target, "2/2")
+    metrics = tmp_path / "metrics.prom"
+    pod = environment(server, tmp_path, source, target, "2/2") | {"METRICS_FILE": str(metrics)}
     for _ in range(2):
         run_backup(pod).expect(0)
+    labels = 'label="backup",shard="2/2/1",target="first"'  # other parts' files lie beside it
+    assert f"s3borgbackup_last_archive_objects{{{labels}}} 0\n" in metrics.read_text()
     source.put({other: b"2"})
     run_backup(pod).expect(0)
     assert archived(target, tmp_path, 2, 2) == {other: b"2"}
