@@ -3568,8 +3568,9 @@ def trust_old():
     LocalCache._newest_cmtime = property(lambda cache: until, lambda cache, newest: None)
 
 # borg would wait for 4096 characters of paths before it begins with the first. Here it takes each one at once
-# from a pipe of our own, reports how many it is done with, which ones it has read and of which it could make
-# no file, and must be told that the list is at its end: whoever feeds it may be gone.
+# from a pipe of our own, reports how many it is done with, which ones it has read though it should know them
+# and of which it could make no file, and must be told that the list is at its end: whoever feeds it may be
+# gone.
 #
 # Before each path stands what stat(2) would say of it, where that is known: it takes TigrisFS five answers.
 # borg then gets a file that cannot be read, and the right one when it wants to read it all the same.
@@ -3606,7 +3607,7 @@ def be_fed(fd):
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
-        if status in ("A", "M", "C", "E", "d"):
+        if status in ("E", "d") or (facts and status in ("A", "M", "C")):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
