@@ -5239,7 +5239,7 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
     is_empty_part = bool(runtime.settings.shard and found.keys and not number)
     listed_seconds = LONGEST_RUN_SECONDS
     if number > MANY_OBJECTS and not unlistable:  # until it is read
-        listed_seconds = 30 + LARGEST_LISTED_FOLDER * size_bytes // number // SLOW_BYTES_PER_SECOND
+        listed_seconds = 60 + LARGEST_LISTED_FOLDER * size_bytes // number // SLOW_BYTES_PER_SECOND
     return Source(client, found.clock, catalog, unlistable, is_empty_part, listed_seconds)
 
 
