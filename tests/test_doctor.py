@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from faults.proxy import Action, FaultProxy, Request
-from helpers import Bucket, run_backup, settings, with_target, with_target_secrets
+from helpers import Bucket, run_backup, settings, small_disk, with_target, with_target_secrets
 from servers import Identity, SeaweedFS, free_ports
 from test_told import Receiver, own_certificate
 
@@ -245,3 +245,6 @@ def test_what_a_slow_compression_costs_is_measured_on_the_sources_own_data(
     assert not [*(tmp_path / "tmp").iterdir()]
     broken = run_backup(with_target(env, "second", path="no-such-bucket"), "check-config").expect(2)
     assert "zstd,3" not in broken.output
+    with small_disk(tmp_path / "tmp"):  # which a run has no need of
+        unmeasured = run_backup(env, "check-config").expect(0)
+    assert re.search("^ +compression +not measured: .*No space left on device", unmeasured.output, re.M)
