@@ -5292,7 +5292,7 @@ def objects_of(runtime: Runtime, client: S3Client, found: Preflight | None = Non
 
 
 HEAD_THREADS = 64
-FETCHED_AT_ONCE = 16  # of what borg could not read
+FETCHED_AT_ONCE = 16  # where nobody reads ahead
 KNOWN_BYTES = 16 * 1024  # to pass an object that borg knows takes as long as to read so many
 
 TAGS_REFUSED = "objects' tags may not be read (s3:GetObjectTagging), and are in no archive"
@@ -5843,10 +5843,12 @@ QUICK_SECONDS = 2
 def compare_compressions(runtime: Runtime, target: Target) -> str:
     """What a target's compression costs against a quick one: both archive the source's first objects here."""
     runtime.console.progress(target.store.name, f"{target.compression} is compared with {COMPARED_WITH}")
+    client = S3Client(runtime.settings.source, stop=runtime.stop)
+    objects = look(client).keys
     with full_disk_told(target.store):
         for most_bytes in SAMPLES_BYTES:
             with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX) as folder:
-                if not (total := fetch_sample(runtime, most_bytes, Path(folder, "sample"))):
+                if not (total := fetch_sample(client, objects, most_bytes, Path(folder, "sample"))):
                     return "ok"
                 tries = target.compression, COMPARED_WITH
                 results = [archive_sample(runtime, target, each, Path(folder)) for each in tries]
@@ -5859,17 +5861,17 @@ def compare_compressions(runtime: Runtime, target: Target) -> str:
     return f"{', '.join(words)} (first {size(total)})"
 
 
-def fetch_sample(runtime: Runtime, most_bytes: int, folder: Path) -> int:
-    """Fetches the source's first objects, cold ones aside, into files; returns how many bytes that are."""
-    client, pieces, left = S3Client(runtime.settings.source, stop=runtime.stop), [], most_bytes
+def fetch_sample(client: S3Client, objects: Iterable[S3Object], most_bytes: int, folder: Path) -> int:
+    """Fetches the first objects, cold ones aside, into files; returns how many bytes."""
+    pieces, left = [], most_bytes
     folder.mkdir()
-    for each in look(client).keys:
+    for each in objects:
         for first in range(0, min(each.size_bytes, left), LARGEST_PIECE_BYTES):
             end = min(first + LARGEST_PIECE_BYTES, each.size_bytes, first + left)
             pieces.append(functools.partial(client.get, each.key, (first, end - 1)))
             left -= end - first
     for start in range(0, len(pieces), FETCHED_AT_ONCE):
-        for number, content in enumerate(side_by_side(pieces[start:][:FETCHED_AT_ONCE], runtime.stop), start):
+        for number, content in enumerate(side_by_side(pieces[start:][:FETCHED_AT_ONCE], client.stop), start):
             if isinstance(content, bytes):
                 Path(folder, str(number)).write_bytes(content)
     return sum(path.stat().st_size for path in folder.iterdir())
@@ -5882,9 +5884,8 @@ def archive_sample(runtime: Runtime, target: Target, compression: str, folder: P
     borg = Borg(runtime, dataclasses.replace(target, encryption="none"), repository, folders=folders)
     borg.run(["init", "--encryption", "none", str(repository)])
     place = f"{repository}::sample", f"{folder}/sample"
-    archive = json.loads(borg.run(["create", "--json", "--compression", compression, *place]).output)[
-        "archive"
-    ]
+    created = borg.run(["create", "--json", "--compression", compression, *place])
+    archive = json.loads(created.output)["archive"]
     return max(archive["duration"], 0.001), archive["stats"]["compressed_size"]
 
 
