@@ -81,6 +81,7 @@ import termios
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import weakref
 import xml.etree.ElementTree as ElementTree
@@ -992,6 +993,11 @@ class S3Object:
     # What HEAD says of it, once that is known: `headers` by name, `tags`, `storage_class`.
     facts: Mapping[str, Any] | None = None
 
+    @property
+    def is_small(self) -> bool:
+        """Whether one request gives all of it, and can prove of which version."""
+        return 0 <= self.size_bytes <= WHOLE_READ_BYTES and bool(self.etag)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -1069,6 +1075,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 531
 RETRIED_CODES = frozenset({"RequestTimeout"})  # a 400, and S3's word for a body that stopped on its way
 EMPTY_PAGES = 10_000  # of a listing, one after the other: millions of delete markers may lie between two keys
 CONNECTION_FAULTS = (OSError, http.client.HTTPException)
+MOST_HEADERS, MOST_HEADER_BYTES = 1000, 64 * 1024
 
 
 class IdleConnections(list[http.client.HTTPConnection]):
@@ -1117,7 +1124,7 @@ class S3Client:
         try:
             connection.timeout = CONNECT_TIMEOUT_SECONDS
             connection.request("HEAD", "/")
-            date = connection.getresponse().headers.get("Date", "")
+            date = connection.getresponse().headers.get("date", "")
         except CONNECTION_FAULTS as fault:
             raise self._no_answer(fault) from None
         finally:
@@ -1336,9 +1343,8 @@ class S3Client:
             connection.close()
         elif connection.sock:  # the server has not closed it
             self.idle.append(connection)
-        names = {name.lower(): value for name, value in response.getheaders()}
-        answer = Answer(response.status, names, content, sent)
-        self.dated = answer if "date" in names else self.dated
+        answer = Answer(response.status, response.headers, content, sent)
+        self.dated = answer if "date" in answer.headers else self.dated
         return answer
 
     def _no_answer(self, fault: Exception) -> S3Error:
@@ -1393,11 +1399,30 @@ def connect_within(address: tuple[str, int], seconds: float, _source: object = N
     raise fault
 
 
+def parse_headers(stream: IO[bytes], **_options: object) -> dict[str, str]:
+    headers = dict[str, str]()
+    while (line := stream.readline(MOST_HEADER_BYTES)).strip():
+        if len(line) == MOST_HEADER_BYTES or len(headers) == MOST_HEADERS:
+            raise http.client.HTTPException("its headers have no end")
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.lower()] = value.strip()
+    return headers
+
+
+class Response(http.client.HTTPResponse):
+    """One whose headers are a dictionary, in lower case; a parser of mail would take a third of our time."""
+
+    begin = types.FunctionType(
+        http.client.HTTPResponse.begin.__code__, {**vars(http.client), "parse_headers": parse_headers}
+    )
+    begin.__kwdefaults__ = http.client.HTTPResponse.begin.__kwdefaults__
+
+
 def connection_to(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
     """One that is not opened yet. Without a port, http.client takes one from an IPv6 address."""
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port or kind.default_port)
-    connection._create_connection = connect_within
+    connection._create_connection, connection.response_class = connect_within, Response
     return connection
 
 
@@ -1507,7 +1532,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         """Makes a new one at `path`, in place of what may be there."""
-        self.path, self._lock = path, threading.RLock()
+        self.path, self._lock, self._noted = path, threading.RLock(), list[S3Object]()
         path.unlink(missing_ok=True)
         with self._told():
             self._db = sqlite3.connect(path.absolute().as_uri(), uri=True, check_same_thread=False)
@@ -1528,6 +1553,9 @@ class Catalog:
 
     def execute(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._told():
+            if self._noted:
+                noted, self._noted = self._noted, []
+                self.add(noted)
             return self._db.execute(sql, values).fetchall()
 
     def insert(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -1544,6 +1572,11 @@ class Catalog:
             return encode_key(each.key), each.size_bytes, modified, each.etag, each.is_shown, facts
 
         self.insert("objects", map(row, objects))
+
+    def note(self, each: S3Object) -> None:
+        """Adds one of many that come one by one: it is there for the next query."""
+        with self._lock:
+            self._noted.append(each)
 
     def rows(self, where: str = "1", values: Sequence[Any] = ()) -> Iterator[S3Object]:
         """The objects for which `where` holds, a condition of SQL, in key order."""
@@ -2898,7 +2931,7 @@ def detach(runtime: Runtime, path: Path, lazy: bool) -> str:
 class Upcoming:
     path: str
     size: int  # in bytes, as all that follows; 0: nobody reads it
-    fetch: Callable[[], Future[Any]] | None = None  # reads it past the mount
+    fetch: Callable[[], object] | None = None  # reads it past the mount
 
 
 @dataclass(eq=False, slots=True)
@@ -2923,6 +2956,10 @@ class Reader:
 
     def knows(self, each: S3Object) -> bool:
         return each.is_shown and each.last_modified.timestamp() < self.since
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.child and not self.child.ended.done())
 
     @property
     def waits(self) -> bool:
@@ -3071,9 +3108,7 @@ class ReadAhead:
                 continue
             with contextlib.suppress(OSError):
                 if item.fetch:
-                    piece.kept = future = item.fetch()
-                    concurrent.futures.wait([future])  # how that goes is told to those who need it
-                    del future  # an idle thread keeps nothing
+                    piece.kept = item.fetch()
                 else:
                     fd = os.open(item.path, os.O_RDONLY)
                     try:
@@ -3081,9 +3116,12 @@ class ReadAhead:
                             offset += got
                     finally:
                         os.close(fd)
-                    self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - start)
-                    self._measured += 1
+                    self.measure(start)
             self.moved += 1
+
+    def measure(self, start: float) -> None:
+        self._quickest_seconds = min(self._quickest_seconds, time.monotonic() - start)
+        self._measured += 1
 
     def _watch(self) -> None:
         while not self.is_over:
@@ -3499,7 +3537,7 @@ def passphrase_file(passphrase: str) -> Iterator[int]:
 # deleted, one change is left to do for good (sendRename in core/file.go). borg takes its lock by such a
 # rename. So a folder is made anew under its new name, and its fsync is that of the files that were renamed.
 BORG_ADDITIONS = """\
-import contextlib, ctypes, fcntl, json, os, shutil, stat, sys, tarfile, time, types
+import contextlib, ctypes, fcntl, io, json, os, shutil, stat, sys, tarfile, time, types
 
 MOUNT, ARRIVED = os.environ["S3BORGBACKUP_MOUNT"], os.path.dirname(__file__) + "/arrived"
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -3572,15 +3610,25 @@ def trust_old():
 # and of which it could make no file, and must be told that the list is at its end: whoever feeds it may be
 # gone.
 #
-# Before each path stands what stat(2) would say of it, where that is known: it takes TigrisFS five answers.
-# borg then gets a file that cannot be read, and the right one when it wants to read it all the same.
+# With a path comes what stat(2) would say of it, where that is known: it takes TigrisFS five answers. borg
+# then gets a file that cannot be read, and the right one when it wants to read it all the same. Or a content
+# comes, too, which nobody has as a file.
 def be_fed(fd):
     from borg import archive, archiver
     number = at = 0
-    facts = late = None  # what is known of a file; what opens it
+    facts = content = late = None  # of a file what is known, what it holds, and what opens it
+    memory = os.memfd_create("content")
 
     def report(kind, **more):
         print(json.dumps({"type": kind, "number": number, **more}), file=sys.stderr, flush=True)
+
+    class Told(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, room):
+            report("fed_done")  # before it waits for more
+            return os.readv(fd, [room])
 
     def stat_of(mode, size, time_ns):
         return types.SimpleNamespace(
@@ -3589,25 +3637,23 @@ def be_fed(fd):
         )
 
     def paths(*arguments):
-        nonlocal number, at, facts
-        rest = b""
-        while part := os.read(fd, 65536):
-            *whole, rest = (rest + part).split(b"\\0")
-            for each in whole:
-                if not each:
-                    return
-                known, _, path = each.partition(b" ")
-                facts = known and stat_of(*map(int, known.split(b",")))
-                number += 1
-                yield os.fsdecode(path)
-                facts = None
-                if each is whole[-1] or time.monotonic() > at + 0.05:
-                    at = time.monotonic()
-                    report("fed_done")
+        nonlocal number, at, facts, content
+        stream = io.BufferedReader(Told())
+        while line := stream.readline():
+            if not (told := json.loads(line)):
+                return
+            path, known, length = told
+            facts, content = known and stat_of(*known), None if length is None else stream.read(length)
+            number += 1
+            yield path
+            facts = content = None
+            if time.monotonic() > at + 0.05:
+                at = time.monotonic()
+                report("fed_done")
         raise EOFError("the list of what to archive has no end")
 
     def note(self, status, path):
-        if status in ("E", "d") or (facts and status in ("A", "M", "C")):
+        if status in ("E", "d") or (facts and content is None and status in ("A", "M", "C")):
             report("fed_status", status=status)
 
     archiver.iter_separated, archiver.Archiver.print_file_status = paths, note
@@ -3620,10 +3666,22 @@ def be_fed(fd):
     def compare(compare_now, before, now):
         return facts or compare_now(before, now)
 
+    @around(os, "fstat")
+    def look_again(fstat, file):
+        return facts if file == memory and facts else fstat(file)
+
     @around(archive, "OsOpen")
     @contextlib.contextmanager
     def open_late(open_now, **given):
         nonlocal late
+        late = None
+        if content is not None:
+            with archive.backup_io("open"):
+                os.truncate(memory, 0)
+                os.pwrite(memory, content, 0)
+                os.lseek(memory, 0, os.SEEK_SET)
+            yield memory
+            return
         instead = {"path": os.devnull, "flags": os.O_WRONLY} if facts else {}
         with open_now(**{**given, **instead}) as opened:
             late = facts and (opened, given["path"], given["flags"])
@@ -5318,9 +5376,8 @@ class Feeder(ReadAhead):
         self._refusals, self._tags_refused = 0, threading.Lock()
         self._choosing, self._writing = threading.Lock(), threading.Lock()
         # By key. A file goes when nobody has it any more: it is neither ahead of a borg nor told to one.
-        self._fetched = weakref.WeakValueDictionary[str, Future[str]]()
-        rows = enumerate(self.catalog.rows(), 1)
-        self._to_ask = (row for row in rows if row[1].facts is None and row[1].is_shown)
+        self._fetched = weakref.WeakValueDictionary[str, Future[bytes]]()
+        self._to_ask = self._without_headers()
         super().__init__(runtime, self._objects(), self.readers)
         heads = min(HEAD_THREADS, heads_to_ask(runtime, self.catalog))
         self._heads = [in_background(self._ask) for _ in range(heads)]
@@ -5333,10 +5390,10 @@ class Feeder(ReadAhead):
     def _objects(self) -> Iterator[Upcoming]:
         listed, known_until = dict[str, bool](), 0
         for number, each in enumerate(self.catalog.rows()):
-            if not each.is_shown:  # an empty one is fetched, too
+            is_new = not (is_folder(each) or all(reader.knows(each) for reader in self._readers))
+            if is_new and self.is_fetched(each):  # an empty one, too
                 yield Upcoming("", max(each.size_bytes, 1), fetch=functools.partial(self.fetched, each))
                 continue
-            is_new = not (is_folder(each) or all(reader.knows(each) for reader in self._readers))
             if is_new:
                 folders = folders_of(each.key)
                 listed = {name: listed[name] if name in listed else self._list(name) for name in folders}
@@ -5349,6 +5406,11 @@ class Feeder(ReadAhead):
             if is_read and not (each.facts is None and self._heads):
                 self.is_unproven = True
             yield Upcoming(self.path(each), each.size_bytes if is_read else 0)
+
+    def is_fetched(self, each: S3Object) -> bool:
+        """Whether a borg that does not know it gets what our client fetches, not what the mount has."""
+        is_cheap = each.size_bytes or self.runtime.settings.headers  # where HEAD gives all
+        return not each.is_shown or bool(each.is_small and is_cheap and not is_folder(each))
 
     def _list(self, folder: str) -> bool:
         # As a whole, where TigrisFS can keep it: so the kernel, too, hears of all entries with one answer.
@@ -5363,11 +5425,18 @@ class Feeder(ReadAhead):
                 self.moved += 1
         return True
 
+    def _without_headers(self) -> Iterator[S3Object]:
+        """What no headers came with, when all borgs have passed it and a page of others."""
+        for page in pages(enumerate(self.catalog.rows(), 1)):
+            if not self.wait_until_passed(page[-1][0]):
+                return
+            ends = [encode_key(each.key) for _, each in (page[0], page[-1])]
+            yield from self.catalog.rows("facts IS NULL AND is_shown AND key BETWEEN ? AND ?", ends)
+
     def _ask(self) -> None:
         while True:
             with self._choosing:  # one of the threads waits, the others for that one
-                number, each = next(self._to_ask, (0, None))
-                if not each or not self.wait_until_passed(number):
+                if not (each := next(self._to_ask, None)):
                     return
             if self._refusals < MAX_NAMED:
                 self._learn(each)
@@ -5378,7 +5447,7 @@ class Feeder(ReadAhead):
             now = self._version(each, self._asking.request("HEAD", f"{self._prefix}{each.key}"))
             if (now.size_bytes, now.etag) != (each.size_bytes, each.etag):
                 now = self._overwritten(each, now)
-            self.catalog.add([dataclasses.replace(now, last_modified=each.last_modified)])
+            self.catalog.note(dataclasses.replace(now, last_modified=each.last_modified))
             self._refusals = 0
         except (S3Error, CatalogError) as error:
             if isinstance(error, S3Error) and error.status == 404:  # it was deleted meanwhile
@@ -5392,6 +5461,11 @@ class Feeder(ReadAhead):
                 self.runtime.console.warning("source", f"{words}: {error}")
 
     def _version(self, each: S3Object, answer: Answer) -> S3Object:
+        size_bytes = int(answer.headers["content-length"])
+        modified = answer.time("Last-Modified") or each.last_modified
+        now = S3Object(each.key, size_bytes, modified, answer.etag, each.is_shown)
+        if not self.runtime.settings.headers:
+            return now
         facts: dict[str, Any] = {"headers": headers_of(answer)}
         if answer.has_tags and not self._tags_refused.locked():  # else that was told
             try:
@@ -5401,9 +5475,7 @@ class Feeder(ReadAhead):
                     self.runtime.console.info("source", f"{TAGS_REFUSED}: {error.message}")
         if storage_class := answer.headers.get("x-amz-storage-class"):
             facts["storage_class"] = storage_class
-        size_bytes = int(answer.headers["content-length"])
-        modified = answer.time("Last-Modified") or each.last_modified
-        return S3Object(each.key, size_bytes, modified, answer.etag, each.is_shown, facts)
+        return dataclasses.replace(now, facts=facts)
 
     def _overwritten(self, each: S3Object, now: S3Object) -> S3Object:
         """What to note of an object that had another version when it was listed.
@@ -5435,24 +5507,62 @@ class Feeder(ReadAhead):
         os.makedirs(os.path.dirname(file))
         return file
 
-    def fetched(self, each: S3Object) -> Future[str]:
-        """The file that our client fetches; it is there for as long as somebody has the future."""
+    def fetched(self, each: S3Object) -> Future[bytes]:
+        """What borg is told of an object that our client fetches, for as long as somebody has the future."""
         with self._changed:
-            if not (future := self._fetched.get(each.key)):
-                file = self._new_file(odd_path(each.key))
-                self._fetched[each.key] = future = in_background(functools.partial(self._fetch, each, file))
-                weakref.finalize(future, shutil.rmtree, file.partition("/./")[0], ignore_errors=True)
+            if future := self._fetched.get(each.key):
+                return future  # another thread is at it
+            self._fetched[each.key] = future = Future()
+        start = time.monotonic()
+        try:
+            told = each.is_small and self._fetch_whole(each, each.size_bytes)
+            self.measure(start)
+            future.set_result(told or self._fetch(each, future))
+        except BaseException as error:
+            future.set_exception(error)
         return future
 
-    def _fetch(self, each: S3Object, file: str) -> str:
+    def _fetch_whole(self, each: S3Object, size_bytes: int) -> bytes:
+        # One answer has all of one version. Nothing, where that is too large for it.
+        span = {"Range": f"bytes=0-{size_bytes - 1}"} if size_bytes else {}
+        try:
+            answer = self._asking.request(
+                "GET" if span else "HEAD", f"{self._prefix}{each.key}", headers=span
+            )
+            total = answer.headers.get("content-range") or answer.headers.get("content-length", "")
+        except S3Error as error:
+            if error.status != 416:
+                raise
+            total = "0"  # for all we know
+        total = total.rpartition("/")[2]
+        if total.isdigit() and int(total) != size_bytes and int(total) <= WHOLE_READ_BYTES:
+            return self._fetch_whole(each, int(total))  # it was overwritten
+        if total != str(size_bytes) or len(answer.body) != size_bytes:
+            return b""
+        now = self._version(each, answer)
+        if now.etag == each.etag:
+            now = dataclasses.replace(now, last_modified=each.last_modified)
+        elif each.is_shown:
+            self.overwritten.setdefault(each.key, each)
+            other, running = self.catalog.get(each.key), sum(reader.is_running for reader in self.readers)
+            # Who is left behind fetches it later than the others.
+            if len(self._readers) < running > 1 and other and other.facts and other.etag != now.etag:
+                self.mixed.add(each.key, "it was overwritten meanwhile: the targets' archives differ")
+        self.catalog.note(dataclasses.replace(now, last_modified=each.last_modified))
+        path = self.path(each) if each.is_shown else f"/{odd_path(each.key)}"
+        return told_of(path, now, answer.body)
+
+    def _fetch(self, each: S3Object, keeper: object) -> bytes:
+        file = self._new_file(odd_path(each.key))
+        weakref.finalize(keeper, shutil.rmtree, file.partition("/./")[0], ignore_errors=True)
         with open(file, "wb") as stream:
-            for answer in self.client.download(f"{self._prefix}{each.key}", each.size_bytes):
+            for answer in self._asking.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
                 self.moved += 1
         now = dataclasses.replace(self._version(each, answer), size_bytes=os.path.getsize(file))
         os.utime(file, (now.last_modified.timestamp(),) * 2)
-        self.catalog.add([now])
-        return file
+        self.catalog.note(now)
+        return told_of(file)
 
     def manifest(self, reader: Reader, vanished: Collection[str]) -> str:
         """Writes a manifest when all headers are there."""
@@ -5482,9 +5592,11 @@ class Feeder(ReadAhead):
             each = self.catalog.get(now.key) if now.size_bytes >= 0 else None
             if not each or not each.is_shown or (now.etag and not each.etag):  # that was noted before
                 continue
+            if self.is_fetched(each) and each.key not in self.read_again:  # or nobody has read it
+                continue
             if (each.size_bytes, each.etag) != (now.size_bytes, now.etag):
                 noted = self._overwritten(each, now)
-                self.catalog.add([dataclasses.replace(noted, is_shown=True, facts=None)])
+                self.catalog.note(dataclasses.replace(noted, is_shown=True, facts=None))
 
 
 MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH, is_shown=False)
@@ -5492,6 +5604,16 @@ MANIFEST = S3Object(MANIFEST_PATH, 0, EPOCH, is_shown=False)
 
 def is_folder(each: S3Object) -> bool:
     return each.is_shown and each.key.endswith("/")
+
+
+def told_of(path: str, known: S3Object | None = None, content: bytes | None = None) -> bytes:
+    """What `be_fed` in BORG_ADDITIONS reads of a file."""
+    facts = None
+    if known:
+        mode = stat.S_IFDIR | 0o755 if is_folder(known) else stat.S_IFREG | 0o644  # as TigrisFS shows them
+        facts = mode, known.size_bytes, 1000 * microseconds(known.last_modified)
+    length = None if content is None else len(content)
+    return json.dumps([path, facts, length]).encode() + b"\n" + (content or b"")
 
 
 class Fed(Reader):
@@ -5565,41 +5687,41 @@ class Fed(Reader):
     def _feed(self) -> None:
         feeder = self.feeder
         try:
-            with full_disk_told(feeder.client.store), open(self._write_end, "wb", buffering=0) as self._pipe:
+            with full_disk_told(feeder.client.store), open(self._write_end, "wb") as self._pipe:
                 for number, each in enumerate(feeder.catalog.rows(), 1):
                     feeder.wait_until_near(self, number)
-                    if each.is_shown:
-                        self._tell(number, each, feeder.path(each))
-                    else:
+                    is_known = self.knows(each)
+                    if feeder.is_fetched(each) and not is_known:
                         self._tell_fetched([(number, each)])
+                    else:
+                        known = each if is_known or is_folder(each) else None
+                        self._tell(number, each, told_of(feeder.path(each), known))
                 self._wait_until_done()
                 self._fetch_unread()
                 manifest = feeder.manifest(self, self.vanished)
                 self.manifest_bytes = os.path.getsize(manifest)
-                self._tell(self._number, MANIFEST, manifest)
+                self._tell(self._number, MANIFEST, told_of(manifest))
                 self._wait_until_done()
                 self.unread += len(self._unread)  # of our own files, on a disk that fails
-                self._pipe.write(b"\0")  # this is the end
+                self._pipe.write(b"null\n")  # this is the end
         except BrokenPipeError:
             pass  # borg has ended, and said why
         except Exception as error:  # without the end, borg makes no archive
             self.failure = error
 
-    def _tell(self, number: int, each: S3Object, path: str, file: object = None) -> None:
+    def _tell(self, number: int, each: S3Object, told: bytes, keeper: object = None) -> None:
         with self._changed:
             self._number = number
-            self._under_way.append((number, each, file))
+            self._under_way.append((number, each, keeper))
             self.files += not is_folder(each)
-        facts = b""
-        if not file and (is_folder(each) or self.knows(each)):
-            mode = stat.S_IFDIR | 0o755 if is_folder(each) else stat.S_IFREG | 0o644  # as TigrisFS shows them
-            facts = b"%d,%d,%d" % (mode, each.size_bytes, 1000 * microseconds(each.last_modified))
-        self._pipe.write(b"%b %b\0" % (facts, os.fsencode(path)))
+        self._pipe.write(told)
+        self._pipe.flush()
 
     def _tell_fetched(self, objects: Sequence[tuple[int, S3Object]]) -> None:
-        for number, each, file in [(*pair, self.feeder.fetched(pair[1])) for pair in objects]:
+        for number, each in objects:
+            future = self.feeder.fetched(each)
             try:
-                self._tell(number, each, file.result(), file)
+                self._tell(number, each, future.result(), future)
             except BackupError as error:
                 with self._changed:
                     self._number = number
@@ -5624,7 +5746,10 @@ class Fed(Reader):
         again = (pair for pair in enumerate(rows, 1) if pair[0] in unread)
         while some := list(itertools.islice(again, FETCHED_AT_ONCE)):
             if self._refusals < MAX_NAMED:
+                fetch = [functools.partial(self.feeder.fetched, each) for _, each in some]
+                kept = side_by_side(fetch, self.feeder.runtime.stop)
                 self._tell_fetched(some)
+                del kept
             else:
                 self.lacks.count += len(some)
         self._wait_until_done()

@@ -536,6 +536,16 @@ class Repository:
         return {entry["key"]: entry for entry in map(json.loads, lines)}
 
 
+OLD_SECONDS = 4  # twice what clocks may be apart
+
+
+def let_age(bucket: Bucket) -> None:
+    """Returns when what is in the bucket is certainly older than a run that begins then."""
+    pages = bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name)
+    newest = max(entry["LastModified"] for page in pages for entry in page["Contents"])
+    wait_until(lambda: time.time() - newest.timestamp() > OLD_SECONDS, 10, "the objects are old")
+
+
 # ------------------------------------------------------------------------------------------ Running backup.py
 
 

@@ -25,6 +25,7 @@ from helpers import (
     Result,
     command_line,
     descendants,
+    let_age,
     run_backup,
     settings,
     wait_until,
@@ -190,15 +191,6 @@ def odd_source(moto: Moto, new_bucket: NewBucket) -> Bucket:
     return bucket
 
 
-def let_age(bucket: Bucket) -> None:
-    """Returns when what is in the bucket is certainly older than a run that begins then."""
-    newest = max(
-        entry["LastModified"] for entry in bucket.client.list_objects_v2(Bucket=bucket.name)["Contents"]
-    )
-    seconds = backup.RACE_SECONDS + 2
-    wait_until(lambda: (datetime.now(UTC) - newest).total_seconds() > seconds, 10, "the objects are old")
-
-
 def archive_of(target: Bucket, folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
     """Key → SHA-256 of the objects of the newest archive; not extracted, which a disk may refuse."""
     repository = Repository.download(target, folder)
@@ -237,7 +229,7 @@ def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
     server: SeaweedFS, moto: Moto, new_bucket: NewBucket, tmp_path: Path
 ) -> None:
     source, targets = new_bucket("source", on=moto), [new_bucket("target") for _ in range(2)]
-    odd = {f"folder//{number:03}": f"{number}".encode() for number in range(200)}
+    odd = {f"folder//{number:03}": f"{number:03}".encode() for number in range(200)}
     source.put({**odd, "plain": b"plain"})
     let_age(source)
     with FaultProxy(moto.endpoint) as proxy:
@@ -245,8 +237,8 @@ def test_many_such_objects_are_fetched_side_by_side_and_once_for_all_targets(
         entries = {bucket.name: {"path": bucket.name, "endpoint": server.endpoint} for bucket in targets}
         environment = settings(moto, tmp_path, source.name, entries, SOURCE_ENDPOINT=proxy.endpoint)
         run_backup(environment).expect(0)
-        requests = [request for request, _ in proxy.requests if "range" not in request.headers]
-    fetched = [request for request in requests if request.kind == "GET" and request.key in odd]
+        requests = [request for request, _ in proxy.requests]
+    fetched = [each for each in requests if each.headers.get("range") == "bytes=0-2" and each.key in odd]
     assert sorted(request.key for request in fetched) == sorted(odd)
     assert fetched[-1].when - fetched[0].when < len(odd) * 0.3 / 3
     for bucket in targets:
@@ -314,22 +306,51 @@ def test_what_is_overwritten_in_mid_run_is_named(
 ) -> None:
     """borg lists a folder, and reads its objects one by one; all but the first few change meanwhile."""
     fillers = {f"0-{number}": os.urandom(FILLER_BYTES) for number in range(2)}
-    before = {"longer": b"l" * 3_000, "alike": b"a" * 5_000, "large": b"L" * 2_000_000}
+    before = {"small": b"s" * 3_000, "longer": b"l" * 1_300_000, "large": b"L" * 2_000_000}
     source.put({**fillers, **before})
     let_age(source)
     environment = settings(server, tmp_path, source.name, {"first": target.name}, HEADERS=headers)
     with Backup(with_target(environment, "first", compression=SLOW)) as running:
         running.wait_for_line("borg create begins")
         wait_until(lambda: borg_is_in_the_middle(running), 60, "borg has listed the bucket")
-        after = {"longer": b"m" * 9_000, "alike": b"b" * 5_000, "large": b"M" * 2_000_000}
+        after = {"small": b"t" * 9_000, "longer": b"m" * 1_900_000, "large": b"M" * 2_000_000}
         source.put(after)
         result = running.wait().expect(1)
     assert named(result) == {
-        "longer": "it was overwritten meanwhile: 3,000 bytes are archived, it has 9,000",
+        "longer": "it was overwritten meanwhile: 1,300,000 bytes are archived, it has 1,900,000",
         "large": OF_BOTH,
     }
     run_backup(environment).expect(0)
     assert archive_of(target, tmp_path / "copy", environment) == digests({**fillers, **after})
+
+
+@pytest.mark.usefixtures("needs_fuse")
+@pytest.mark.parametrize("size", [0, 3, 10, 700_000, 1_100_000])
+def test_a_small_object_that_is_overwritten_meanwhile_is_archived_as_one_version_with_its_headers(
+    server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, size: int
+) -> None:
+    """Between the listing and the read, by one of another size, or of the same."""
+    source.put({"folder/key": b"0123456789", "folder/other": b""})
+    new = os.urandom(size)
+
+    def overwrite(request: Request) -> Request:
+        source.client.put_object(Bucket=source.name, Key="folder/key", Body=new, CacheControl="no-store")
+        return request
+
+    with FaultProxy(server.endpoint) as proxy:
+        is_fetched = lambda request: request.headers.get("range") == "bytes=0-9"  # noqa: E731
+        overwritten = proxy.add(is_fetched, Action.REWRITE, times=1, rewrite=overwrite)
+        made = settings(server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint)
+        assert "overwritten" not in run_backup(made).expect(0).output
+        assert overwritten.hit
+        assert proxy.count(lambda request: request.kind == "HEAD" and request.key == "folder/other") == 1
+    repository = Repository.download(target, tmp_path / "local")
+    entry = repository.manifest(repository.archives()[-1])["folder/key"]
+    assert (entry["size"], entry["etag"]) == (size, hashlib.md5(new).hexdigest())
+    assert entry["headers"]["cache-control"] == "no-store"
+    run_backup(made, "restore", "first", "--to", str(tmp_path / "restored")).expect(0)
+    assert (tmp_path / "restored" / "folder" / "key").read_bytes() == new
+    assert (tmp_path / "restored" / "folder" / "other").read_bytes() == b""
 
 
 @pytest.mark.usefixtures("needs_fuse")
@@ -347,8 +368,8 @@ def test_who_knows_an_object_that_is_overwritten_after_the_listing_has_the_liste
         return request
 
     with FaultProxy(server.endpoint) as proxy:
-        is_mount = lambda request: request.kind == "LIST" and "user-agent" in request.headers  # noqa: E731
-        proxy.add(is_mount, Action.REWRITE, times=1, rewrite=overwrite)
+        is_fetched = lambda request: request.headers.get("range") == "bytes=0-2"  # noqa: E731
+        proxy.add(is_fetched, Action.REWRITE, times=1, rewrite=overwrite)
         targets = {"first": f"{target.name}:1", "second": f"{target.name}:2"}
         both = settings(server, tmp_path, source.name, targets, SOURCE_ENDPOINT=proxy.endpoint)
         run_backup(both).expect(0)
@@ -383,7 +404,7 @@ def test_the_source_is_listed_once_and_again_only_where_objects_were_read_that_w
         variables = {**variables, "SOURCE_ENDPOINT": proxy.endpoint}
         environment = settings(server, tmp_path, source.name, targets, **variables)
         done = {}
-        for change in ({}, {}, {"0500": b"changed"}):
+        for change in ({}, {}, {"0500": b"changed" * 200_000}):
             source.put(change)
             before = proxy.count(is_our_whole_list)
             run_backup(environment).expect(0)
@@ -464,7 +485,8 @@ def is_get_of_z(request: Request) -> bool:
 
 @pytest.mark.long
 def test_an_object_that_the_mount_cannot_read_comes_through_our_own_client(site: Site) -> None:
-    """TigrisFS repeats nothing after 400."""
+    """TigrisFS repeats nothing after 400. What is small, it is not asked for."""
+    site.source.put({"z/object": b"Z" * 1_100_000})
     refused = site.proxy.add(
         lambda request: is_of_the_mount(request) and is_get_of_z(request),
         Action.REFUSE, status=400, code="InvalidRequest",
@@ -512,7 +534,7 @@ def test_an_object_that_s3_refuses_is_a_warning_by_name_and_all_others_are_archi
 
 @pytest.mark.long
 def test_of_many_objects_that_s3_refuses_the_first_100_are_named_and_the_rest_counted(site: Site) -> None:
-    """And not asked for one by one."""
+    """Each is asked for once; in the next run the mount is, and then our client for no more than these."""
     keys = [f"n/{number:03}" for number in range(300)]
     site.source.put(dict.fromkeys(keys, b"content"))
     site.proxy.add(lambda request: request.kind == "GET" and request.key.startswith("n/"), Action.REFUSE)
@@ -520,8 +542,16 @@ def test_of_many_objects_that_s3_refuses_the_first_100_are_named_and_the_rest_co
     assert list(named(result)) == keys[:100]
     assert "200 more such objects" in result.output
     assert "the archive lacks 300 objects" in result.output
-    asked = [request for request, _ in site.proxy.requests if not is_of_the_mount(request)]
-    assert 100 <= sum(request.kind == "GET" and request.key in keys for request in asked) < 150
+    asked = lambda: [request for request, _ in site.proxy.requests if is_ours(request)]  # noqa: E731
+    is_ours = lambda request: (  # noqa: E731
+        request.kind == "GET" and request.key in keys and not is_of_the_mount(request)
+    )
+    assert sorted(request.key for request in asked()) == keys
+    let_age(site.source)
+    run_backup(site.environment).expect(1)
+    already = len(asked())
+    run_backup(site.environment).expect(1)
+    assert 100 <= len(asked()) - already < 150
 
 
 @pytest.mark.long
@@ -531,7 +561,7 @@ def test_an_archive_that_cannot_be_compared_is_a_failure_and_nothing_is_pruned(
 ) -> None:
     """The source's listing is refused from the moment on at which borg reads; with headers none is needed."""
     run_backup(site.environment).expect(0)
-    site.source.put({"a": b"once more"})
+    site.source.put({"a": b"once more" * 200_000})  # too large to come with its proof
     let_age(site.source)
     with Backup({**site.environment, "HEADERS": headers}) as running:
         running.wait_for_line("borg create begins")

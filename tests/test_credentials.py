@@ -111,7 +111,7 @@ def test_a_run_does_not_notice_that_keys_expire(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, kind: str
 ) -> None:
     """Neither does its source's mount nor its target's; and nothing secret is seen of any of the keys."""
-    source.put({f"{number:02}": os.urandom(100) for number in range(24)})
+    source.put({f"{number:02}": os.urandom(1_100_000) for number in range(24)})  # read through the mount
     seen: set[str] = set()
     with (
         Platform(tmp_path, seconds=10) as platform,

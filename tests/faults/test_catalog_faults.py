@@ -15,6 +15,7 @@ from helpers import (
     Repository,
     Result,
     full,
+    let_age,
     run_backup,
     settings,
     small_disk,
@@ -28,9 +29,10 @@ pytestmark = pytest.mark.usefixtures("needs_fuse")
 OBJECTS = {f"folder/{number:03}": os.urandom(100) for number in range(60)}
 
 
-def is_head(request: Request) -> bool:
-    """Whether backup.py asks for an object's headers; TigrisFS, unlike it, sends a User-Agent."""
-    return request.kind == "HEAD" and "user-agent" not in request.headers
+def asks_for_headers(request: Request) -> bool:
+    """Whether backup.py asks for an object's headers, alone or with the content; TigrisFS names itself."""
+    is_read = request.kind == "GET" and request.headers.get("range", "bytes=0-0") != "bytes=0-0"
+    return (is_read or request.kind == "HEAD") and "user-agent" not in request.headers
 
 
 class Site:
@@ -45,9 +47,9 @@ class Site:
 
     def run(self, **variables: str) -> tuple[Result, int]:
         """A run that must succeed, and how many objects' headers it asked for."""
-        before = self.proxy.count(is_head)
+        before = self.proxy.count(asks_for_headers)
         result = run_backup({**self.environment, **variables}).expect(0)
-        return result, self.proxy.count(is_head) - before
+        return result, self.proxy.count(asks_for_headers) - before
 
     @property
     def catalog(self) -> Path:
@@ -60,6 +62,7 @@ class Site:
 def site(server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path) -> Iterator[Site]:
     """One that has had a run."""
     source.put(OBJECTS)
+    let_age(source)
     with FaultProxy(server.endpoint) as proxy:
         made = Site(proxy, source, target, tmp_path)
         assert made.run()[1] == len(OBJECTS)
@@ -173,6 +176,7 @@ def test_two_runs_at_once_with_one_cache_lose_nothing(
         SOURCE_ENDPOINT=site.proxy.endpoint, DATA_DIR=str(site.folder / "other"),
     )  # fmt: skip
     site.source.put({f"more/{number}": os.urandom(200_000) for number in range(30)})
+    let_age(site.source)
     with table.attempt("two runs at once with one cache"):
         with Backup(site.environment) as one, Backup(other) as two:
             results = [one.wait().expect(0), two.wait().expect(0)]

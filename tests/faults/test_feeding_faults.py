@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-from helpers import Backup, Bucket, Repository, leftovers, run_backup, settings, wait_until
+from helpers import Backup, Bucket, Repository, leftovers, let_age, run_backup, settings, wait_until
 from proof import Table, newest_contents
 from proxy import Action, FaultProxy, Request
 from servers import SeaweedFS
@@ -32,10 +32,12 @@ def test_headers_that_s3_refuses_are_told_once_and_hold_nobody_up(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
     source.put({f"{number:04}": str(number).encode() for number in range(MANY)})
+    let_age(source)
     with table.attempt("each question for headers is refused"), FaultProxy(server.endpoint) as proxy:
         environment = settings(
             server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
         )
+        run_backup({**environment, "HEADERS": "off"}).expect(0)
         proxy.add(is_own_head, Action.REFUSE, status=403, code="AccessDenied")
         result = run_backup(environment).expect(0)
         assert result.output.count("headers cannot be asked for") == 1
@@ -53,10 +55,12 @@ def test_an_object_that_is_archived_without_its_headers_is_named(
 ) -> None:
     """The next run asks again."""
     source.put({f"{number:04}": str(number).encode() for number in range(9)})
+    let_age(source)
     with table.attempt("a question for headers is refused"), FaultProxy(server.endpoint) as proxy:
         environment = settings(
             server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
         )
+        run_backup({**environment, "HEADERS": "off"}).expect(0)
         refused = proxy.add(
             lambda request: is_own_head(request) and request.key == "0004",
             Action.REFUSE,
@@ -68,7 +72,7 @@ def test_an_object_that_is_archived_without_its_headers_is_named(
         proxy.remove(refused)
         assert words not in run_backup(environment).expect(0).output
         repository = Repository.download(target, tmp_path / "local")
-        first, second = (repository.manifest(archive) for archive in repository.archives())
+        _, first, second = (repository.manifest(archive) for archive in repository.archives())
         assert [key for key, entry in first.items() if "headers" not in entry] == ["0004"]
         assert all("headers" in entry for entry in second.values())
 
@@ -77,10 +81,12 @@ def test_headers_that_s3_does_not_answer_hold_no_stopped_run(
     server: SeaweedFS, source: Bucket, target: Bucket, tmp_path: Path, table: Table
 ) -> None:
     source.put({f"folder/{number}": os.urandom(1000) for number in range(50)})
+    let_age(source)
     with table.attempt("stopped while headers are waited for"), FaultProxy(server.endpoint) as proxy:
         environment = settings(
             server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint
         )
+        run_backup({**environment, "HEADERS": "off"}).expect(0)
         fault = proxy.add(is_own_head, Action.HANG)
         with Backup(environment) as running:
             wait_until(lambda: fault.hit >= 16, 60, "headers are asked for")
