@@ -5293,7 +5293,7 @@ def list_source(runtime: Runtime, found: Preflight, folder: Path, kept: Path) ->
     text = f"{runtime.settings.shard}: {text}" if runtime.settings.shard else text
     console.info("source", text, "listed", objects=number, bytes=size_bytes)
     if new := heads_to_ask(runtime, catalog):
-        console.info("source", f"headers of new and changed objects: {count(new, 'HEAD request')}")
+        console.info("source", f"headers to fetch: those of {count(new, 'object')}")
     is_empty_part = bool(runtime.settings.shard and found.keys and not number)
     listed_seconds = LONGEST_RUN_SECONDS
     if number > MANY_OBJECTS and not unlistable:  # until it is read
@@ -5371,7 +5371,7 @@ class Feeder(ReadAhead):
         self.overwritten: dict[str, S3Object] = {}  # as they were listed
         self.is_unproven = False  # whether somebody reads what is not asked for afterwards
         self.doubt = ""  # why that could not be looked at again
-        self._asking = dataclasses.replace(self.client, is_direct=True)
+        self._asking, self._fetching = (dataclasses.replace(self.client, is_direct=True) for _ in range(2))
         self._prefix = self.client.store.key_prefix
         self._refusals, self._tags_refused = 0, threading.Lock()
         self._choosing, self._writing = threading.Lock(), threading.Lock()
@@ -5518,7 +5518,10 @@ class Feeder(ReadAhead):
             told = each.is_small and self._fetch_whole(each, each.size_bytes)
             self.measure(start)
             future.set_result(told or self._fetch(each, future))
+            self._fetching.patience = self.client.patience
         except BaseException as error:
+            if isinstance(error, S3Error) and not 400 <= error.status < 500:
+                self._fetching.patience = HASTY  # all that follow would wait as long for nothing
             future.set_exception(error)
         return future
 
@@ -5526,9 +5529,8 @@ class Feeder(ReadAhead):
         # One answer has all of one version. Nothing, where that is too large for it.
         span = {"Range": f"bytes=0-{size_bytes - 1}"} if size_bytes else {}
         try:
-            answer = self._asking.request(
-                "GET" if span else "HEAD", f"{self._prefix}{each.key}", headers=span
-            )
+            method = "GET" if span else "HEAD"
+            answer = self._fetching.request(method, f"{self._prefix}{each.key}", headers=span)
             total = answer.headers.get("content-range") or answer.headers.get("content-length", "")
         except S3Error as error:
             if error.status != 416:
@@ -5556,7 +5558,7 @@ class Feeder(ReadAhead):
         file = self._new_file(odd_path(each.key))
         weakref.finalize(keeper, shutil.rmtree, file.partition("/./")[0], ignore_errors=True)
         with open(file, "wb") as stream:
-            for answer in self._asking.download(f"{self._prefix}{each.key}", each.size_bytes):
+            for answer in self._fetching.download(f"{self._prefix}{each.key}", each.size_bytes):
                 stream.write(answer.body)
                 self.moved += 1
         now = dataclasses.replace(self._version(each, answer), size_bytes=os.path.getsize(file))

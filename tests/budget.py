@@ -10,9 +10,9 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 BUDGET = {
-    "lines of backup.py": 7_715,
-    "bytes of backup.py": 392_200,
-    "functions of backup.py": 507,
+    "lines of backup.py": 7_840,
+    "bytes of backup.py": 398_100,
+    "functions of backup.py": 516,
     "lines of its longest function": 60,
     "lines of README.md": 500,
 }

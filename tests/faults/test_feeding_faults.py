@@ -101,6 +101,45 @@ def test_headers_that_s3_does_not_answer_hold_no_stopped_run(
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
+RESIGNED = """\
+import os, sys
+sys.path.insert(0, {folder!r})
+import backup
+backup.PROVEN = backup.Patience(5, 2, 2)
+os._exit(backup.main(sys.argv[1:], os.environ))
+"""
+
+
+@pytest.mark.long
+def test_a_source_that_answers_no_more_is_given_its_time_once_and_not_for_each_object(
+    server: SeaweedFS,
+    source: Bucket,
+    target: Bucket,
+    tmp_path: Path,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it did not give is named, and nothing is pruned; the next run has it."""
+    script = tmp_path / "resigned.py"
+    script.write_text(RESIGNED.format(folder=str(helpers.BACKUP.parent)))
+    monkeypatch.setattr(helpers, "BACKUP", script)
+    source.put({f"{number:03}": os.urandom(100) for number in range(200)})
+    with table.attempt("the source answers no more"), FaultProxy(server.endpoint) as proxy:
+        made = settings(
+            server, tmp_path, source.name, {"first": target.name}, SOURCE_ENDPOINT=proxy.endpoint,
+            READ_AHEAD_THREADS="4",
+        )  # fmt: skip
+        is_fetched = lambda request: request.headers.get("range") == "bytes=0-99"  # noqa: E731
+        proxy.add(is_fetched, Action.REFUSE, status=503, code="ServiceUnavailable", after=50)
+        result = run_backup(made).expect(2)
+        assert "150 objects of the source could not be read" in result.output
+        assert "ServiceUnavailable (503)" in result.output
+        assert proxy.count(is_fetched) < 200 + 4 * 10, "each of four threads tries one object again and again"
+        proxy.clear()
+        run_backup(made).expect(0)
+        assert newest_contents(target, tmp_path, made) == source.contents()
+
+
 IMPATIENT = """\
 import os, sys
 sys.stdout.reconfigure(line_buffering=True)
