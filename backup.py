@@ -1500,7 +1500,8 @@ def microseconds(when: datetime) -> int:
 def is_showable(key: str, size_bytes: int) -> bool:
     """Whether a mount can show an object, as far as its own key tells; an empty `folder/` is a folder."""
     name = key if size_bytes else key.removesuffix("/")
-    is_long = any(len(encode_key(part)) > 1024 for part in name.split("/"))  # FUSE_NAME_MAX of the kernel
+    # FUSE_NAME_MAX of the kernel; a character has four bytes at most.
+    is_long = len(name) > 256 and any(len(encode_key(part)) > 1024 for part in name.split("/"))
     is_lost = NOT_IN_XML.search(name) or "\r" in name  # which XML reads as a line end
     return not (is_long or is_lost or UNREPRESENTABLE.search(name))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 BUDGET = {
-    "lines of backup.py": 7_840,
-    "bytes of backup.py": 398_100,
+    "lines of backup.py": 7_841,
+    "bytes of backup.py": 398_120,
     "functions of backup.py": 516,
     "lines of its longest function": 60,
     "lines of README.md": 500,

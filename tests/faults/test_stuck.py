@@ -155,6 +155,7 @@ def test_a_target_that_got_stuck_is_tried_once_more_and_the_run_ends_well(
 ) -> None:
     """After its first lease has expired, whatever LEASE_WAIT says, and with new mounts."""
     source.put(sample_objects(5, 40))
+    source.put({f"large/{number}": os.urandom(1_200_000) for number in range(4)})  # these take the mount
     targets = {name: new_bucket(name) for name in ("first", "second")}
     with FaultProxy(server.endpoint) as proxy:
         # No borg may be done before the mount is frozen.
