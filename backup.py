@@ -5514,10 +5514,8 @@ class Feeder(ReadAhead):
             if future := self._fetched.get(each.key):
                 return future  # another thread is at it
             self._fetched[each.key] = future = Future()
-        start = time.monotonic()
         try:
             told = each.is_small and self._fetch_whole(each, each.size_bytes)
-            self.measure(start)
             future.set_result(told or self._fetch(each, future))
             self._fetching.patience = self.client.patience
         except BaseException as error:
@@ -5529,14 +5527,15 @@ class Feeder(ReadAhead):
     def _fetch_whole(self, each: S3Object, size_bytes: int) -> bytes:
         # One answer has all of one version. Nothing, where that is too large for it.
         span = {"Range": f"bytes=0-{size_bytes - 1}"} if size_bytes else {}
+        method, start = "GET" if span else "HEAD", time.monotonic()
         try:
-            method = "GET" if span else "HEAD"
             answer = self._fetching.request(method, f"{self._prefix}{each.key}", headers=span)
             total = answer.headers.get("content-range") or answer.headers.get("content-length", "")
         except S3Error as error:
             if error.status != 416:
                 raise
             total = "0"  # for all we know
+        self.measure(start)
         total = total.rpartition("/")[2]
         if total.isdigit() and int(total) != size_bytes and int(total) <= WHOLE_READ_BYTES:
             return self._fetch_whole(each, int(total))  # it was overwritten

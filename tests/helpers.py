@@ -536,6 +536,23 @@ class Repository:
         return {entry["key"]: entry for entry in map(json.loads, lines)}
 
 
+PATCHED = """\
+import os, sys
+sys.stdout.reconfigure(line_buffering=True)
+sys.path.insert(0, {folder!r})
+import backup
+{statement}
+os._exit(backup.main(sys.argv[1:], os.environ))
+"""
+
+
+def patch_backup(monkeypatch: pytest.MonkeyPatch, folder: Path, statement: str) -> None:
+    """Has a test run backup.py with other constants, which wait for less than they may among users."""
+    script = folder / "patched.py"
+    script.write_text(PATCHED.format(folder=str(BACKUP.parent), statement=statement))
+    monkeypatch.setattr(sys.modules[__name__], "BACKUP", script)
+
+
 OLD_SECONDS = 4  # twice what clocks may be apart
 
 

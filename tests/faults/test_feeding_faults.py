@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-import helpers
-from helpers import Backup, Bucket, Repository, leftovers, let_age, run_backup, settings, wait_until
+from helpers import (
+    Backup,
+    Bucket,
+    Repository,
+    leftovers,
+    let_age,
+    patch_backup,
+    run_backup,
+    settings,
+    wait_until,
+)
 from proof import Table, newest_contents
 from proxy import Action, FaultProxy, Request
 from servers import SeaweedFS
@@ -101,15 +110,6 @@ def test_headers_that_s3_does_not_answer_hold_no_stopped_run(
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
-RESIGNED = """\
-import os, sys
-sys.path.insert(0, {folder!r})
-import backup
-backup.PROVEN = backup.Patience(5, 2, 2)
-os._exit(backup.main(sys.argv[1:], os.environ))
-"""
-
-
 @pytest.mark.long
 def test_a_source_that_answers_no_more_is_given_its_time_once_and_not_for_each_object(
     server: SeaweedFS,
@@ -120,9 +120,7 @@ def test_a_source_that_answers_no_more_is_given_its_time_once_and_not_for_each_o
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What it did not give is named, and nothing is pruned; the next run has it."""
-    script = tmp_path / "resigned.py"
-    script.write_text(RESIGNED.format(folder=str(helpers.BACKUP.parent)))
-    monkeypatch.setattr(helpers, "BACKUP", script)
+    patch_backup(monkeypatch, tmp_path, "backup.PROVEN = backup.Patience(5, 2, 2)")
     source.put({f"{number:03}": os.urandom(100) for number in range(200)})
     with table.attempt("the source answers no more"), FaultProxy(server.endpoint) as proxy:
         made = settings(
@@ -140,16 +138,6 @@ def test_a_source_that_answers_no_more_is_given_its_time_once_and_not_for_each_o
         assert newest_contents(target, tmp_path, made) == source.contents()
 
 
-IMPATIENT = """\
-import os, sys
-sys.stdout.reconfigure(line_buffering=True)
-sys.path.insert(0, {folder!r})
-import backup
-backup.JOIN_SECONDS, backup.SOURCE_CACHE_MB = 1, backup.SMALLEST_CACHE_MB
-os._exit(backup.main(sys.argv[1:], os.environ))
-"""
-
-
 @pytest.mark.long
 def test_a_manifest_does_not_take_what_a_late_target_reads_for_what_others_have_read(
     server: SeaweedFS,
@@ -160,9 +148,8 @@ def test_a_manifest_does_not_take_what_a_late_target_reads_for_what_others_have_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The object is overwritten when one target is done with it, and the other has not begun."""
-    script = tmp_path / "impatient.py"
-    script.write_text(IMPATIENT.format(folder=str(helpers.BACKUP.parent)))
-    monkeypatch.setattr(helpers, "BACKUP", script)
+    impatient = "backup.JOIN_SECONDS, backup.SOURCE_CACHE_MB = 1, backup.SMALLEST_CACHE_MB"
+    patch_backup(monkeypatch, tmp_path, impatient)
     targets = {name: new_bucket(name) for name in ("first", "second")}
     source.put({"object": b"old", "then": bytes(LARGER_THAN_CACHE_BYTES)})
     with table.attempt("an object changes between two targets"), FaultProxy(server.endpoint) as proxy:

@@ -13,8 +13,17 @@ from types import SimpleNamespace
 import pytest
 
 import backup
-import helpers
-from helpers import Backup, Bucket, children, command_line, first_short, sample_objects, settings, wait_until
+from helpers import (
+    Backup,
+    Bucket,
+    children,
+    command_line,
+    first_short,
+    patch_backup,
+    sample_objects,
+    settings,
+    wait_until,
+)
 from proof import newest_contents
 from proxy import Action, FaultProxy
 from servers import WRITER, SeaweedFS
@@ -115,22 +124,11 @@ def test_a_shared_mount_that_moves_for_others_hides_nobody_who_is_stuck(
 
 # --------------------------------------------------------------------------------------------------- In a run
 
-HASTY = """\
-import os, sys
-sys.stdout.reconfigure(line_buffering=True)
-sys.path.insert(0, {folder!r})
-import backup
-backup.SILENCE_SECONDS = 5
-os._exit(backup.main(sys.argv[1:], os.environ))
-"""
-
 
 @pytest.fixture
 def hasty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The silence that is taken for a deadlock is shorter than it may be among users."""
-    script = tmp_path / "hasty.py"
-    script.write_text(HASTY.format(folder=str(helpers.BACKUP.parent)))
-    monkeypatch.setattr(helpers, "BACKUP", script)
+    patch_backup(monkeypatch, tmp_path, "backup.SILENCE_SECONDS = 5")
 
 
 def freeze(running: Backup, mount_point: str) -> None:
